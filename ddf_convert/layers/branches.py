@@ -1,0 +1,78 @@
+"""The two branches that predict the filters (paper, figure 2; the authors' state-dict names)."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from ddf_convert.layers.filter_norm import ChannelFilterNorm, SpatialFilterNorm
+
+
+class SpatialBranch(nn.Sequential):
+    """A 1x1 conv and FilterNorm: one K x K filter per head and pixel.
+
+    Args:
+        in_channels: C of the feature that it reads.
+        kernel_size: K.
+        heads: G.
+        stride: Of the 1x1 conv, in pixels.
+        nonlinearity: Sets the base scale of the filters.
+        device: Of the parameters.
+        dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        kernel_size: int,
+        heads: int = 1,
+        stride: int = 1,
+        nonlinearity: str = "relu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            nn.Conv2d(in_channels, heads * kernel_size**2, 1, stride=stride, device=device, dtype=dtype),
+            SpatialFilterNorm(kernel_size, nonlinearity),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, G*K*K, ceil(H / stride), ceil(W / stride))."""
+        return cast(Tensor, super().forward(input))
+
+
+class ChannelBranch(nn.Sequential):
+    """Global pooling, squeeze, ReLU, expand and FilterNorm: one K x K filter per image and channel.
+
+    Args:
+        channels: C.
+        kernel_size: K.
+        se_ratio: Width of the squeeze as a fraction of C (sigma in the paper); the squeeze is at least 1 wide.
+        nonlinearity: Sets the base scale of the filters.
+        device: Of the parameters.
+        dtype: Of the parameters.
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        kernel_size: int,
+        se_ratio: float = 0.2,
+        nonlinearity: str = "relu",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        squeezed = max(1, int(channels * se_ratio))
+        super().__init__(
+            nn.AdaptiveAvgPool2d(1),
+            nn.Conv2d(channels, squeezed, 1, device=device, dtype=dtype),
+            nn.ReLU(inplace=True),
+            nn.Conv2d(squeezed, channels * kernel_size**2, 1, device=device, dtype=dtype),
+            ChannelFilterNorm(channels, kernel_size, nonlinearity, device=device, dtype=dtype),
+        )
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, K, K)."""
+        return cast(Tensor, super().forward(input))

@@ -1,0 +1,156 @@
+"""DDF2d: the layer of the paper (the authors' DDFPack)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from timm.layers.padding import get_same_padding
+from torch import Tensor, nn
+
+from ddf_convert.layers.branches import ChannelBranch, SpatialBranch
+from ddf_convert.ops import COMBINATIONS, ddf, output_size
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class DDF2d(nn.Module):
+    """Filters every pixel of every channel with a K x K filter predicted from the input; channels are not mixed.
+
+    Args:
+        in_channels: C, of the input and of the output.
+        kernel_size: K, odd and at least 3.
+        stride: Step between output pixels, in input pixels.
+        padding: Pixels on every side; None keeps the size (at stride 1); "same" is TensorFlow's SAME, which pads so that
+            the output has ceil(H / stride) rows, one more pixel below than above where they cannot be equal.
+        dilation: Distance between taps, in pixels.
+        heads: G; the channels of a head share a spatial filter.
+        se_ratio: Width of the channel branch's squeeze, as a fraction of C (sigma in the paper).
+        combine: "mul" or "add": how the two filters make one.
+        nonlinearity: What follows the layer, by the names of ``torch.nn.init.calculate_gain``; sets the filters' scale.
+        bias: Add a learned constant to each channel, as a convolution can.
+        padding_mode: "zeros", "reflect", "replicate" or "circular", as for Conv2d.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Attributes:
+        spatial_branch: Predicts the spatial filters, (B, G*K*K, Ho, Wo).
+        channel_branch: Predicts the channel filters, (B, C, K, K).
+        bias: (C,), or None.
+
+    Raises:
+        ValueError: An argument does not fit.
+
+    Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, section 3.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | Literal["same"] | None = None,
+        dilation: int = 1,
+        heads: int = 1,
+        se_ratio: float = 0.2,
+        combine: str = "mul",
+        nonlinearity: str = "relu",
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if in_channels < 1 or heads < 1 or in_channels % heads:
+            raise ValueError(f"DDF2d: heads must divide in_channels, got {heads} heads and {in_channels} channels")
+        if stride < 1 or dilation < 1:
+            raise ValueError(f"DDF2d: stride and dilation must be 1 or more, got {stride} and {dilation}")
+        if isinstance(padding, str) and padding != "same":
+            raise ValueError(f"DDF2d: padding must be a number of pixels, None or 'same', got {padding!r}")
+        if isinstance(padding, int) and padding < 0:
+            raise ValueError(f"DDF2d: padding must not be negative, got {padding}")
+        if combine not in COMBINATIONS:
+            raise ValueError(f"DDF2d: combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"DDF2d: padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+        if not 0 < se_ratio:
+            raise ValueError(f"DDF2d: se_ratio must be above 0, got {se_ratio}")
+        self.in_channels = self.out_channels = in_channels
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding: int | Literal["same"] = dilation * (kernel_size - 1) // 2 if padding is None else padding
+        self.dilation = dilation
+        self.heads = heads
+        self.se_ratio = se_ratio
+        self.combine = combine
+        self.padding_mode = padding_mode
+        self.spatial_branch = SpatialBranch(
+            in_channels, kernel_size, heads, stride, nonlinearity, device=device, dtype=dtype
+        )
+        self.channel_branch = ChannelBranch(
+            in_channels, kernel_size, se_ratio, nonlinearity, device=device, dtype=dtype
+        )
+        self.bias = nn.Parameter(torch.zeros(in_channels, device=device, dtype=dtype)) if bias else None
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, Ho, Wo), Ho and Wo as for a convolution with the same arguments."""
+        channel_filter = self.channel_branch(input)
+        top, bottom, left, right = self._padding(input)
+        rows = self._output_size(input.shape[-2] + top + bottom)
+        columns = self._output_size(input.shape[-1] + left + right)
+        spatial_filter = self.spatial_branch(self._centres(input, top, left, rows, columns))
+        padding = 0
+        if self.padding_mode == "zeros" and top == bottom == left == right:
+            padding = top
+        elif top or bottom or left or right:
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, (left, right, top, bottom), mode=mode)
+        output = ddf(
+            input,
+            channel_filter,
+            spatial_filter,
+            stride=self.stride,
+            padding=padding,
+            dilation=self.dilation,
+            combine=self.combine,
+        )
+        return output if self.bias is None else output + self.bias.to(output.dtype).view(1, -1, 1, 1)
+
+    def _padding(self, input: Tensor) -> tuple[int, int, int, int]:
+        """Pixels above, below, left and right."""
+        if self.padding != "same":
+            return (self.padding,) * 4
+        height, width = (
+            get_same_padding(size, self.kernel_size, self.stride, self.dilation) for size in input.shape[-2:]
+        )
+        return height // 2, height - height // 2, width // 2, width - width // 2
+
+    def _output_size(self, padded: int) -> int:
+        return output_size(padded, self.kernel_size, self.stride, 0, self.dilation)
+
+    def _centres(self, input: Tensor, top: int, left: int, rows: int, columns: int) -> Tensor:
+        """The input, moved so that a stride from its first pixel meets the centre of every output's window.
+
+        With the usual padding, dilation * (K - 1) / 2, that is the input itself.
+        """
+        reach = self.dilation * (self.kernel_size - 1) // 2
+        before = (top - reach, left - reach)
+        after = tuple(
+            (count - 1) * self.stride + 1 - (size + first)
+            for count, size, first in zip((rows, columns), input.shape[-2:], before, strict=True)
+        )
+        # Up to stride - 1 pixels past the last centre change nothing: the strided conv does not reach them.
+        after = tuple(0 if -self.stride < excess < 0 else excess for excess in after)
+        if before == (0, 0) and after == (0, 0):
+            return input
+        return F.pad(input, (before[1], after[1], before[0], after[0]))
+
+    def extra_repr(self) -> str:
+        return (
+            f"{self.in_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r},"
+            f" dilation={self.dilation}, heads={self.heads}, se_ratio={self.se_ratio}, combine={self.combine!r},"
+            f" bias={self.bias is not None}, padding_mode={self.padding_mode!r}"
+        )

@@ -1,0 +1,316 @@
+"""The contract of the DDF operator: ``ddf_convert::ddf`` and its gradient, registered with torch.library.
+
+One operator, whatever the device: Numba kernels on the CPU, the plain PyTorch reference anywhere else. It has a fake
+(shape, dtype, memory format), autograd to any order, autocast that follows the current autocast dtype, and a formula for
+``torch.utils.flop_counter.FlopCounterMode``.
+
+Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, equation 1.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from ddf_convert import reference
+
+COMBINATIONS = ("mul", "add")
+DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+
+_library = torch.library.Library("ddf_convert", "DEF")
+_library.define(
+    "ddf(Tensor input, Tensor channel_filter, Tensor spatial_filter, int stride, int padding, int dilation, str combine)"
+    " -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+# A gradient that is not wanted comes back with no elements: torch.library has no optional outputs.
+_library.define(
+    "ddf_backward(Tensor grad_output, Tensor input, Tensor channel_filter, Tensor spatial_filter,"
+    " int stride, int padding, int dilation, str combine, bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+
+
+def ddf(
+    input: Tensor,
+    channel_filter: Tensor,
+    spatial_filter: Tensor,
+    *,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    combine: str = "mul",
+) -> Tensor:
+    """Decoupled dynamic filter: a K x K filter of its own at every pixel of every channel.
+
+    ``out[b, r, y, x] = sum over (i, j) of combine(channel_filter[b, r, i, j], spatial_filter[b, g*K*K + i*K + j, y, x])
+    * input[b, r, y*stride - padding + i*dilation, x*stride - padding + j*dilation]`` with head ``g = r // (C / G)``.
+    Taps outside the input read zero. The orientation is that of ``torch.nn.functional.conv2d``.
+
+    Args:
+        input: (B, C, H, W), float32, float64, float16 or bfloat16; contiguous or channels_last (kept).
+        channel_filter: (B, C, K, K), K odd, same dtype and device.
+        spatial_filter: (B, G*K*K, Ho, Wo), G dividing C, same dtype and device; Ho and Wo as for conv2d.
+        stride: Step between output pixels, in input pixels.
+        padding: Zeros around the input, in pixels.
+        dilation: Distance between taps, in pixels.
+        combine: "mul" (the paper's equation 1) or "add" (the authors' second variant).
+
+    Returns:
+        (B, C, Ho, Wo), dtype and memory format of ``input``. Half types accumulate in float32.
+
+    Raises:
+        ValueError: A shape, or ``combine``, stride, padding or dilation, does not fit.
+        TypeError: The dtypes differ or are not among those above.
+    """
+    return torch.ops.ddf_convert.ddf(input, channel_filter, spatial_filter, stride, padding, dilation, combine)
+
+
+def output_size(size: int, kernel_size: int, stride: int, padding: int, dilation: int) -> int:
+    """Pixels along one side of the output, as for conv2d."""
+    return (size + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1
+
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """The layout that the kernels give their results for this input.
+
+    Where one memory order is both (one channel, or one pixel), it is called contiguous.
+    """
+    if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
+        return torch.channels_last
+    return torch.contiguous_format
+
+
+def check_arguments(
+    input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, stride: int, padding: int, dilation: int, combine: str
+) -> None:
+    """Raises unless the arguments fit :func:`ddf`; the kernels rely on it."""
+    if combine not in COMBINATIONS:
+        raise ValueError(f"ddf: combine must be 'mul' or 'add', got {combine!r}")
+    if stride < 1 or dilation < 1 or padding < 0:
+        raise ValueError(
+            f"ddf: needs stride >= 1, dilation >= 1 and padding >= 0, got {stride}, {dilation} and {padding}"
+        )
+    if input.dim() != 4:
+        raise ValueError(f"ddf: input must be (B, C, H, W), got shape {tuple(input.shape)}")
+    batch, channels, height, width = input.shape
+    kernel = channel_filter.shape[-1] if channel_filter.dim() == 4 else 0
+    if tuple(channel_filter.shape) != (batch, channels, kernel, kernel) or kernel % 2 == 0:
+        raise ValueError(
+            f"ddf: channel_filter must be (B, C, K, K) = ({batch}, {channels}, K, K) with K odd,"
+            f" got {tuple(channel_filter.shape)}"
+        )
+    rows = output_size(height, kernel, stride, padding, dilation)
+    columns = output_size(width, kernel, stride, padding, dilation)
+    if rows < 1 or columns < 1:
+        raise ValueError(
+            f"ddf: a {height}x{width} input is too small for kernel {kernel}, padding {padding}, dilation {dilation}"
+        )
+    heads = spatial_filter.shape[1] // kernel**2 if spatial_filter.dim() == 4 else 0
+    if tuple(spatial_filter.shape) != (batch, heads * kernel**2, rows, columns) or heads < 1 or channels % heads:
+        raise ValueError(
+            f"ddf: spatial_filter must be (B, G*K*K, Ho, Wo) = ({batch}, G*{kernel**2}, {rows}, {columns}) with G dividing"
+            f" {channels} channels, got {tuple(spatial_filter.shape)}"
+        )
+    dtypes = (input.dtype, channel_filter.dtype, spatial_filter.dtype)
+    if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
+        raise TypeError(
+            f"ddf: the tensors must all be float32, float64, float16 or bfloat16 and of one dtype, got {dtypes}"
+        )
+
+
+def _check_gradient(grad_output: Tensor, input: Tensor, spatial_filter: Tensor) -> None:
+    expected = (*input.shape[:2], *spatial_filter.shape[-2:])
+    if tuple(grad_output.shape) != expected or grad_output.dtype != input.dtype:
+        raise ValueError(
+            f"ddf_backward: grad_output must be {expected} of {input.dtype},"
+            f" got {tuple(grad_output.shape)} of {grad_output.dtype}"
+        )
+
+
+# --- any device: the reference -----------------------------------------------------------------------------------------
+
+
+def _forward_reference(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
+    check_arguments(input, channel_filter, spatial_filter, *options)
+    output = reference.forward(input, channel_filter, spatial_filter, *options)
+    return output.contiguous(memory_format=memory_format(input))
+
+
+def _backward_reference(
+    grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    *geometry, needs = options
+    check_arguments(input, channel_filter, spatial_filter, *geometry)
+    _check_gradient(grad_output, input, spatial_filter)
+    gradients = reference.backward(grad_output, input, channel_filter, spatial_filter, *geometry, tuple(needs))
+    formats = gradient_formats(input)
+    return tuple(
+        input.new_empty(0) if gradient is None else gradient.contiguous(memory_format=layout)
+        for gradient, layout in zip(gradients, formats, strict=True)
+    )
+
+
+def gradient_formats(input: Tensor) -> tuple[torch.memory_format, torch.memory_format, torch.memory_format]:
+    """Layouts of the gradients of (input, channel_filter, spatial_filter): the maps keep the layout of the input."""
+    layout = memory_format(input)
+    return layout, torch.contiguous_format, layout
+
+
+_library.impl("ddf", _forward_reference, "CompositeExplicitAutograd")
+_library.impl("ddf_backward", _backward_reference, "CompositeExplicitAutograd")
+
+
+# --- the CPU: Numba kernels, imported at first use ----------------------------------------------------------------------
+
+
+def _forward_cpu(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
+    from ddf_convert import cpu
+
+    check_arguments(input, channel_filter, spatial_filter, *options)
+    return cpu.forward(input, channel_filter, spatial_filter, *options, memory_format(input))
+
+
+def _backward_cpu(
+    grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    from ddf_convert import cpu
+
+    *geometry, needs = options
+    check_arguments(input, channel_filter, spatial_filter, *geometry)
+    _check_gradient(grad_output, input, spatial_filter)
+    return cpu.backward(grad_output, input, channel_filter, spatial_filter, *geometry, tuple(needs), memory_format(input))
+
+
+_library.impl("ddf", _forward_cpu, "CPU")
+_library.impl("ddf_backward", _backward_cpu, "CPU")
+
+
+# --- fake: shapes, dtypes and memory formats ----------------------------------------------------------------------------
+
+
+@torch.library.register_fake("ddf_convert::ddf")
+def _forward_fake(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
+    check_arguments(input, channel_filter, spatial_filter, *options)
+    shape = (*input.shape[:2], *spatial_filter.shape[-2:])
+    return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
+
+
+@torch.library.register_fake("ddf_convert::ddf_backward")
+def _backward_fake(
+    grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    *geometry, needs = options
+    check_arguments(input, channel_filter, spatial_filter, *geometry)
+    _check_gradient(grad_output, input, spatial_filter)
+    tensors = (input, channel_filter, spatial_filter)
+    return tuple(
+        torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout)
+        if needed
+        else tensor.new_empty(0)
+        for tensor, layout, needed in zip(tensors, gradient_formats(input), needs, strict=True)
+    )
+
+
+# --- autograd, to any order ---------------------------------------------------------------------------------------------
+
+
+def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    tensors, options = inputs[:3], inputs[3:]
+    ctx.save_for_backward(*tensors)
+    ctx.options = options
+
+
+def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    needs = list(ctx.needs_input_grad[:3])
+    gradients = torch.ops.ddf_convert.ddf_backward(grad_output, *ctx.saved_tensors, *ctx.options, needs)
+    wanted = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
+    return (*wanted, None, None, None, None)
+
+
+def _save_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+    ctx.save_for_backward(*inputs[:4])
+    ctx.options, ctx.needs = inputs[4:8], inputs[8]
+
+
+def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of the gradients.
+
+    Write T(F, C, S) for the operator. With cotangents (u, v, w) of its gradients, the scalar whose gradient is asked for
+    is <g, T(u, C, S) + T(F, v, S) + T(F, C, w)> under ``mul``, where T is linear in each argument, and
+    <g, T(u, C, S) + T(F, v, w)> under ``add``, where T(F, C, S) = A(F, C) + B(F, S).
+    """
+    grad_output, input, channel, spatial = ctx.saved_tensors
+    u, v, w = (
+        cotangent if needed else torch.zeros_like(tensor)
+        for cotangent, needed, tensor in zip(cotangents, ctx.needs, (input, channel, spatial), strict=True)
+    )
+    # Each term of the sum, with the places of (F, C, S) that it holds as themselves: those it is differentiated by.
+    terms = [((u, channel, spatial), (False, True, True))]
+    if ctx.options[-1] == "mul":
+        terms.append(((input, v, spatial), (True, False, True)))
+        terms.append(((input, channel, w), (True, True, False)))
+    else:
+        terms.append(((input, v, w), (True, False, False)))
+    wants = ctx.needs_input_grad
+    totals: list[Tensor | None] = [None, None, None, None]
+
+    def add(place: int, gradient: Tensor) -> None:
+        total = totals[place]
+        totals[place] = gradient if total is None else total + gradient
+
+    for tensors, own in terms:
+        if wants[0]:
+            add(0, torch.ops.ddf_convert.ddf(*tensors, *ctx.options))
+        needs = [here and wanted for here, wanted in zip(own, wants[1:4], strict=True)]
+        if any(needs):
+            gradients = torch.ops.ddf_convert.ddf_backward(grad_output, *tensors, *ctx.options, needs)
+            for place, needed in enumerate(needs):
+                if needed:
+                    add(place + 1, gradients[place])
+    return (*totals, None, None, None, None, None)
+
+
+torch.library.register_autograd("ddf_convert::ddf", _backward, setup_context=_save)
+torch.library.register_autograd("ddf_convert::ddf_backward", _second_backward, setup_context=_save_second)
+
+
+# --- autocast: the current autocast dtype of the device, not a fixed one ------------------------------------------------
+
+
+def _autocast(device: str) -> Any:
+    key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = tensor.is_floating_point() and tensor.device.type == device and tensor.dtype != torch.float64
+        return tensor.to(torch.get_autocast_dtype(device)) if eligible else tensor
+
+    def call(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
+        tensors = [cast(tensor) for tensor in (input, channel_filter, spatial_filter)]
+        with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
+            return torch.ops.ddf_convert.ddf(*tensors, *options)
+
+    return call
+
+
+_library.impl("ddf", _autocast("cpu"), "AutocastCPU")
+_library.impl("ddf", _autocast("cuda"), "AutocastCUDA")
+
+
+# --- FLOPs: two for each of the K * K multiply-accumulates of an output element ------------------------------------------
+
+
+@register_flop_formula(torch.ops.ddf_convert.ddf)
+def _forward_flops(input: Any, channel_filter: Any, *rest: Any, out_shape: Any, **kwargs: Any) -> int:
+    batch, channels, height, width = out_shape
+    return 2 * int(channel_filter[-1]) ** 2 * batch * channels * height * width
+
+
+@register_flop_formula(torch.ops.ddf_convert.ddf_backward)
+def _backward_flops(grad_output: Any, input: Any, channel_filter: Any, *rest: Any, **kwargs: Any) -> int:
+    batch, channels, height, width = grad_output
+    needs = rest[-1]
+    return sum(needs) * 2 * int(channel_filter[-1]) ** 2 * batch * channels * height * width
