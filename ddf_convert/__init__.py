@@ -1,0 +1,27 @@
+"""Replaces 3x3 convolutions of PyTorch vision models with Decoupled Dynamic Filters (Zhou et al., CVPR 2021)."""
+
+from ddf_convert import layers, ops
+from ddf_convert.accounting import Cost, count_parameters, measure
+from ddf_convert.errors import ArtifactError, DDFError, UsageError
+from ddf_convert.graph import Action, Conversion, ConvertConfig, Plan, Replacement, Site, convert, plan
+from ddf_convert.version import __version__
+
+__all__ = [
+    "Action",
+    "ArtifactError",
+    "Conversion",
+    "ConvertConfig",
+    "Cost",
+    "DDFError",
+    "Plan",
+    "Replacement",
+    "Site",
+    "UsageError",
+    "__version__",
+    "convert",
+    "count_parameters",
+    "layers",
+    "measure",
+    "ops",
+    "plan",
+]

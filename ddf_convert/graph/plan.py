@@ -1,14 +1,16 @@
-"""The plan: what happens to every convolution of a model, and why. It is decided, read and edited before anything changes."""
+"""The plan: what happens to every convolution of a model, and why; read and edited before anything changes."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import difflib
+from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ddf_convert.accounting import Cost
+from ddf_convert.errors import UsageError
 
 
 class ConvertConfig(BaseModel):
@@ -19,7 +21,7 @@ class ConvertConfig(BaseModel):
         combine: "mul" (the paper) or "add" (the authors' second variant).
         heads: Groups of channels with a spatial filter of their own.
         mixing: Whether a 1x1 convolution that mixes channels follows the DDF layer: "auto" adds one unless 1x1
-            convolutions stand on both sides (a bottleneck); "always"; "never" (sites that change the width are skipped).
+            convolutions stand on both sides (a bottleneck); "always"; "never" (what changes the width is skipped).
         stem: Replace convolutions of few input channels too.
         depthwise: Replace depthwise convolutions too, though DDF adds parameters to them.
         allow_growth: Replace convolutions also where that adds parameters or MACs.
@@ -74,6 +76,7 @@ class Site(BaseModel):
         replacement: What takes its place, for every convolution that could be replaced (also while skipped).
         before: Cost of the convolution, over all its calls.
         after: Cost of what takes its place; equal to ``before`` while it is skipped.
+        replacement_cost: What ``after`` is once replaced, wherever there is a replacement.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -91,10 +94,21 @@ class Site(BaseModel):
     replacement: Replacement | None = None
     before: Cost
     after: Cost
+    replacement_cost: Cost | None = None
 
     def skip(self, reason: str = "left alone by the plan's editor") -> None:
         """Leaves this convolution alone."""
         self.action, self.reason, self.after = Action.SKIP, reason, self.before
+
+    def replace(self, reason: str = "replaced by the plan's editor") -> None:
+        """Replaces this convolution after all: undoes :meth:`skip`, or overrules the planner.
+
+        Raises:
+            UsageError: Nothing can take its place; the planner's reason stands.
+        """
+        if self.replacement is None or self.replacement_cost is None:
+            raise UsageError(f"{self.name} cannot be replaced: {self.reason}")
+        self.action, self.reason, self.after = Action.REPLACE, reason, self.replacement_cost
 
 
 class Plan(BaseModel):
@@ -135,11 +149,69 @@ class Plan(BaseModel):
         Raises:
             KeyError: There is none; the message names near ones.
         """
-        raise NotImplementedError
+        for site in self.sites:
+            if site.name == name:
+                return site
+        raise KeyError(f"the plan has no convolution {name!r}{suggestion(name, self.names())}")
 
     def __len__(self) -> int:
         return len(self.sites)
 
+    def __iter__(self) -> Iterator[Site]:  # type: ignore[override]
+        """The sites, as ``len`` counts them (not the fields, as pydantic would)."""
+        return iter(self.sites)
+
+    def __str__(self) -> str:
+        """A line for each site and one for the model; the report package prints better ones."""
+        lines = [f"{site.name}: {site.kind}: {site.action}: {site.reason}" for site in self.sites]
+        before, after = self.before, self.after
+        lines.append(
+            f"{self.model}: {before.params:,} -> {after.params:,} parameters, {before.macs:,} -> {after.macs:,} MACs"
+        )
+        return "\n".join(lines)
+
     def names(self) -> Iterator[str]:
         """The names of the sites."""
         return (site.name for site in self.sites)
+
+    def to_json(self) -> str:
+        """The plan as JSON text, for :meth:`from_json`."""
+        return self.model_dump_json(indent=2)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """Reads a plan back.
+
+        Raises:
+            UsageError: The text is not the JSON of a plan.
+        """
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            raise UsageError(f"not a plan of ddf_convert: {in_one_line(error)}") from error
+
+
+def make_config(config: ConvertConfig | None, options: dict[str, Any]) -> ConvertConfig:
+    """The configuration with single options changed.
+
+    Raises:
+        UsageError: There is no such option, or its value does not fit.
+    """
+    try:
+        return ConvertConfig.model_validate({**(config or ConvertConfig()).model_dump(), **options})
+    except ValidationError as error:
+        unknown = [str(item["loc"][0]) for item in error.errors() if item["type"] == "extra_forbidden"]
+        hint = suggestion(unknown[0], ConvertConfig.model_fields) if unknown else ""
+        raise UsageError(f"cannot convert with these options: {in_one_line(error)}{hint}") from error
+
+
+def in_one_line(error: ValidationError) -> str:
+    """What pydantic found wrong, the first few points of it."""
+    points = [f"{'.'.join(map(str, item['loc'])) or 'text'}: {item['msg']}" for item in error.errors()]
+    return "; ".join(points[:3]) + (f"; and {len(points) - 3} more" if len(points) > 3 else "")
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """What to append to an error: the nearest names, or nothing when none is near."""
+    near = difflib.get_close_matches(name, list(names), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

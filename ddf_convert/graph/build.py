@@ -1,0 +1,124 @@
+"""From a convolution to what takes its place: whether anything can, with what options, and the new layer itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from timm.layers.conv2d_same import Conv2dSame
+from torch import nn
+from torch.nn.utils import parametrize
+
+from ddf_convert.graph.plan import ConvertConfig, Replacement
+from ddf_convert.layers import DDF2d, DDFConv2d
+
+KERNEL_SIZE = 3
+
+_WHY_SUBCLASSES_DIFFER = {
+    "StdConv2d": "standardises its weights",
+    "StdConv2dSame": "standardises its weights",
+    "ScaledStdConv2d": "standardises its weights",
+    "ScaledStdConv2dSame": "standardises its weights",
+    "CondConv2d": "mixes several kernels for each image",
+}
+
+
+def kind_of(module: nn.Module) -> str:
+    """A module in words: "dense 3x3", "depthwise 3x3", "grouped 3x3", "pointwise 1x1", "transposed 4x4", "DDF"."""
+    if isinstance(module, DDF2d | DDFConv2d):
+        return "DDF"
+    assert isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
+    size = "x".join(map(str, module.kernel_size))
+    if isinstance(module, nn.ConvTranspose2d):
+        return f"transposed {size}"
+    if is_depthwise(module):
+        return f"depthwise {size}"
+    if module.groups > 1:
+        return f"grouped {size}"
+    return f"pointwise {size}" if module.kernel_size == (1, 1) else f"dense {size}"
+
+
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether every input channel is a group of its own."""
+    return conv.groups > 1 and conv.groups == conv.in_channels
+
+
+def obstacle(module: nn.Module) -> str | None:
+    """Why nothing can take a module's place, whatever the options; None if something can."""
+    if isinstance(module, DDF2d | DDFConv2d):
+        return "already a DDF layer"
+    if isinstance(module, nn.ConvTranspose2d):
+        return "transposed convolution; DDF replaces ordinary ones"
+    if not isinstance(module, nn.Conv2d):
+        return f"{type(module).__name__} is not a 2D convolution"
+    size = "x".join(map(str, module.kernel_size))
+    if module.kernel_size != (KERNEL_SIZE, KERNEL_SIZE):
+        return f"{size} kernel; DDF replaces {KERNEL_SIZE}x{KERNEL_SIZE}"
+    if parametrize.is_parametrized(module):
+        return f"its {' and '.join(module.parametrizations)} is parametrised"  # type: ignore[arg-type]
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks):
+        return "has hooks that would be lost"
+    if "forward" in vars(module) or type(module).forward not in (nn.Conv2d.forward, Conv2dSame.forward):
+        name = type(module).__name__
+        return f"{name} {_WHY_SUBCLASSES_DIFFER.get(name, 'has a forward of its own')}"
+    for option in ("stride", "padding", "dilation"):
+        value = getattr(module, option)
+        if not isinstance(value, str) and value[0] != value[1]:
+            return f"{option} {value[0]}x{value[1]}; DDF has one {option} for both sides"
+    return None
+
+
+def replacement_for(conv: nn.Conv2d, config: ConvertConfig, mix: bool) -> Replacement:
+    """What takes the place of a convolution that has no :func:`obstacle`.
+
+    Args:
+        conv: The convolution.
+        config: Options of the DDF layer.
+        mix: Whether a 1x1 convolution follows.
+    """
+    options: dict[str, int | float | bool | str] = {
+        "in_channels": conv.in_channels,
+        **geometry(conv),
+        "heads": config.heads,
+        "se_ratio": config.se_ratio,
+        "combine": config.combine,
+        "nonlinearity": "relu",
+        "bias": conv.bias is not None,
+    }
+    if mix:
+        return Replacement(
+            layer="DDFConv2d", options={**options, "out_channels": conv.out_channels, "groups": conv.groups}
+        )
+    return Replacement(layer="DDF2d", options=options)
+
+
+def geometry(conv: nn.Conv2d) -> dict[str, int | str]:
+    """Kernel, stride, padding, dilation and padding mode in DDF2d's terms."""
+    dilation = conv.dilation[0]
+    padding: int | str
+    if isinstance(conv, Conv2dSame):
+        padding = "same"  # TensorFlow's, which depends on the input's size; it always pads with zeros
+    elif isinstance(conv.padding, str):
+        padding = dilation * (KERNEL_SIZE - 1) // 2 if conv.padding == "same" else 0
+    else:
+        padding = conv.padding[0]
+    mode = "zeros" if isinstance(conv, Conv2dSame) else conv.padding_mode
+    return {
+        "kernel_size": conv.kernel_size[0],
+        "stride": conv.stride[0],
+        "padding": padding,
+        "dilation": dilation,
+        "padding_mode": mode,
+    }
+
+
+def build(replacement: Replacement, device: torch.device | str = "cpu") -> nn.Module:
+    """A new layer, in float32.
+
+    Raises:
+        ValueError: The options do not fit each other.
+        TypeError: The layer has no such option.
+    """
+    options: dict[str, Any] = {**replacement.options, "device": device, "dtype": torch.float32}
+    return DDF2d(**options) if replacement.layer == "DDF2d" else DDFConv2d(**options)

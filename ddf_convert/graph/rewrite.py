@@ -1,0 +1,186 @@
+"""Rewriting: a plan is checked and every new layer built first; then they are swapped into the module tree."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from ddf_convert.errors import UsageError
+from ddf_convert.graph.build import build, kind_of, obstacle
+from ddf_convert.graph.plan import ConvertConfig, Plan, Replacement, suggestion
+from ddf_convert.graph.planner import plan as make_plan
+from ddf_convert.graph.sites import module_names
+from ddf_convert.graph.trace import ExampleInput, build_graph, describe
+
+
+class Replaced(BaseModel):
+    """One convolution that was replaced.
+
+    Attributes:
+        names: Every path at which it was registered.
+        replacement: What took its place.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    names: tuple[str, ...] = Field(min_length=1)
+    replacement: Replacement
+
+
+class Conversion(BaseModel):
+    """What was done to a model, in order, so that it can be done again without deciding again.
+
+    Attributes:
+        source: The model, in words.
+        replaced: Every replacement, in order.
+        configs: The options of each conversion; a model can be converted more than once.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    source: str
+    replaced: tuple[Replaced, ...] = ()
+    configs: tuple[ConvertConfig, ...] = ()
+
+
+def convert(
+    model: nn.Module,
+    plan: Plan | None = None,
+    *,
+    example_input: ExampleInput | None = None,
+    inplace: bool = False,
+    as_graph: bool = False,
+    **options: Any,
+) -> nn.Module:
+    """Applies a plan to a model, or plans and applies in one step.
+
+    The model keeps its class, its methods and the names of its other parameters; the modules are swapped in the tree.
+    New layers take the device, dtype, training mode and requires_grad of the convolution. They are drawn from
+    torch's CPU generator, whose state is left as it was. The record of what was done is ``model.ddf_conversion``.
+
+    Args:
+        model: The model that the plan was made for.
+        plan: What to do; None makes a plan from ``example_input`` and the options.
+        example_input: As for ``plan``; only without a plan.
+        inplace: Change the model itself instead of a copy.
+        as_graph: Return the converted model's torch.fx GraphModule, with the DDF layers as nodes.
+        **options: As for ``plan``; only without a plan.
+
+    Returns:
+        The converted copy, or the model itself if ``inplace``.
+
+    Raises:
+        UsageError: The plan does not fit the model, or cannot be made. The model is then as it was.
+    """
+    if plan is None:
+        if example_input is None:
+            raise UsageError("convert needs a plan, or an example_input to make one")
+        plan = make_plan(model, example_input, **options)
+    elif example_input is not None or options:
+        given = [*options, *(["example_input"] if example_input is not None else [])]
+        raise UsageError(f"convert was given a plan and also {', '.join(given)}: those belong to plan()")
+    paths = {names[0]: names for _, names in module_names(model)}
+    steps = [
+        Replaced(names=paths.get(site.name, (site.name,)), replacement=site.replacement)
+        for site in plan.replaced
+        if site.replacement is not None
+    ]
+    before = recorded(model)
+    conversion = Conversion(
+        source=before.source if before else describe(model),
+        replaced=(*(before.replaced if before else ()), *steps),
+        configs=(*(before.configs if before else ()), plan.config),
+    )
+    layers = prepare(model, steps)
+    if not inplace:
+        model = _copied(model)
+    swap(model, layers)
+    model.ddf_conversion = conversion  # type: ignore[assignment]
+    if not as_graph:
+        return model
+    graph_module = build_graph(model, None, describe(model))
+    graph_module.ddf_conversion = conversion  # type: ignore[assignment]
+    return graph_module
+
+
+def recorded(model: nn.Module) -> Conversion | None:
+    """The record of a model's conversion, if it was converted."""
+    conversion = getattr(model, "ddf_conversion", None)
+    return conversion if isinstance(conversion, Conversion) else None
+
+
+def prepare(model: nn.Module, steps: Sequence[Replaced]) -> dict[str, nn.Module]:
+    """Checks that every step fits the model and builds its layer; the model and torch's random state stay as they are.
+
+    Returns:
+        The new layers, by the first name of the convolution that each replaces.
+
+    Raises:
+        UsageError: A step does not fit: no such module, another kind of module, other channels.
+    """
+    with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
+        return {step.names[0]: _built(_checked(model, step), step) for step in steps}
+
+
+def swap(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+    """Puts new layers in the places of old modules, wherever those are registered in the tree."""
+    new = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
+    for parent in list(model.modules()):
+        for key, child in parent._modules.items():
+            if id(child) in new:
+                parent._modules[key] = new[id(child)]
+
+
+def _checked(model: nn.Module, step: Replaced) -> nn.Conv2d:
+    """The convolution that a step replaces, once it is sure that it can."""
+    options = step.replacement.options
+    modules = dict(model.named_modules(remove_duplicate=False))
+    missing = [name for name in step.names if name not in modules]
+    if missing:
+        raise UsageError(
+            f"the plan does not fit {describe(model)}: it has no {missing[0]}{suggestion(missing[0], modules)}"
+        )
+    name, conv = step.names[0], modules[step.names[0]]
+    if any(modules[other] is not conv for other in step.names):
+        raise UsageError(f"the plan does not fit {describe(model)}: {' and '.join(step.names)} should be one module")
+    reason = obstacle(conv)
+    if reason is not None or not isinstance(conv, nn.Conv2d):
+        raise UsageError(f"the plan does not fit {describe(model)}: {name}: {reason}")
+    planned = (
+        options.get("in_channels"),
+        options.get("out_channels", options.get("in_channels")),
+        options.get("stride"),
+    )
+    actual = (conv.in_channels, conv.out_channels, conv.stride[0])
+    if planned != actual:
+        raise UsageError(
+            f"the plan does not fit {describe(model)}: {name} ({kind_of(conv)}) turns {actual[0]} channels into"
+            f" {actual[1]} with stride {actual[2]}, where the plan has {planned[0]}, {planned[1]} and {planned[2]}"
+        )
+    return conv
+
+
+def _built(conv: nn.Conv2d, step: Replaced) -> nn.Module:
+    weight = conv.weight
+    try:
+        layer = build(step.replacement, device="meta" if weight.device.type == "meta" else "cpu")
+    except (TypeError, ValueError) as error:
+        raise UsageError(f"{step.names[0]}: the replacement cannot be built: {error}") from error
+    if not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
+        layer = layer.to(memory_format=torch.channels_last)
+    layer = layer.to(weight.device, weight.dtype)
+    return layer.train(conv.training).requires_grad_(weight.requires_grad)
+
+
+def _copied(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except Exception as error:
+        raise UsageError(
+            f"{type(model).__name__} cannot be copied: {error}; convert it in place with inplace=True"
+        ) from error

@@ -1,0 +1,205 @@
+"""Odd networks: each holds one thing that a planner can get wrong."""
+
+import timm.layers
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def conv(inputs=32, outputs=32, **options):
+    return nn.Conv2d(inputs, outputs, 3, **{"padding": 1, **options})
+
+
+def around(*layers, width=32, after=None):
+    """An image into ``width`` channels by a 1x1, the layers, and a ReLU."""
+    return nn.Sequential(nn.Conv2d(3, width, 1), *layers, *([after] if after else []), nn.ReLU())
+
+
+def bottleneck(*layers, width=32):
+    """The layers between two 1x1 convolutions."""
+    return nn.Sequential(nn.Conv2d(3, width, 1), nn.BatchNorm2d(width), nn.ReLU(), *layers, nn.Conv2d(width, 8, 1))
+
+
+class Shared(nn.Module):
+    """One convolution called three times, at two sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 1)
+        self.shared = conv()
+
+    def forward(self, x):
+        x = self.shared(self.shared(self.first(x)))
+        return self.shared(F.max_pool2d(x, 2))
+
+
+class TwoNames(nn.Module):
+    """One convolution registered under two names."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 1)
+        self.a = conv()
+        self.b = nn.ModuleDict({"same": self.a})
+
+    def forward(self, x):
+        return self.b["same"](self.a(self.first(x)))
+
+
+class TiedWeights(nn.Module):
+    """Two convolutions that hold one weight."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 1)
+        self.a, self.b = conv(), conv()
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.b(self.a(self.first(x)))
+
+
+class Functional(nn.Module):
+    """F.conv2d with a parameter of the model's own."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 3, 3, 3))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, stride=2, padding=1)
+
+
+class ReadDirectly(nn.Module):
+    """A convolution whose weight the forward pass also reads."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 1)
+        self.conv = conv()
+
+    def forward(self, x):
+        return self.conv(self.first(x)) * self.conv.weight.mean()
+
+
+class Uncalled(nn.Module):
+    """A convolution that the forward pass never reaches."""
+
+    def __init__(self):
+        super().__init__()
+        self.unused = conv()
+        self.used = nn.Conv2d(3, 32, 3)
+
+    def forward(self, x):
+        return self.used(x)
+
+
+class Residual(nn.Module):
+    """A bottleneck whose inner feature meets a residual addition before the 1x1."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv, self.last = nn.Conv2d(3, 32, 1), conv(), nn.Conv2d(32, 8, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(x + self.conv(x))
+
+
+class Concatenated(Residual):
+    """The same with a concatenation."""
+
+    def __init__(self):
+        super().__init__()
+        self.last = nn.Conv2d(64, 8, 1)
+
+    def forward(self, x):
+        x = self.first(x)
+        return self.last(torch.cat([x, self.conv(x)], 1))
+
+
+class TwoConsumers(Residual):
+    """The same with a 1x1 and the model's output as consumers."""
+
+    def forward(self, x):
+        x = self.conv(self.first(x))
+        return self.last(x), x
+
+
+class Gated(Residual):
+    """A bottleneck with squeeze-and-excitation written by hand, a learned scale, padding, pooling and casts between."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate = nn.Linear(32, 32)
+        self.scale = nn.Parameter(torch.ones(1, 32, 1, 1))
+
+    def forward(self, x):
+        x = F.relu(self.first(x)) * self.scale
+        x = F.pad(self.conv(x), (1, 1, 1, 1)).float()
+        gate = torch.sigmoid(self.gate(x.mean((2, 3)))).view(x.shape[0], x.shape[1], 1, 1)
+        return self.last(F.max_pool2d(x * gate, 2) * 0.5)
+
+
+class ForeignGate(Residual):
+    """The feature is multiplied by something that does not come from it."""
+
+    def forward(self, x):
+        return self.last(self.conv(self.first(x)) * x.mean(1, keepdim=True))
+
+
+class Optional(nn.Module):
+    """Optional arguments, tested in Python."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 32, 1), conv()
+
+    def forward(self, x, mask=None, scale: float = 1.0):
+        x = self.conv(self.first(x))
+        if mask is not None:
+            x = x * mask
+        return x * scale if scale > 0 else x
+
+
+class OwnForward(nn.Conv2d):
+    """A subclass that scales its weight."""
+
+    def forward(self, x):
+        return self._conv_forward(x, self.weight * 2, self.bias)
+
+
+class SameForward(nn.Conv2d):
+    """A subclass that only adds an attribute."""
+
+    note = "unchanged"
+
+
+class Untraceable(nn.Module):
+    """Control flow on values."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv = conv(3)
+
+    def forward(self, x):
+        return self.conv(x) if x.mean() > 0 else x
+
+
+def hooked():
+    layer = conv()
+    layer.register_forward_hook(lambda module, args, output: output * 2)
+    return layer
+
+
+def parametrised():
+    return torch.nn.utils.parametrizations.weight_norm(conv())
+
+
+def overridden():
+    layer = conv()
+    layer.forward = lambda x: x
+    return layer
+
+
+same = timm.layers.create_conv2d(32, 64, 3, stride=2, padding="same")
