@@ -1,0 +1,368 @@
+"""The command line: parse, call, print. What it calls is imported inside the commands, so that completion is quick."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from ddf_convert.completion import timm_names
+from ddf_convert.errors import DDFError, UsageError
+
+if TYPE_CHECKING:
+    from ddf_convert.graph import Plan
+    from ddf_convert.source import Opened
+
+app = typer.Typer(
+    name="ddf-convert",
+    help="Replaces 3x3 convolutions of PyTorch vision models with decoupled dynamic filters.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+_out = Console(highlight=False, emoji=False)
+_err = Console(stderr=True, highlight=False, emoji=False)
+_INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ended
+_debug = False  # set by --debug, read where errors are printed
+
+
+class Combine(StrEnum):
+    """How the two filters make one."""
+
+    MUL = "mul"
+    ADD = "add"
+
+
+class Mixing(StrEnum):
+    """When a 1x1 convolution follows."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+def _set_debug(value: bool) -> None:
+    global _debug
+    _debug = _debug or value
+
+
+def _print_version(value: bool) -> None:
+    if value:
+        from ddf_convert.version import __version__
+
+        typer.echo(f"ddf-convert {__version__}")
+        raise typer.Exit
+
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A timm model, a converted folder, or package.module:callable that returns a model.",
+        autocompletion=timm_names,
+        show_default=False,
+    ),
+]
+InputSize = Annotated[
+    tuple[int, int, int] | None,
+    typer.Option(
+        metavar="C H W",
+        help="Size of the images that costs are counted for; the model's own if not given.",
+        show_default=False,
+    ),
+]
+SeRatio = Annotated[float, typer.Option(help="Squeeze of the channel branch, as a fraction of the channels.")]
+CombineOption = Annotated[Combine, typer.Option(help="How the two filters make one.")]
+Heads = Annotated[int, typer.Option(help="Groups of channels with a spatial filter of their own.")]
+MixingOption = Annotated[
+    Mixing, typer.Option(help="A 1x1 convolution after DDF: auto adds it unless 1x1s stand on both sides.")
+]
+Stem = Annotated[bool, typer.Option("--stem", help="Replace convolutions of the image too.")]
+Depthwise = Annotated[bool, typer.Option("--depthwise", help="Replace depthwise convolutions too.")]
+AllowGrowth = Annotated[bool, typer.Option("--allow-growth", help="Replace also where that adds parameters or MACs.")]
+Include = Annotated[
+    list[str] | None,
+    typer.Option(metavar="PATTERN", help="Only these: a name, a glob, or re:PATTERN. Repeatable.", show_default=False),
+]
+Exclude = Annotated[
+    list[str] | None, typer.Option(metavar="PATTERN", help="All but these. Repeatable.", show_default=False)
+]
+Everything = Annotated[bool, typer.Option("--all", help="List every convolution.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.", show_default=False)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug)]
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True)
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def inspect(
+    model: Model,
+    input_size: InputSize = None,
+    se_ratio: SeRatio = 0.2,
+    combine: CombineOption = Combine.MUL,
+    heads: Heads = 1,
+    mixing: MixingOption = Mixing.AUTO,
+    stem: Stem = False,
+    depthwise: Depthwise = False,
+    allow_growth: AllowGrowth = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    everything: Everything = False,
+    as_json: AsJson = False,
+    html: Html = None,
+    debug: Debug = False,
+) -> None:
+    """Show what converting a model would replace and save. Changes nothing, downloads nothing."""
+    _check_html(html)
+    with _busy(f"Looking at {model}"):
+        from ddf_convert.source import open_model
+
+        opened = open_model(model)
+        plan = _plan(opened, input_size, include, exclude, _options(locals()))
+    _present(plan, opened.name, as_json, html, everything)
+
+
+@app.command()
+def convert(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)],
+    input_size: InputSize = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from timm's weights (a download).")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start from these weights.", show_default=False)
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the new layers' weights.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the converted model in DIR.")] = False,
+    se_ratio: SeRatio = 0.2,
+    combine: CombineOption = Combine.MUL,
+    heads: Heads = 1,
+    mixing: MixingOption = Mixing.AUTO,
+    stem: Stem = False,
+    depthwise: Depthwise = False,
+    allow_growth: AllowGrowth = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    everything: Everything = False,
+    as_json: AsJson = False,
+    html: Html = None,
+    debug: Debug = False,
+) -> None:
+    """Convert a model and save it: DIR/manifest.json, DIR/model.safetensors, DIR/report.json."""
+    if pretrained and checkpoint:
+        raise UsageError("--pretrained and --checkpoint exclude each other: give one")
+    if checkpoint and not checkpoint.is_file():
+        raise UsageError(f"--checkpoint {checkpoint}: no such file")
+    _check_html(html, beside=output)
+    with _busy(f"Opening {model}") as say:
+        from ddf_convert import artifact
+
+        artifact.check_writable(output)
+        if (output / "manifest.json").exists() and not overwrite:
+            raise UsageError(
+                f"{output} already holds a converted model: give another folder, or --overwrite to lose it"
+            )
+        import torch
+
+        from ddf_convert.graph import convert as apply
+        from ddf_convert.report import report
+        from ddf_convert.source import open_model
+
+        torch.manual_seed(seed)
+        opened = open_model(model, weights=True, pretrained=pretrained)
+        if checkpoint:
+            say(f"Reading {checkpoint}")
+            artifact.load_checkpoint(opened.model, checkpoint)
+        say(f"Looking at {model}")
+        plan = _plan(opened, input_size, include, exclude, _options(locals()))
+        if not plan.replaced:
+            raise UsageError(f"nothing to convert in {model}: `ddf-convert inspect {model}` says why")
+        say(f"Replacing {len(plan.replaced)} convolutions")
+        converted = apply(opened.model, plan, inplace=True)
+        say(f"Saving {output}")
+        artifact.save(converted, output, report=report(plan, opened.name))
+    _present(plan, opened.name, as_json, html, everything)
+    if not as_json:
+        _saved(output)
+
+
+@app.command()
+def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Say what runs on this machine, and why not what does not."""
+    with _busy("Looking around; the kernels are compiled if they never were"):
+        from ddf_convert.doctor import State, examine
+
+        checks = list(examine())
+    if as_json:
+        _print_json({"checks": [check.to_dict() for check in checks]})
+    else:
+        from ddf_convert.report.tables import checks_table
+
+        _out.print(checks_table(checks))
+    if any(check.state is State.PROBLEM for check in checks):
+        raise typer.Exit(1)
+
+
+def _options(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The fields of ConvertConfig among a command's arguments."""
+    from ddf_convert.graph import ConvertConfig
+
+    return {name: arguments[name] for name in ConvertConfig.model_fields}
+
+
+def _plan(
+    opened: Opened,
+    input_size: tuple[int, int, int] | None,
+    include: list[str] | None,
+    exclude: list[str] | None,
+    options: dict[str, Any],
+) -> Plan:
+    import torch
+
+    from ddf_convert.graph import plan
+
+    size = input_size or opened.input_size
+    if min(size) < 1:
+        raise UsageError(f"--input-size {' '.join(map(str, size))}: every number must be at least 1")
+    # torch logs a shape that does not work out with its whole traceback; the user gets it as one line instead.
+    if not _debug:
+        logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
+    image = torch.empty(1, *size, device="meta")
+    return plan(opened.model, image, include=include or None, exclude=exclude or None, **options)
+
+
+def _present(plan: Plan, name: str, as_json: bool, html: Path | None, everything: bool) -> None:
+    from ddf_convert.report import page, report
+    from ddf_convert.report.tables import plan_tables
+
+    if html:
+        _write(html, page(plan, name))
+    if as_json:
+        _print_json(report(plan, name))
+        return
+    _out.print(plan_tables(plan, name, everything))
+    if html:
+        _out.print(f"\nPage: [bold]{escape(str(html))}[/]", soft_wrap=True)
+
+
+def _saved(output: Path) -> None:
+    from ddf_convert.report import units
+
+    weights = units.size((output / "model.safetensors").stat().st_size)
+    _out.print(
+        f"\nSaved to [bold]{escape(str(output))}[/]: manifest.json, model.safetensors ({weights}), report.json\n"
+        f"To use it in Python: ddf_convert.load({escape(repr(str(output)))})",
+        soft_wrap=True,
+    )
+
+
+def _check_html(file: Path | None, beside: Path | None = None) -> None:
+    """Fails early where the page could not be written. ``beside`` is a folder that will exist by then."""
+    if file is None:
+        return
+    if file.is_dir():
+        raise UsageError(f"--html {file}: is a folder; give a file")
+    folder = file.parent
+    if beside is not None and folder.resolve() == beside.resolve():
+        return
+    if not folder.is_dir():
+        raise UsageError(f"--html {file}: there is no folder {folder}")
+    if not os.access(folder, os.W_OK):
+        raise UsageError(f"--html {file}: cannot write in {folder}")
+
+
+def _write(file: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = file.with_name(f".{file.name}.{os.getpid()}.part")
+    try:
+        part.write_text(text, encoding="utf-8")
+        part.replace(file)
+    except OSError as error:
+        raise UsageError(f"cannot write {file}: {error.strerror}") from error
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _print_json(value: Any) -> None:
+    typer.echo(json.dumps(value, indent=2, ensure_ascii=False))
+
+
+@contextlib.contextmanager
+def _busy(doing: str) -> Iterator[Any]:
+    """A spinner on stderr while something takes its time, on a terminal only; yields what changes its words."""
+    with _err.status(f"{escape(doing)} ...") as status:
+        yield lambda words: status.update(f"{escape(words)} ...")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Runs the command line and exits: 0, 1 for a failure, 2 for a user's mistake, 130 for Ctrl-C.
+
+    Args:
+        arguments: Those of the process if None.
+    """
+    sys.exit(run(sys.argv[1:] if arguments is None else arguments))
+
+
+def run(arguments: list[str]) -> int:
+    """Runs the command line; every error becomes one line on stderr and an exit code."""
+    global _debug
+    _debug = False
+    try:
+        code = app(arguments, prog_name="ddf-convert", standalone_mode=False)
+        sys.stdout.flush()
+        if code == _INTERRUPTED:  # some versions of typer swallow the KeyboardInterrupt
+            raise KeyboardInterrupt
+        return code if isinstance(code, int) else 0
+    except (KeyboardInterrupt, typer.Abort):
+        _err.print("interrupted; nothing was left half-written")
+        return _INTERRUPTED
+    except BrokenPipeError:
+        # The reader went away (`| head`): nobody is there to be told. Python must not try to flush at exit either.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+    except Exception as error:
+        return _report_error(error)
+
+
+def _report_error(error: Exception) -> int:
+    if _debug:
+        traceback.print_exception(error)
+    elif isinstance(error, DDFError):
+        _complain(str(error))
+    elif hasattr(error, "format_message"):  # click's own errors, from whichever copy of click typer carries
+        # With no arguments at all typer prints the help and then complains in no words.
+        if message := error.format_message():
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context else "ddf-convert"
+            _complain(f"{message.rstrip('.')}; see {command} --help")
+    else:
+        _complain(f"{type(error).__name__}: {error} (this is a fault of ddf-convert; --debug shows where)")
+    return getattr(error, "exit_code", 1)
+
+
+def _complain(message: str) -> None:
+    """One line, whatever the message: pasted paths and torch's reasons can hold several."""
+    line = " ".join(message.split())
+    _err.print(f"[bold red]error:[/] {escape(line)}", soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,45 @@
+"""The report of a plan as plain data: what ``--json`` prints and ``report.json`` holds."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any
+
+import timm
+import torch
+
+from ddf_convert.graph.plan import Plan
+from ddf_convert.version import __version__
+
+FORMAT_VERSION = 1
+
+
+def report(plan: Plan, model: str | None = None) -> dict[str, Any]:
+    """What a plan does to a model and what that saves, ready for ``json.dumps``.
+
+    Args:
+        plan: The plan.
+        model: What to call the model; the plan's own words if None.
+
+    Returns:
+        ``model``; ``input_size`` (C, H, W); ``before`` and ``after``, each with ``params``, ``macs``
+        (multiply-accumulates of one forward pass of the example input) and ``activation_bytes`` (kept for the backward
+        pass); ``sites``, every convolution with ``name``, ``kind``, ``action``, ``reason``, shapes, ``calls``,
+        ``replacement``, ``before`` and ``after``; and the ``config`` and ``versions`` that led to it.
+    """
+    return {
+        "format": "ddf_convert report",
+        "format_version": FORMAT_VERSION,
+        "model": model or plan.model,
+        "input_size": list(plan.input_size),
+        "config": plan.config.model_dump(mode="json"),
+        "versions": {
+            "ddf_convert": __version__,
+            "torch": torch.__version__,
+            "timm": timm.__version__,
+            "python": platform.python_version(),
+        },
+        "before": plan.before.model_dump(),
+        "after": plan.after.model_dump(),
+        "sites": [site.model_dump(mode="json", exclude={"replacement_cost"}) for site in plan.sites],
+    }

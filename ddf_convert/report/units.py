@@ -1,0 +1,60 @@
+"""How numbers are written, everywhere, and what they mean: 25.56 M, 4.09 G, 28.1 MiB, -34.1 %."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+NOTE = (
+    "MACs are multiply-accumulates, which papers call FLOPs. Activations are what autograd keeps for the backward pass."
+    " Fewer MACs are not by themselves faster: measure."
+)
+
+_COUNTS = ("", " k", " M", " G", " T", " P")
+_BYTES = (" B", " KiB", " MiB", " GiB", " TiB")
+
+
+def count(number: int, beside: int = 0) -> str:
+    """A total, to two decimals: ``25557032 -> "25.56 M"``.
+
+    Beside a greater total it takes that one's unit, down to a tenth of it: 1.81 G -> 0.36 G, not 355.23 M.
+    """
+    if beside > number >= 1000:
+        power = (len(str(beside)) - 1) // 3
+        if 10 * number >= 1000**power:
+            return f"{number / 1000**power:.2f}{_COUNTS[power]}"
+    return _scaled(number, 1000, _COUNTS, lambda value: f"{value:.2f}")
+
+
+def short(number: int) -> str:
+    """A number among many, to three figures: ``36864 -> "36.9 k"``."""
+    return _scaled(number, 1000, _COUNTS, _three_figures)
+
+
+def size(number: int) -> str:
+    """Bytes, to three figures: ``29502464 -> "28.1 MiB"``."""
+    return _scaled(number, 1024, _BYTES, _three_figures)
+
+
+def change(before: int, after: int) -> str:
+    """The change from one number to another: ``"-34.1 %"``; a dash where there was nothing before."""
+    if before == after:
+        return "none"
+    if before == 0:
+        return "-"
+    return f"{100 * (after - before) / before:+.1f} %"
+
+
+def _three_figures(value: float) -> str:
+    magnitude = abs(value)
+    decimals = 2 if magnitude < 9.995 else 1 if magnitude < 99.95 else 0
+    return f"{value:.{decimals}f}"
+
+
+def _scaled(number: int, base: int, units: tuple[str, ...], written: Callable[[float], str]) -> str:
+    """Divides by ``base`` until what is written is below it; numbers without a prefix are written whole."""
+    if abs(number) < base:
+        return f"{number}{units[0]}"
+    power = 1
+    while power < len(units) - 1 and abs(float(written(number / base**power))) >= base:
+        power += 1
+    return f"{written(number / base**power)}{units[power]}"

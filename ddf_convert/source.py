@@ -1,0 +1,158 @@
+"""The MODEL of the command line: a timm name, a converted folder, or ``package.module:callable``."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from torch import nn
+
+from ddf_convert.errors import ArtifactError, DDFError, UsageError
+
+INPUT_SIZE = (3, 224, 224)
+_REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's words for models that are configured by files of others
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model, and how it was asked for.
+
+    Attributes:
+        name: What the user called it.
+        model: In evaluation mode; on the meta device if weights were not asked for and it could be built there.
+        input_size: (C, H, W) that it expects.
+    """
+
+    name: str
+    model: nn.Module
+    input_size: tuple[int, int, int]
+
+
+def open_model(name: str, weights: bool = False, pretrained: bool = False) -> Opened:
+    """Finds and builds a model.
+
+    Args:
+        name: A timm name, a folder written by ``save``, or ``package.module:callable``, which returns the model.
+        weights: Whether the weights matter; without, timm models are built on the meta device where possible.
+        pretrained: Download timm's weights.
+
+    Raises:
+        UsageError: There is no such model, or it cannot be built.
+        ArtifactError: The folder is not a whole artifact.
+        DDFError: The weights could not be downloaded.
+    """
+    # Whatever a model prints while it is built must not get between the lines of --json.
+    with contextlib.redirect_stdout(sys.stderr):
+        if os.path.isdir(name) and (Path(name, "manifest.json").exists() or not timm.is_model(name)):
+            opened = _from_folder(name)
+        elif name.startswith(_REMOTE):
+            raise UsageError(
+                f"{name}: models of a hub are not opened; give the timm name, and its file with --checkpoint"
+            )
+        elif ":" in name:
+            opened = _from_callable(name)
+        elif os.sep in name:
+            raise ArtifactError(f"{name}: no such folder")
+        else:
+            return _from_timm(name, weights, pretrained)
+    if pretrained:
+        raise UsageError(f"--pretrained is for timm models, and {name} is not one; use --checkpoint FILE")
+    return opened
+
+
+def _from_folder(folder: str) -> Opened:
+    from ddf_convert import artifact
+
+    model = artifact.load(folder).eval()
+    return Opened(folder, model, _input_size(model))
+
+
+def _from_timm(name: str, weights: bool, pretrained: bool) -> Opened:
+    if not timm.is_model(name):
+        near = difflib.get_close_matches(name, timm.list_models(), n=3, cutoff=0.7)
+        hint = (
+            f"did you mean {' or '.join(near)}?" if near else "give a timm name, a converted folder or module:callable"
+        )
+        raise UsageError(f"unknown model {name!r}: {hint}")
+    if pretrained and not timm.is_model_pretrained(name):
+        raise UsageError(f"{name} has no pretrained weights; use --checkpoint FILE, or leave --pretrained out")
+    if pretrained:
+        try:
+            model = timm.create_model(name, pretrained=True)
+        except DDFError:
+            raise
+        except Exception as error:
+            raise DDFError(
+                f"could not get the pretrained weights of {name} ({_first_line(error)});"
+                " check the network, or give a file with --checkpoint"
+            ) from error
+    else:
+        model = _built_by_timm(name, "cpu" if weights else "meta")
+    return Opened(name, model.eval(), _input_size(model))
+
+
+def _built_by_timm(name: str, device: str) -> nn.Module:
+    try:
+        with torch.device(device):
+            return timm.create_model(name, pretrained=False)
+    except DDFError:
+        raise
+    except Exception as error:
+        if device == "meta":  # some models look at values while they are built
+            return _built_by_timm(name, "cpu")
+        raise UsageError(f"timm cannot build {name}: {_first_line(error)}") from error
+
+
+def _from_callable(name: str) -> Opened:
+    module_name, _, path = name.partition(":")
+    if not module_name or not path:
+        raise UsageError(f"{name!r}: write package.module:callable")
+    here = os.getcwd()
+    if here not in sys.path:
+        sys.path.insert(0, here)
+    try:
+        found: Any = importlib.import_module(module_name)
+    except Exception as error:
+        raise UsageError(f"{name}: cannot import {module_name}: {_first_line(error)}") from error
+    for part in path.split("."):
+        try:
+            found = getattr(found, part)
+        except AttributeError as error:
+            hint = _near(part, dir(found))
+            raise UsageError(f"{name}: {module_name} has no {path}{hint}") from error
+    if isinstance(found, nn.Module):
+        raise UsageError(f"{name} is a model, not a callable that returns one; write a function that builds it")
+    if not callable(found):
+        raise UsageError(f"{name} is {type(found).__name__}, not a callable that returns a model")
+    try:
+        model = found()
+    except Exception as error:
+        raise UsageError(f"{name}() failed: {type(error).__name__}: {_first_line(error)}") from error
+    if not isinstance(model, nn.Module):
+        raise UsageError(f"{name}() returned {type(model).__name__}, not a torch.nn.Module")
+    return Opened(name, model.eval(), _input_size(model))
+
+
+def _near(name: str, names: list[str]) -> str:
+    near = difflib.get_close_matches(name, [other for other in names if not other.startswith("_")], n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
+
+
+def _input_size(model: nn.Module) -> tuple[int, int, int]:
+    """The size that timm gives for the model, or ImageNet's."""
+    configuration = getattr(model, "pretrained_cfg", None)
+    size = configuration.get("input_size") if configuration and hasattr(configuration, "get") else None
+    return tuple(size) if size else INPUT_SIZE
+
+
+def _first_line(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__
