@@ -2,6 +2,7 @@
 
 from ddf_convert import layers, ops
 from ddf_convert.accounting import Cost, count_parameters, measure
+from ddf_convert.artifact import load, restore, save
 from ddf_convert.errors import ArtifactError, DDFError, UsageError
 from ddf_convert.graph import Action, Conversion, ConvertConfig, Plan, Replacement, Site, convert, plan
 from ddf_convert.version import __version__
@@ -21,7 +22,10 @@ __all__ = [
     "convert",
     "count_parameters",
     "layers",
+    "load",
     "measure",
     "ops",
     "plan",
+    "restore",
+    "save",
 ]

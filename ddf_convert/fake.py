@@ -52,28 +52,22 @@ def fake_copy(module: nn.Module, inputs: tuple[Any, ...]) -> FakeCopy:
     Raises:
         UsageError: The module has parameters that are not initialised, or cannot be copied.
     """
-    check_initialised(module)
     mode = FakeTensorMode(allow_non_fake_inputs=True)
-
-    def imitate(tensor: Tensor) -> Tensor:
-        if tensor.layout is not torch.strided:
-            return tensor
-        with torch.inference_mode(False), mode:
-            fake = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
-        if isinstance(tensor, nn.Parameter):
-            return nn.Parameter(fake, requires_grad=fake.is_floating_point() or fake.is_complex())
-        return fake
-
-    # deepcopy takes what the memo holds for the copy: shared tensors stay shared, and no weight is ever duplicated.
-    memo: dict[int, Any] = {id(tensor): imitate(tensor) for tensor in _tensors(module)}
-    try:
-        copied = copy.deepcopy(module, memo)
-    except Exception as error:
-        raise UsageError(f"{type(module).__name__} cannot be copied to look at its shapes: {error}") from error
+    with mode:
+        copied = _copy(module, "cpu")
+        fakes = tuple(_imitate(value.detach(), "cpu") if isinstance(value, Tensor) else value for value in inputs)
     for part in copied.modules():
         part.training = False
-    fakes = tuple(imitate(value.detach()) if isinstance(value, Tensor) else value for value in inputs)
     return FakeCopy(copied, fakes, mode)
+
+
+def meta_copy(module: nn.Module) -> nn.Module:
+    """A copy on the meta device, without duplicating a weight on the way.
+
+    Raises:
+        UsageError: The module has parameters that are not initialised, or cannot be copied.
+    """
+    return _copy(module, "meta")
 
 
 def check_initialised(module: nn.Module) -> None:
@@ -84,6 +78,26 @@ def check_initialised(module: nn.Module) -> None:
                 raise UsageError(
                     f"{type(module).__name__}: {name} is lazy and has no shape yet; run the model once on an example"
                 )
+
+
+def _copy(module: nn.Module, device: str) -> nn.Module:
+    check_initialised(module)
+    # deepcopy takes what the memo holds for the copy: shared tensors stay shared, and no weight is ever duplicated.
+    memo: dict[int, Any] = {id(tensor): _imitate(tensor, device) for tensor in _tensors(module)}
+    try:
+        return copy.deepcopy(module, memo)
+    except Exception as error:
+        raise UsageError(f"{type(module).__name__} cannot be copied to look at its shapes: {error}") from error
+
+
+def _imitate(tensor: Tensor, device: str) -> Tensor:
+    if tensor.layout is not torch.strided:
+        return tensor
+    with torch.inference_mode(False):
+        empty = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device=device)
+    if isinstance(tensor, nn.Parameter):
+        return nn.Parameter(empty, requires_grad=empty.is_floating_point() or empty.is_complex())
+    return empty
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:

@@ -15,7 +15,7 @@ from ddf_convert.graph.build import build, kind_of, obstacle
 from ddf_convert.graph.plan import ConvertConfig, Plan, Replacement, suggestion
 from ddf_convert.graph.planner import plan as make_plan
 from ddf_convert.graph.sites import module_names
-from ddf_convert.graph.trace import ExampleInput, build_graph, describe
+from ddf_convert.graph.trace import ExampleInput, build_graph, describe, first_line
 
 
 class Replaced(BaseModel):
@@ -143,25 +143,29 @@ def _checked(model: nn.Module, step: Replaced) -> nn.Conv2d:
     missing = [name for name in step.names if name not in modules]
     if missing:
         raise UsageError(
-            f"the plan does not fit {describe(model)}: it has no {missing[0]}{suggestion(missing[0], modules)}"
+            f"the conversion does not fit {describe(model)}: it has no {missing[0]}{suggestion(missing[0], modules)}"
         )
     name, conv = step.names[0], modules[step.names[0]]
     if any(modules[other] is not conv for other in step.names):
-        raise UsageError(f"the plan does not fit {describe(model)}: {' and '.join(step.names)} should be one module")
+        raise UsageError(
+            f"the conversion does not fit {describe(model)}: {' and '.join(step.names)} should be one module"
+        )
     reason = obstacle(conv)
     if reason is not None or not isinstance(conv, nn.Conv2d):
-        raise UsageError(f"the plan does not fit {describe(model)}: {name}: {reason}")
-    planned = (
-        options.get("in_channels"),
-        options.get("out_channels", options.get("in_channels")),
-        options.get("stride"),
-    )
-    actual = (conv.in_channels, conv.out_channels, conv.stride[0])
-    if planned != actual:
-        raise UsageError(
-            f"the plan does not fit {describe(model)}: {name} ({kind_of(conv)}) turns {actual[0]} channels into"
-            f" {actual[1]} with stride {actual[2]}, where the plan has {planned[0]}, {planned[1]} and {planned[2]}"
-        )
+        raise UsageError(f"the conversion does not fit {describe(model)}: {name}: {reason}")
+    actual: dict[str, int] = {
+        "in_channels": conv.in_channels,
+        "out_channels": conv.out_channels,
+        "kernel_size": conv.kernel_size[0],
+        "stride": conv.stride[0],
+    }
+    planned = {"out_channels": options.get("in_channels"), **options}
+    for option, value in actual.items():
+        if planned.get(option) != value:
+            raise UsageError(
+                f"the conversion does not fit {describe(model)}: {name} ({kind_of(conv)}) has {option} {value},"
+                f" where the record has {planned.get(option)}"
+            )
     return conv
 
 
@@ -169,8 +173,8 @@ def _built(conv: nn.Conv2d, step: Replaced) -> nn.Module:
     weight = conv.weight
     try:
         layer = build(step.replacement, device="meta" if weight.device.type == "meta" else "cpu")
-    except (TypeError, ValueError) as error:
-        raise UsageError(f"{step.names[0]}: the replacement cannot be built: {error}") from error
+    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+        raise UsageError(f"{step.names[0]}: the replacement cannot be built: {first_line(error)}") from error
     if not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
         layer = layer.to(memory_format=torch.channels_last)
     layer = layer.to(weight.device, weight.dtype)

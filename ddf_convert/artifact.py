@@ -1,0 +1,384 @@
+"""Artifacts: a converted model on disk. ``manifest.json`` says what was done to which model, beside its weights.
+
+Loading repeats the recorded decisions and never makes one. Nothing in an artifact is unpickled or executed.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import zip_longest
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import safetensors
+import safetensors.torch
+import timm
+import torch
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor, nn
+
+from ddf_convert.checkpoint import describe_difference, load_checkpoint, state_of
+from ddf_convert.errors import ArtifactError, UsageError
+from ddf_convert.fake import check_initialised, meta_copy
+from ddf_convert.folder import MANIFEST, FileRecord, check_writable, finished, replacing, unfinished
+from ddf_convert.graph.plan import in_one_line
+from ddf_convert.graph.rewrite import Conversion, prepare, recorded, swap
+from ddf_convert.graph.trace import describe, first_line
+from ddf_convert.version import __version__
+
+__all__ = [
+    "Manifest",
+    "OwnSource",
+    "TimmSource",
+    "check_writable",
+    "load",
+    "load_checkpoint",
+    "read_manifest",
+    "restore",
+    "save",
+]
+
+FORMAT = "ddf_convert"
+FORMAT_VERSION = 1
+WEIGHTS = "model.safetensors"
+REPORT = "report.json"
+
+# Arguments of timm.create_model that make it read or fetch files: an artifact never carries them.
+_READING = {
+    "pretrained",
+    "pretrained_cfg",
+    "pretrained_cfg_overlay",
+    "pretrained_strict",
+    "checkpoint_path",
+    "cache_dir",
+}
+
+_Scalar = bool | int | float | str | None
+
+
+class TimmSource(BaseModel):
+    """A model that timm can build: ``timm.create_model(name, pretrained=False, **kwargs)``."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["timm"] = "timm"
+    name: str
+    kwargs: dict[str, _Scalar | list[_Scalar]] = {}
+
+
+class OwnSource(BaseModel):
+    """A model of the user's own: it is built by the user and filled by :func:`restore`.
+
+    Attributes:
+        model_class: Module and name of its class, to recognise it by; never imported.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    kind: Literal["own"] = "own"
+    model_class: str = Field(alias="class")
+
+
+class Manifest(BaseModel):
+    """``manifest.json``.
+
+    Attributes:
+        format: Always "ddf_convert".
+        format_version: Of this schema.
+        versions: Of ddf_convert, torch and timm when it was written.
+        source: The model before conversion.
+        conversion: What was done to it.
+        dtype: Of its floating-point parameters, for people; each tensor has its own in the weights.
+        shared: Tensors that are the same as another one, which alone is in the weights: name to that name.
+        weights: Size and hash of ``model.safetensors``.
+        report: Size and hash of ``report.json``, if there is one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal["ddf_convert"] = "ddf_convert"
+    format_version: Literal[1] = 1
+    versions: dict[str, str]
+    source: Annotated[TimmSource | OwnSource, Field(discriminator="kind")]
+    conversion: Conversion
+    dtype: str
+    shared: dict[str, str] = {}
+    weights: FileRecord
+    report: FileRecord | None = None
+
+    def files(self) -> dict[str, FileRecord]:
+        """The files beside the manifest."""
+        return {WEIGHTS: self.weights} | ({} if self.report is None else {REPORT: self.report})
+
+
+def save(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    source: TimmSource | str | None = None,
+    report: Mapping[str, Any] | None = None,
+) -> Manifest:
+    """Writes a converted model to a folder, whole or not at all; what the folder held before stays until then.
+
+    Args:
+        model: A model that ``convert`` returned, with all its parameters and buffers.
+        path: The folder; made if need be.
+        source: What timm builds the unconverted model from: a name, or a name and arguments. None finds it out for
+            timm models; a model that timm does not rebuild exactly is recorded as the user's own, for :func:`restore`.
+        report: JSON to keep beside the model as ``report.json``.
+
+    Raises:
+        UsageError: The model has no weights (meta device), or timm does not build it from ``source``.
+        ArtifactError: The path is a file, or cannot be written.
+        DDFError: Writing failed.
+    """
+    check_initialised(model)
+    check_writable(path)
+    state_of(model)  # only tensors can be saved
+    tensors, shared = _unique(model.state_dict())
+    conversion = recorded(model) or Conversion(source=describe(model))
+    origin = _source(model, conversion, source)
+    folder = Path(path)
+    if unfinished(folder):
+        with suppress(ArtifactError):  # what cannot be finished is about to be replaced
+            finished(folder, read_manifest(folder).files())
+    with replacing(folder) as stage:
+        safetensors.torch.save_file(tensors, stage / WEIGHTS, metadata={"format": "pt"})
+        if report is not None:
+            (stage / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+        manifest = Manifest(
+            versions={"ddf_convert": __version__, "torch": torch.__version__, "timm": timm.__version__},
+            source=origin,
+            conversion=conversion,
+            dtype=_dtype(model),
+            shared=shared,
+            weights=FileRecord.of(stage / WEIGHTS),
+            report=None if report is None else FileRecord.of(stage / REPORT),
+        )
+        (stage / MANIFEST).write_text(manifest.model_dump_json(indent=2, by_alias=True) + "\n", encoding="utf-8")
+    if report is None:
+        with suppress(OSError):
+            (folder / REPORT).unlink(missing_ok=True)  # the manifest no longer names it
+    return manifest
+
+
+def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
+    """The converted model of a folder, in evaluation mode. Torch's random state stays as it is.
+
+    Raises:
+        ArtifactError: The folder is not a whole artifact of this or an older version, its model is the user's own (use
+            :func:`restore`), or timm no longer builds the model that it was.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if isinstance(manifest.source, OwnSource):
+        raise ArtifactError(
+            f"{folder} holds a model of your own ({manifest.source.model_class}), which only you can build;"
+            " use ddf_convert.restore(fresh_model, folder)"
+        )
+    try:
+        model = _built_by_timm(manifest.source, "cpu")
+    except UsageError as error:
+        raise ArtifactError(f"{folder}: {error}") from error
+    return _fill(model, folder, manifest).eval().to(device)
+
+
+def restore(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
+    """Converts a fresh model as a folder records, and loads its weights, in place.
+
+    The model takes the dtype of the saved weights and keeps its device and training mode. Every check comes first:
+    if one fails the model is as it was.
+
+    Args:
+        model: The unconverted model, built as the one that was converted and saved.
+        path: The folder.
+
+    Returns:
+        The same model.
+
+    Raises:
+        ArtifactError: The folder is not a whole artifact, or it does not fit the model.
+    """
+    folder = Path(path)
+    return _fill(model, folder, read_manifest(folder))
+
+
+def read_manifest(path: str | os.PathLike[str]) -> Manifest:
+    """What a folder says of itself; the weights are not looked at.
+
+    Raises:
+        ArtifactError: It is not an artifact, is damaged, or was written by a newer ddf_convert.
+    """
+    folder = Path(path)
+    file = folder / MANIFEST
+    if not folder.is_dir():
+        raise ArtifactError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
+    if not file.is_file():
+        raise ArtifactError(f"{folder} is not an artifact of ddf_convert: it has no {MANIFEST}")
+    try:
+        content = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file} is damaged: it is not JSON ({first_line(error)})") from error
+    if not isinstance(content, dict) or content.get("format") != FORMAT:
+        raise ArtifactError(f"{file} is not a manifest of ddf_convert")
+    version = content.get("format_version")
+    if isinstance(version, int) and version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{folder} was written by a newer ddf_convert (format {version}, this one reads {FORMAT_VERSION});"
+            " upgrade ddf_convert"
+        )
+    try:
+        return Manifest.model_validate(content)
+    except ValidationError as error:
+        raise ArtifactError(f"{file} is damaged: {in_one_line(error)}") from error
+
+
+# --- filling a model from a folder ---
+
+
+def _fill(model: nn.Module, folder: Path, manifest: Manifest) -> nn.Module:
+    """Converts a model and loads its weights, in place; all checks, on weightless copies, come first."""
+    with suppress(ArtifactError):  # the report is for people: a damaged one stands in no model's way
+        finished(folder, {REPORT: manifest.report} if manifest.report else {})
+    weights = finished(folder, {WEIGHTS: manifest.weights})[WEIGHTS]
+    shapes = _shapes(weights, manifest)
+    try:
+        if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
+            raise UsageError("the model is on the meta device and can hold no weights; build it on a real device")
+        sketch = meta_copy(model)
+        swap(sketch, prepare(sketch, manifest.conversion.replaced))
+        difference = describe_difference(state_of(sketch), shapes)
+        if difference:
+            versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
+            raise UsageError(
+                f"the weights do not fit {describe(model)}: {difference}; they were written with {versions}"
+            )
+        layers = prepare(model, manifest.conversion.replaced)
+    except UsageError as error:
+        raise ArtifactError(f"{folder}: {error}") from error
+    tensors = safetensors.torch.load_file(weights)
+    tensors.update({name: tensors[kept] for name, kept in manifest.shared.items()})
+    swap(model, layers)
+    _take_dtypes(model, tensors)
+    model.load_state_dict(tensors)
+    model.ddf_conversion = manifest.conversion  # type: ignore[assignment]
+    return model
+
+
+def _shapes(weights: Path, manifest: Manifest) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors, the shared ones by all their names."""
+    try:
+        with safetensors.safe_open(weights, framework="pt") as file:
+            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ArtifactError(f"{weights} is damaged: {first_line(error)}") from error
+    absent = [kept for kept in manifest.shared.values() if kept not in shapes]
+    if absent:
+        raise ArtifactError(f"{weights.parent / MANIFEST} is damaged: {absent[0]} is not among the weights")
+    return {**shapes, **{name: shapes[kept] for name, kept in manifest.shared.items()}}
+
+
+def _take_dtypes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
+    """Gives parameters and buffers the dtypes of the saved tensors, which ``load_state_dict`` would cast away."""
+    for name, own in model.state_dict(keep_vars=True).items():
+        if own.dtype != tensors[name].dtype:
+            own.data = own.data.to(tensors[name].dtype)
+
+
+# --- what to write ---
+
+
+def _unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The tensors to write, each once and contiguous, and the names that share one: name to the name written."""
+    tensors: dict[str, Tensor] = {}
+    names: dict[tuple[Any, ...], str] = {}
+    shared: dict[str, str] = {}
+    for name, tensor in state.items():
+        if tensor.device.type == "meta":
+            raise UsageError(
+                f"{name} is on the meta device and has no weights to save; build the model on a real device"
+            )
+        identity = (tensor.data_ptr(), tensor.device, tensor.dtype, tensor.shape, tensor.stride())
+        if tensor.numel() and identity in names:
+            shared[name] = names[identity]
+        else:
+            names[identity] = name
+            # A clone: safetensors refuses tensors that are parts of one memory, such as views of a flat buffer.
+            whole = tensor.is_contiguous() and tensor.untyped_storage().nbytes() == tensor.nbytes
+            detached = tensor.detach()
+            tensors[name] = detached if whole else detached.clone(memory_format=torch.contiguous_format)
+    return tensors, shared
+
+
+def _dtype(model: nn.Module) -> str:
+    dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
+    return "+".join(sorted(dtypes)) or "none"
+
+
+def _source(model: nn.Module, conversion: Conversion, asked: TimmSource | str | None) -> TimmSource | OwnSource:
+    """The source to record: the one asked for, which must be right, or the one that timm's own record leads to."""
+    if asked is None:
+        source = _guess(model, describe(model))
+        if source is not None and _mismatch(model, conversion, source) is None:
+            return source
+        return OwnSource.model_validate({"class": f"{type(model).__module__}.{type(model).__qualname__}"})
+    source = asked if isinstance(asked, TimmSource) else _guess(model, asked)
+    reason = f"timm has no model {asked!r}" if source is None else _mismatch(model, conversion, source)
+    if source is None or reason is not None:
+        raise UsageError(f"the model cannot be saved as timm's {asked if source is None else source.name}: {reason}")
+    return source
+
+
+def _guess(model: nn.Module, name: str) -> TimmSource | None:
+    """The arguments that a timm model was most likely built with."""
+    if not timm.is_model(name):
+        return None
+    kwargs: dict[str, _Scalar | list[_Scalar]] = {}
+    configuration = getattr(model, "pretrained_cfg", None) or {}
+    classes = getattr(model, "num_classes", None)
+    if isinstance(classes, int) and classes != configuration.get("num_classes"):
+        kwargs["num_classes"] = classes
+    first = configuration.get("first_conv")
+    modules = dict(model.named_modules())
+    channels = getattr(modules.get(first), "in_channels", None) if isinstance(first, str) else None
+    if isinstance(channels, int) and channels != 3:
+        kwargs["in_chans"] = channels
+    return TimmSource(name=name, kwargs=kwargs)
+
+
+def _mismatch(model: nn.Module, conversion: Conversion, source: TimmSource) -> str | None:
+    """Why timm's model, converted, would not be this one; None if names, shapes and the printed trees agree."""
+    try:
+        built = _built_by_timm(source, "meta")
+        swap(built, prepare(built, conversion.replaced))
+    except UsageError as error:
+        return str(error)
+    difference = describe_difference(state_of(built), {name: tuple(t.shape) for name, t in model.state_dict().items()})
+    if difference:
+        return difference
+    # The text of the tree shows activations, strides, dropout and the like, which no weight has.
+    for mine, theirs in zip_longest(repr(model).splitlines(), repr(built).splitlines(), fillvalue="nothing"):
+        if mine != theirs:
+            return f"it has {mine.strip()} where timm builds {theirs.strip()}"
+    return None
+
+
+def _built_by_timm(source: TimmSource, device: str) -> nn.Module:
+    """A fresh model from timm; nothing is downloaded or read, and torch's random state stays as it is."""
+    if not timm.is_model(source.name):
+        raise UsageError(f"timm {timm.__version__} has no model {source.name!r}")
+    reading = [name for name in source.kwargs if name in _READING]
+    if reading:
+        raise UsageError(f"{reading[0]} is not an argument that an artifact may give to timm")
+    try:
+        with torch.random.fork_rng(devices=[]), torch.device(device):
+            arguments: dict[str, Any] = dict(source.kwargs)
+            return timm.create_model(source.name, pretrained=False, **arguments)
+    except Exception as error:
+        if device == "meta":  # some models look at values while they are built
+            return _built_by_timm(source, "cpu")
+        raise UsageError(f"timm {timm.__version__} cannot build {source.name}: {first_line(error)}") from error
