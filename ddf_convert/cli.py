@@ -34,6 +34,8 @@ app = typer.Typer(
 _out = Console(highlight=False, emoji=False)
 _err = Console(stderr=True, highlight=False, emoji=False)
 _INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ended
+# Loggers that tell of an error at length (a traceback, every retry) before it reaches the user as one line.
+_WORDY = ("torch._subclasses.fake_tensor", "huggingface_hub")
 _debug = False  # set by --debug, read where errors are printed
 
 
@@ -172,7 +174,7 @@ def convert(
     if checkpoint and not checkpoint.is_file():
         raise UsageError(f"--checkpoint {checkpoint}: no such file")
     _check_html(html, beside=output)
-    with _busy(f"Opening {model}") as say:
+    with _busy(f"{'Downloading the weights of' if pretrained else 'Opening'} {model}") as say:
         from ddf_convert import artifact
 
         artifact.check_writable(output)
@@ -242,9 +244,6 @@ def _plan(
     size = input_size or opened.input_size
     if min(size) < 1:
         raise UsageError(f"--input-size {' '.join(map(str, size))}: every number must be at least 1")
-    # torch logs a shape that does not work out with its whole traceback; the user gets it as one line instead.
-    if not _debug:
-        logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
     image = torch.empty(1, *size, device="meta")
     return plan(opened.model, image, include=include or None, exclude=exclude or None, **options)
 
@@ -308,6 +307,9 @@ def _print_json(value: Any) -> None:
 @contextlib.contextmanager
 def _busy(doing: str) -> Iterator[Any]:
     """A spinner on stderr while something takes its time, on a terminal only; yields what changes its words."""
+    if not _debug:
+        for name in _WORDY:
+            logging.getLogger(name).setLevel(logging.CRITICAL)
     with _err.status(f"{escape(doing)} ...") as status:
         yield lambda words: status.update(f"{escape(words)} ...")
 

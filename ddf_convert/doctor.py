@@ -107,8 +107,8 @@ def _cpu_kernels() -> Check:
 
     first, results = timed()
     again = min(timed()[0] for _ in range(3))
-    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    output = reference.forward(*exact, 2, 1, 1, "mul")
+    input, channel, spatial = exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    output = reference.forward(input, channel, spatial, 2, 1, 1, "mul")
     expected = [output, *torch.autograd.grad(output.square().sum(), exact)]
     error = max(
         ((result.double() - right).abs().max() / right.abs().max()).item()

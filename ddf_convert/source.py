@@ -91,7 +91,7 @@ def _from_timm(name: str, weights: bool, pretrained: bool) -> Opened:
             raise
         except Exception as error:
             raise DDFError(
-                f"could not get the pretrained weights of {name} ({_first_line(error)});"
+                f"could not get the pretrained weights of {name} ({_first_line(error).partition('. ')[0]});"
                 " check the network, or give a file with --checkpoint"
             ) from error
     else:

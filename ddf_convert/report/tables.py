@@ -87,7 +87,7 @@ def _replaced(sites: list[Site]) -> Table:
 def _reasons(sites: list[Site]) -> Iterable[Text]:
     """Each reason once: most replaced convolutions have the same."""
     for reason, number in Counter(site.reason for site in sites).most_common():
-        yield Text(f"{number} x {reason}", style="dim")
+        yield Text(f"{reason} ({number})", style="dim")
 
 
 def _left_alone(sites: list[Site]) -> Table:

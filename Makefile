@@ -1,0 +1,47 @@
+# A fresh clone needs Python 3.11 or newer (with venv and pip) and make; everything else goes into .venv.
+
+PYTHON ?= python3
+DEMO ?= demo-output
+
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint clean
+
+help:
+	@echo "make demo    convert ResNet-50 into $(DEMO)/, show what it saves, load it back and compare"
+	@echo "make test    ruff, mypy and the tests"
+	@echo "make lint    ruff and mypy alone"
+	@echo "make clean   remove $(VENV), $(DEMO) and caches"
+
+demo: $(INSTALLED)
+	@echo "== ddf-convert convert resnet50 -o $(DEMO)"
+	@$(BIN)/ddf-convert convert resnet50 -o $(DEMO) --seed 0 --overwrite --html $(DEMO)/report.html
+	@echo
+	@echo "== a new process loads $(DEMO) and compares"
+	@$(BIN)/python scripts/demo_check.py $(DEMO)
+
+test: lint
+	@echo "== pytest"
+	@$(BIN)/python -m pytest -q -n 2
+
+lint: $(INSTALLED)
+	@echo "== ruff and mypy"
+	@$(BIN)/ruff check --quiet
+	@$(BIN)/ruff format --check --quiet || { echo "run: $(BIN)/ruff format"; exit 1; }
+	@$(BIN)/mypy --no-error-summary
+
+# Made again when the versions change, and only then.
+$(INSTALLED): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "Python 3.11 or newer is needed, and $(PYTHON) is older: make PYTHON=python3.12"; exit 1; }
+	@echo "== installing into $(VENV) (the first time takes minutes: torch is large)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO) .pytest_cache .mypy_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,52 @@
+"""Second half of ``make demo``: loads the converted ResNet-50 in a process of its own and compares.
+
+``python scripts/demo_check.py DIR`` builds the same model again from the same seed, converts it in memory, and expects
+the loaded one to give equal outputs. Then it times both on this machine.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import ddf_convert as ddf
+
+SEED = 0
+PARAMETERS = 16_843_748  # of DDF-ResNet-50 in the paper
+
+
+def main(folder: str) -> None:
+    torch.manual_seed(SEED)
+    original = timm.create_model("resnet50").eval()
+    image = torch.randn(1, 3, 224, 224, generator=torch.Generator().manual_seed(SEED))
+    expected = ddf.convert(original, example_input=image).eval()
+    loaded = ddf.load(folder).eval()
+    with torch.inference_mode():
+        equal = torch.equal(loaded(image), expected(image))
+    parameters = ddf.count_parameters(loaded)
+    print(f"outputs equal: {'yes' if equal else 'NO'}")
+    print(f"parameters:    {parameters:,} ({'exactly as in the paper' if parameters == PARAMETERS else 'WRONG'})")
+    before, after = milliseconds(original, image), milliseconds(loaded, image)
+    threads = torch.get_num_threads()
+    print(f"one image:     {before:.0f} ms before, {after:.0f} ms after (forward, float32, CPU with {threads} threads)")
+    if not equal or parameters != PARAMETERS:
+        sys.exit(1)
+
+
+def milliseconds(model: nn.Module, image: Tensor, repeats: int = 10) -> float:
+    """The fastest of several forward passes: what else the machine does only adds to the others."""
+    times = []
+    with torch.inference_mode():
+        for _ in range(repeats):
+            start = time.perf_counter()
+            model(image)
+            times.append(time.perf_counter() - start)
+    return 1000 * min(times)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
