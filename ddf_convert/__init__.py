@@ -1,6 +1,6 @@
 """Replaces 3x3 convolutions of PyTorch vision models with Decoupled Dynamic Filters (Zhou et al., CVPR 2021)."""
 
-from ddf_convert import layers, ops
+from ddf_convert import layers, models, ops
 from ddf_convert.accounting import Cost, count_parameters, measure
 from ddf_convert.artifact import load, restore, save
 from ddf_convert.errors import ArtifactError, DDFError, UsageError
@@ -24,6 +24,7 @@ __all__ = [
     "layers",
     "load",
     "measure",
+    "models",
     "ops",
     "plan",
     "restore",

@@ -87,6 +87,7 @@ TABLE = {
     "standardised": (net.around(timm.layers.StdConv2d(32, 32, 3)), "1", SKIP, "StdConv2d standardises its weights", {}),
     "parametrised": (net.around(net.parametrised()), "1", SKIP, "its weight is parametrised", {}),
     "hooks": (net.around(net.hooked()), "1", SKIP, "has hooks that would be lost", {}),
+    "complex": (nn.Sequential(net.conv(3, dtype=torch.complex64)), "0", SKIP, "its weights are torch.complex64", {}),
     "strides differ": (net.around(net.conv(stride=(1, 2))), "1", SKIP, "stride 1x2", {}),
     "paddings differ": (net.around(net.conv(padding=(1, 2))), "1", SKIP, "padding 1x2", {}),
     "dilations differ": (net.around(net.conv(dilation=(1, 2))), "1", SKIP, "dilation 1x2", {}),
@@ -101,7 +102,8 @@ TABLE = {
 @pytest.mark.parametrize("case", TABLE)
 def test_decision(case):
     model, name, layer, reason, options = TABLE[case]
-    site = plan(model, IMAGE, **options)[name]
+    dtype = next(model.parameters()).dtype
+    site = plan(model, IMAGE.to(dtype), **options)[name]
     assert reason in site.reason
     assert site.action is (Action.SKIP if layer is None else Action.REPLACE)
     if layer is not None:
@@ -263,6 +265,13 @@ def test_errors(case):
     with pytest.raises(UsageError, match=message) as caught:
         plan(model, IMAGE, **options)
     assert "\n" not in str(caught.value)
+
+
+def test_an_input_of_another_dtype():
+    with pytest.raises(
+        UsageError, match=r"first \(Conv2d\) failed: .*it takes torch.float32 and was given torch.float64"
+    ):
+        plan(net.Residual(), IMAGE.double())
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from torch.nn.utils import parametrize
 
 from ddf_convert.graph.plan import ConvertConfig, Replacement
 from ddf_convert.layers import DDF2d, DDFConv2d
+from ddf_convert.ops import DTYPES
 
 KERNEL_SIZE = 3
 
@@ -62,6 +63,8 @@ def obstacle(module: nn.Module) -> str | None:
     if "forward" in vars(module) or type(module).forward not in (nn.Conv2d.forward, Conv2dSame.forward):
         name = type(module).__name__
         return f"{name} {_WHY_SUBCLASSES_DIFFER.get(name, 'has a forward of its own')}"
+    if module.weight.dtype not in DTYPES:
+        return f"its weights are {module.weight.dtype}; DDF takes float32, float64, float16 or bfloat16"
     for option in ("stride", "padding", "dilation"):
         value = getattr(module, option)
         if not isinstance(value, str) and value[0] != value[1]:

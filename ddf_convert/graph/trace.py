@@ -181,6 +181,8 @@ class _Recorder(fx.Interpreter):
             given = [self.env[node] for node in self._node.all_input_nodes]
             if isinstance(module, nn.Conv2d) and isinstance(given[0], Tensor) and given[0].dim() == 4:
                 channels = given[0].shape[1]
-                if channels != module.in_channels:
+                if given[0].dtype != module.weight.dtype:
+                    advice = f"it takes {module.weight.dtype} and was given {given[0].dtype}"
+                elif channels != module.in_channels:
                     advice = f"it takes {module.in_channels} channels and was given {channels}"
         return UsageError(f"{name} does not accept an input of {sizes}: {place} failed: {first_line(error)}; {advice}")
