@@ -1,11 +1,16 @@
 """Replaces 3x3 convolutions of PyTorch vision models with Decoupled Dynamic Filters (Zhou et al., CVPR 2021)."""
 
-from ddf_convert import layers, models, ops
-from ddf_convert.accounting import Cost, count_parameters, measure
-from ddf_convert.artifact import load, restore, save
+import os
+
 from ddf_convert.errors import ArtifactError, DDFError, UsageError
-from ddf_convert.graph import Action, Conversion, ConvertConfig, Plan, Replacement, Site, convert, plan
 from ddf_convert.version import __version__
+
+# The shell's completion (for which typer sets this variable) needs the command line alone, and cannot wait for torch.
+if "_DDF_CONVERT_COMPLETE" not in os.environ:
+    from ddf_convert import layers, models, ops
+    from ddf_convert.accounting import Cost, count_parameters, measure
+    from ddf_convert.artifact import load, restore, save
+    from ddf_convert.graph import Action, Conversion, ConvertConfig, Plan, Replacement, Site, convert, plan
 
 __all__ = [
     "Action",

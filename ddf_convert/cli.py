@@ -339,7 +339,7 @@ def run(arguments: list[str]) -> int:
     except BrokenPipeError:
         # The reader went away (`| head`): nobody is there to be told. Python must not try to flush at exit either.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 141
+        return 1
     except Exception as error:
         return _report_error(error)
 

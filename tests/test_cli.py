@@ -1,0 +1,504 @@
+"""The command line, mostly in this process (``cli.run``), and a few times as a user's shell starts it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+import ddf_convert as ddf
+from ddf_convert import cli, doctor, ops
+from ddf_convert.completion import timm_names
+
+NETWORK = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        print("the model talks while it is built")
+        self.stem = nn.Conv2d(3, 32, 3, padding=1)
+        self.body = nn.Conv2d(32, 64, 3, stride=2, padding=1)
+
+    def forward(self, image):
+        return self.body(self.stem(image).relu())
+
+def fails():
+    raise RuntimeError("first line\\nsecond line")
+
+number = 5
+built = nn.Identity()
+"""
+SMALL = ("--input-size", "3", "64", "64")
+
+
+class Ran:
+    """What a command printed, and its exit code."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty current folder but for ``net_for_cli.py``; 80 columns."""
+    (tmp_path / "net_for_cli.py").write_text(NETWORK)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    monkeypatch.setenv("COLUMNS", "80")
+    yield tmp_path
+    sys.modules.pop("net_for_cli", None)
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Any:
+    def call(*arguments: object) -> Ran:
+        code = cli.run([str(argument) for argument in arguments])
+        captured = capsys.readouterr()
+        return Ran(code, captured.out, captured.err)
+
+    return call
+
+
+def start(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
+    """Runs it in a process of its own."""
+    command = [sys.executable, "-m", "ddf_convert.cli", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    """Everything below a folder."""
+    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else b"" for path in folder.rglob("*")}
+
+
+@pytest.fixture(scope="session")
+def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small converted model; tests copy it."""
+    folder = tmp_path_factory.mktemp("artifact") / "out"
+    model = timm.create_model("resnet10t")
+    ddf.save(ddf.convert(model, example_input=torch.empty(1, 3, 64, 64)), folder)
+    return folder
+
+
+# --- inspect ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "params", "macs"),
+    [
+        (("resnet50",), (25_557_032, 16_843_748), (4.09e9, 2.27e9)),
+        (("resnet101",), (44_549_160, 28.15e6), (7.80e9, 4.03e9)),
+        (("resnet18", "--se-ratio", "0.5"), (11_689_512, 7.69e6), (1.81e9, 0.36e9)),
+    ],
+)
+def test_the_papers_figures(run: Any, arguments: tuple[str, ...], params: Any, macs: Any) -> None:
+    ran = run("inspect", *arguments, "--json")
+    found = json.loads(ran.out)
+    assert ran.code == 0
+    assert ran.err == ""
+    assert (found["before"]["params"], found["after"]["params"]) == pytest.approx(params, abs=5e3)
+    assert (found["before"]["macs"], found["after"]["macs"]) == pytest.approx(macs, abs=6e6)
+    if arguments == ("resnet50",):
+        assert found["after"]["params"] == 16_843_748
+
+
+def test_depthwise_convolutions_are_left_alone_with_the_reason(run: Any) -> None:
+    sites = json.loads(run("inspect", "mobilenetv2_100", "--json").out)["sites"]
+    depthwise = [site for site in sites if site["kind"] == "depthwise 3x3"]
+    assert len(depthwise) == 17
+    for site in depthwise:
+        assert site["action"] == "skip"
+        assert "parameters to a depthwise convolution" in site["reason"]
+        assert site["before"] == site["after"]
+
+
+@pytest.mark.parametrize(
+    ("model", "arguments"),
+    [
+        ("resnet10t", ()),
+        ("resnet10t", ("--all",)),
+        ("mobilenetv2_035", ()),
+        ("regnetx_002", ("--allow-growth", "--mixing", "always")),
+        ("net_for_cli:Net", ()),
+    ],
+)
+def test_tables_fit_80_columns(run: Any, model: str, arguments: tuple[str, ...]) -> None:
+    ran = run("inspect", model, *SMALL, *arguments)
+    assert ran.code == 0
+    assert "parameters" in ran.out
+    assert max(map(len, ran.out.splitlines())) <= 80
+
+
+def test_options_reach_the_plan(run: Any) -> None:
+    options = ("--se-ratio", 0.25, "--combine", "add", "--heads", 2, "--mixing", "always", "--stem")
+    ran = run(
+        "inspect", "resnet10t", *SMALL, *options, "--depthwise", "--allow-growth", "--exclude", "layer2*", "--json"
+    )
+    found = json.loads(ran.out)
+    expected = {"se_ratio": 0.25, "combine": "add", "heads": 2, "mixing": "always"}
+    assert found["config"] == {**expected, "stem": True, "depthwise": True, "allow_growth": True}
+    assert found["input_size"] == [3, 64, 64]
+    actions = {site["name"]: site["action"] for site in found["sites"]}
+    assert actions["layer2.0.conv1"] == "skip"
+    assert actions["layer1.0.conv1"] == "replace"
+
+
+def test_include_and_exclude_repeat(run: Any) -> None:
+    ran = run(
+        *("inspect", "resnet10t", *SMALL, "--json"),
+        *("--include", "layer1*", "--include", "layer2.0.conv1", "--exclude", "re:.*conv2"),
+    )
+    replaced = [site["name"] for site in json.loads(ran.out)["sites"] if site["action"] == "replace"]
+    assert replaced == ["layer1.0.conv1", "layer2.0.conv1"]
+
+
+def test_the_default_input_size_is_the_models_own(run: Any) -> None:
+    assert json.loads(run("inspect", "resnet10t", "--json").out)["input_size"] == [3, 176, 176]
+    assert json.loads(run("inspect", "net_for_cli:Net", "--json").out)["input_size"] == [3, 224, 224]
+
+
+def test_json_is_alone_on_stdout_even_if_the_model_prints(run: Any) -> None:
+    ran = run("inspect", "net_for_cli:Net", "--json")
+    assert json.loads(ran.out)["model"] == "net_for_cli:Net"
+    assert "the model talks" in ran.err
+
+
+def test_html_is_written_beside_the_tables(run: Any, folder: Path) -> None:
+    ran = run("inspect", "resnet10t", *SMALL, "--html", "page.html")
+    assert ran.code == 0
+    assert "page.html" in ran.out
+    assert "resnet10t" in (folder / "page.html").read_text()
+    assert sorted(files(folder)) == ["net_for_cli.py", "page.html"]
+
+
+# --- convert ---------------------------------------------------------------------------------------------------------
+
+
+def test_convert_then_inspect_from_a_shell(folder: Path) -> None:
+    ran = start("convert", "resnet10t", "-o", "out", *SMALL, "--json", "--html", "out/page.html")
+    assert (ran.returncode, ran.stderr) == (0, "")
+    out = folder / "out"
+    assert sorted(files(out)) == ["manifest.json", "model.safetensors", "page.html", "report.json"]
+    assert json.loads(ran.stdout) == json.loads((out / "report.json").read_text())
+    loaded = ddf.load(out)
+    assert ddf.count_parameters(loaded) == json.loads(ran.stdout)["after"]["params"]
+    again = start("inspect", "out", *SMALL, "--json")
+    assert (again.returncode, again.stderr) == (0, "")
+    kinds = [site["kind"] for site in json.loads(again.stdout)["sites"]]
+    assert kinds.count("DDF") == sum(site["action"] == "replace" for site in json.loads(ran.stdout)["sites"]) > 0
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return safetensors.torch.load_file(folder / "model.safetensors")
+
+
+def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_the_seed_decides_the_weights(run: Any, folder: Path) -> None:
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        assert run("convert", "resnet10t", *SMALL, "-o", name, "--seed", seed).code == 0
+    a, b, c = (weights(folder / name) for name in "abc")
+    assert equal(a, b)
+    assert a.keys() == c.keys()
+    assert not torch.equal(a["fc.weight"], c["fc.weight"])
+    assert not torch.equal(a["layer1.0.conv1.mix.weight"], c["layer1.0.conv1.mix.weight"])
+
+
+@pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+def test_checkpoint_weights_are_kept(run: Any, folder: Path, suffix: str) -> None:
+    state = timm.create_model("resnet10t").state_dict()
+    if suffix == "pth":
+        torch.save({"state_dict": state}, "file.pth")
+    else:
+        safetensors.torch.save_file(state, "file.safetensors")
+    ran = run("convert", "resnet10t", *SMALL, "-o", "out", "--checkpoint", f"file.{suffix}")
+    assert ran.code == 0, ran.err
+    kept = weights(folder / "out")
+    common = state.keys() & kept.keys()
+    assert {"fc.weight", "conv1.0.weight", "bn1.running_mean"} <= common
+    assert all(torch.equal(state[name], kept[name]) for name in common)
+
+
+def test_overwrite_replaces_and_its_absence_refuses(run: Any, folder: Path, artifact: Path) -> None:
+    shutil.copytree(artifact, "out")
+    before = files(folder)
+    refused = run("convert", "resnet10t", *SMALL, "-o", "out", "--seed", 3)
+    assert refused.code == 2
+    assert "--overwrite" in refused.err
+    assert files(folder) == before
+    assert run("convert", "resnet10t", *SMALL, "-o", "out", "--seed", 3, "--overwrite").code == 0
+    assert files(folder)["out/model.safetensors"] != before["out/model.safetensors"]
+
+
+def test_a_model_of_ones_own_is_saved_for_restore(run: Any, folder: Path) -> None:
+    assert run("convert", "net_for_cli:Net", "-o", "out").code == 0
+    import net_for_cli
+
+    restored = ddf.restore(net_for_cli.Net(), folder / "out")
+    assert isinstance(restored.body, ddf.layers.DDFConv2d)
+    ran = run("inspect", "out")
+    assert ran.code == 2
+    assert "restore" in ran.err
+
+
+def test_ctrl_c_leaves_nothing(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = files(folder)
+
+    def interrupted(tensors: Any, file: Path, **options: Any) -> None:
+        Path(file).write_bytes(b"half of it")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(safetensors.torch, "save_file", interrupted)
+    ran = run("convert", "resnet10t", *SMALL, "-o", "deep/out")
+    assert ran.code == 130
+    assert len(ran.err.splitlines()) == 1
+    assert not any("half of it" in content.decode(errors="ignore") for content in files(folder).values())
+    assert not (folder / "deep" / "out").exists()
+    assert {name for name in files(folder) if not name.startswith("deep")} == set(before)
+
+
+# --- every mistake is one line ---------------------------------------------------------------------------------------
+
+
+def one_line(ran: Ran, code: int, *words: str) -> None:
+    assert ran.out == ""
+    assert len(ran.err.splitlines()) == 1, ran.err
+    for word in words:
+        assert word in ran.err
+    assert "Traceback" not in ran.err
+    assert ran.code == code
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("resnet5O", ("resnet5O", "did you mean resnet50")),
+        ("qqqqqqqqqqq", ("unknown model", "module:callable")),
+        ("resnet10t.no_such_tag", ("no_such_tag",)),
+        ("hf-hub:someone/something", ("hub", "--checkpoint")),
+        ("./nothing", ("./nothing", "no such folder")),
+        (".", ("manifest.json",)),
+        ("resnet10t --include layer9*", ("layer9*", "matches no")),
+        ("resnet10t --exclude re:[", ("re:[",)),
+        ("resnet10t --se-ratio 0", ("se_ratio",)),
+        ("resnet10t --se-ratio many", ("--se-ratio", "--help")),
+        ("resnet10t --heads 0", ("heads",)),
+        ("resnet10t --mixing perhaps", ("--mixing", "always")),
+        ("resnet10t --input-size 3 0 64", ("--input-size", "at least 1")),
+        ("resnet10t --input-size 3 64", ("--input-size",)),
+        ("resnet10t --input-size 4 64 64", ("4x64x64",)),
+        ("vgg11 --input-size 3 8 8", ("vgg11", "3x8x8", "too small", "larger --input-size")),
+        ("resnet10t --frobnicate", ("--frobnicate", "inspect --help")),
+        ("--json", ("MODEL",)),
+        ("net_for_cli:fails", ("RuntimeError", "first line")),
+        ("net_for_cli:Nett", ("did you mean Net?",)),
+        ("net_for_cli:number", ("int", "callable")),
+        ("net_for_cli:built", ("callable",)),
+        ("os:getcwd", ("str", "torch.nn.Module")),
+        ("no_such_module:Net", ("cannot import no_such_module",)),
+        ("net_for_cli:", ("package.module:callable",)),
+    ],
+)
+def test_mistakes_of_inspect(run: Any, folder: Path, arguments: str, words: tuple[str, ...]) -> None:
+    if arguments.startswith("net_for_cli:"):  # which prints when it is built, to stderr
+        (folder / "net_for_cli.py").write_text(NETWORK.replace("print(", "(lambda *_: None)("))
+    before = files(folder)
+    one_line(run("inspect", *arguments.split()), 2, *words)
+    assert files(folder) == before
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("resnet5O -o out", ("did you mean resnet50",)),
+        ("resnet10t", ("--output", "convert --help")),
+        ("resnet10t -o net_for_cli.py", ("net_for_cli.py", "is a file")),
+        ("resnet10t -o net_for_cli.py/out", ("net_for_cli.py", "is a file")),
+        ("resnet10t -o /proc/nowhere/out", ("/proc/nowhere/out", "another folder")),
+        ("resnet10t -o out --include nothing*", ("nothing*",)),
+        ("resnet10t -o out --exclude *", ("nothing to convert", "inspect")),
+        ("vgg11 --input-size 3 8 8 -o out", ("too small",)),
+        ("resnet10t -o out --checkpoint missing.pth", ("missing.pth", "no such file")),
+        ("resnet10t -o out --checkpoint net_for_cli.py", ("net_for_cli.py",)),
+        ("resnet10t -o out --checkpoint code.pth", ("code.pth", "code")),
+        ("resnet10t -o out --checkpoint other.pth", ("other.pth", "conv1.weight")),
+        ("resnet10t -o out --checkpoint other.pth --pretrained", ("--pretrained", "--checkpoint")),
+        ("net_for_cli:Net -o out --pretrained", ("--pretrained", "timm")),
+        ("resnet10t -o out --html no/where.html", ("no/where.html", "no folder")),
+        ("resnet10t -o out --html .", ("is a folder",)),
+    ],
+)
+def test_mistakes_of_convert(run: Any, folder: Path, arguments: str, words: tuple[str, ...]) -> None:
+    (folder / "net_for_cli.py").write_text(NETWORK.replace("print(", "(lambda *_: None)("))
+    torch.save(RunsOnUnpickling(folder / "ran"), folder / "code.pth")
+    torch.save({"conv1.weight": torch.zeros(3)}, folder / "other.pth")
+    before = files(folder)
+    one_line(run("convert", *arguments.split()), 2, *words)
+    assert files(folder) == before
+
+
+class RunsOnUnpickling:
+    """Makes a file if it is unpickled without care."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.path),)
+
+
+def truncated(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1000])
+
+
+def flipped(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-7] ^= 1
+    file.write_bytes(content)
+
+
+def newer(folder: Path) -> None:
+    file = folder / "manifest.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 999}))
+
+
+@pytest.mark.parametrize(
+    ("damage", "words"),
+    [
+        (truncated, ("model.safetensors",)),
+        (flipped, ("model.safetensors",)),
+        (newer, ("newer",)),
+        (lambda folder: (folder / "manifest.json").write_text("{"), ("manifest.json",)),
+        (lambda folder: (folder / "manifest.json").write_text('{"format": "else"}'), ("manifest.json",)),
+        (lambda folder: (folder / "model.safetensors").unlink(), ("model.safetensors",)),
+    ],
+)
+@pytest.mark.parametrize("command", [("inspect",), ("convert", "-o", "new")])
+def test_a_damaged_artifact_is_refused(
+    run: Any, folder: Path, artifact: Path, damage: Any, words: Any, command: Any
+) -> None:
+    damage(shutil.copytree(artifact, folder / "out"))
+    before = files(folder)
+    one_line(run(command[0], "out", *command[1:]), 2, "out", *words)
+    assert files(folder) == before
+
+
+def test_no_network_is_a_failure_not_a_mistake(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreachable(*arguments: Any, **options: Any) -> Any:
+        if options.get("pretrained"):
+            raise OSError("Name or service not known\nand more")
+        raise AssertionError
+
+    monkeypatch.setattr(timm, "create_model", unreachable)
+    one_line(run("convert", "resnet18", "-o", "out", "--pretrained"), 1, "Name or service not known", "network")
+    assert not (folder / "out").exists()
+
+
+def test_a_fault_is_one_line_and_debug_shows_where(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*arguments: Any) -> Any:
+        raise ZeroDivisionError("by\nzero")
+
+    monkeypatch.setattr("ddf_convert.report.report", broken)
+    one_line(run("inspect", "resnet10t", *SMALL, "--json"), 1, "ZeroDivisionError: by zero", "--debug")
+    shown = run("inspect", "resnet10t", *SMALL, "--json", "--debug")
+    assert shown.code == 1
+    assert "Traceback" in shown.err
+    assert "test_cli.py" in shown.err
+
+
+def test_a_reader_that_leaves_is_no_error() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    command = [sys.executable, "-m", "ddf_convert.cli", "inspect", "resnet10t", *SMALL]
+    ran = subprocess.run(command, stdout=writing, stderr=subprocess.PIPE, text=True, timeout=300)
+    os.close(writing)
+    assert (ran.returncode, ran.stderr) == (1, "")
+
+
+# --- the rest --------------------------------------------------------------------------------------------------------
+
+
+def test_version_and_help(run: Any) -> None:
+    assert run("--version").out == f"ddf-convert {ddf.__version__}\n"
+    for command in ("inspect", "convert", "doctor"):
+        assert command in run("--help").out
+        shown = run(command, "--help")
+        assert shown.code == 0
+        assert max(map(len, shown.out.splitlines())) <= 80
+
+
+def test_doctor(run: Any) -> None:
+    ran = run("doctor")
+    assert ran.code == 0, ran.out
+    assert max(map(len, ran.out.splitlines())) <= 80
+    checks = {check["name"]: check for check in json.loads(run("doctor", "--json").out)["checks"]}
+    assert checks["torch"] == {"name": "torch", "state": "ok", "detail": torch.__version__.partition("+")[0]}
+    assert "agree with the reference" in checks["CPU kernels"]["detail"]
+    assert checks["timm registry"]["state"] == "ok"
+
+
+@pytest.mark.parametrize("fault", ["wrong", "raises"])
+def test_doctor_finds_broken_kernels(run: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    right = ops.ddf
+
+    def wrong(*arguments: Any, **options: Any) -> torch.Tensor:
+        if fault == "raises":
+            raise RuntimeError("no compiler")
+        return right(*arguments, **options) * 1.001
+
+    monkeypatch.setattr(ops, "ddf", wrong)
+    ran = run("doctor", "--json")
+    assert ran.code == 1
+    states = {check["name"]: check["state"] for check in json.loads(ran.out)["checks"]}
+    assert states["CPU kernels"] == "problem"
+    assert states["torch"] == "ok"
+
+
+def test_doctor_without_the_optional(monkeypatch: pytest.MonkeyPatch) -> None:
+    known = doctor.metadata.version
+
+    def missing(name: str) -> str:
+        if name in ("torchvision", "matplotlib", "numba-cuda"):
+            raise doctor.metadata.PackageNotFoundError
+        return known(name)
+
+    monkeypatch.setattr(doctor.metadata, "version", missing)
+    states = {check.name: check.state for check in doctor.examine()}
+    assert states["matplotlib"] == states["numba-cuda"] == "note"
+    assert states["torchvision"] == "problem"
+
+
+def test_completion_knows_timms_names() -> None:
+    assert set(timm_names("resnet10")) == set(timm.list_models("resnet10*"))
+    assert set(timm_names("")) >= {name for name in timm.list_models() if not name.startswith("ddf_")}
+
+
+def test_completion_does_not_import_torch() -> None:
+    environment = {
+        **os.environ,
+        "_DDF_CONVERT_COMPLETE": "complete_bash",
+        "COMP_WORDS": "ddf-convert inspect resnet10",
+        "COMP_CWORD": "2",
+    }
+    code = (
+        "import atexit, sys; from ddf_convert.cli import main;"
+        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); main([])"
+    )
+    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
+    assert set(ran.stdout.split()) == set(timm.list_models("resnet10*"))
+    assert ran.stderr == "False\n"  # which takes seconds
