@@ -70,6 +70,19 @@ class Functional(nn.Module):
         return F.conv2d(x, self.weight, stride=2, padding=1)
 
 
+class SameNames(nn.Module):
+    """A functional call whose fx node takes the name of a module; and a transposed one."""
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(32, 3, 3, 3))
+        self.up = nn.Parameter(torch.randn(32, 8, 3, 3))
+        self.conv2d = conv()
+
+    def forward(self, x):
+        return F.conv_transpose2d(self.conv2d(F.conv2d(x, self.kernel)), self.up, stride=2)
+
+
 class ReadDirectly(nn.Module):
     """A convolution whose weight the forward pass also reads."""
 

@@ -148,6 +148,15 @@ def test_functional_cost_is_that_of_the_module():
     assert functional.stride == module.stride == (2, 2)
 
 
+def test_functional_calls_and_modules_of_one_name_are_told_apart():
+    decided = plan(net.SameNames(), IMAGE)
+    assert list(decided.names()) == ["conv2d()", "conv2d", "conv_transpose2d"]
+    assert decided["conv2d"].action is Action.REPLACE
+    whole = measure(net.SameNames(), IMAGE)
+    assert sum(site.before.macs for site in decided) == whole.macs
+    assert sum(site.before.params for site in decided) == whole.params
+
+
 def test_inside_an_untraced_module():
     class Opaque(timm.layers.BatchNormAct2d):
         def __init__(self):

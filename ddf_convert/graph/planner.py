@@ -188,9 +188,10 @@ def _functional(convolution: Convolution) -> Site:
     stride: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("stride", 1)
     owned = [other.meta["value"] for other in node.all_input_nodes if other.op == "get_attr"]
     out_channels = call.output_shape[-3]
+    spread = call.input_shape if node.target is torch.conv_transpose2d else call.output_shape
     before = Cost(
         params=sum(value.numel() for value in owned if isinstance(value, nn.Parameter)),
-        macs=torch.Size(call.output_shape).numel() * weight[0].numel(),
+        macs=torch.Size(spread).numel() * weight[0].numel(),
         activation_bytes=torch.Size(call.input_shape).numel() * weight.element_size(),
     )
     return Site(

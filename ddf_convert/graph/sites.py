@@ -51,14 +51,16 @@ def find_convolutions(model: nn.Module, traced: Traced) -> list[Convolution]:
         calls.setdefault(call.name, []).append(call)
     modules = module_names(model)
     read = {str(node.target).rpartition(".")[0] for node in graph.nodes if node.op == "get_attr"}
-    found = {names[0]: _site(model, module, names, calls, read) for module, names in modules}
-    order = [*(name for name in calls), *(name for name in found if name not in calls)]
-    functional = {node.name for node in graph.nodes if node.op == "call_function"}
-    return [
-        Convolution((name,), None, tuple(calls[name])) if name not in found else found[name]
-        for name in order
-        if name in found or name in functional
-    ]
+    holders = _holders(model)
+    found = {names[0]: _site(module, names, tuple(calls.get(names[0], ())), read, holders) for module, names in modules}
+    functional = {
+        name: Convolution((name,), None, tuple(own))
+        for name, own in calls.items()
+        if own[0].node.op == "call_function" and name not in found
+    }
+    everything = {**found, **functional}
+    called = [name for name in calls if name in everything]
+    return [everything[name] for name in dict.fromkeys([*called, *found])]
 
 
 def module_names(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...]]]:
@@ -76,18 +78,19 @@ def module_names(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...]]]:
 
 
 def _site(
-    model: nn.Module, module: nn.Module, names: tuple[str, ...], calls: dict[str, list[Call]], read: set[str]
+    module: nn.Module, names: tuple[str, ...], calls: tuple[Call, ...], read: set[str], holders: dict[int, list[str]]
 ) -> Convolution:
-    own = tuple(calls.get(names[0], ()))
-    enclosing = next((call.node for call in own if call.node.target != names[0]), None)
+    enclosing = next((call.node for call in calls if call.node.target != names[0]), None)
+    parameters = [parameter for parameter in module._parameters.values() if parameter is not None]
+    sharing = [path for parameter in parameters for path in holders[id(parameter)] if path not in names]
     return Convolution(
         names=names,
         module=module,
-        calls=own,
-        bottleneck=bool(own) and enclosing is None and all(is_bottleneck(call.node) for call in own),
+        calls=calls,
+        bottleneck=bool(calls) and enclosing is None and all(is_bottleneck(call.node) for call in calls),
         enclosing=None if enclosing is None else _in_words(enclosing),
         used_directly=not read.isdisjoint(names),
-        shared_with=_sharing(model, module, names),
+        shared_with=next(iter(sharing), None),
     )
 
 
@@ -98,13 +101,14 @@ def _in_words(node: fx.Node) -> str:
     return f"{node.target} ({type(module).__name__})"
 
 
-def _sharing(model: nn.Module, module: nn.Module, names: tuple[str, ...]) -> str | None:
-    """Path of another module that holds one of this module's own parameters."""
-    own = {id(parameter) for parameter in module._parameters.values() if parameter is not None}
-    for path, other in model.named_modules():
-        if other is not module and any(id(parameter) in own for parameter in other._parameters.values()):
-            return path or type(model).__name__
-    return None
+def _holders(model: nn.Module) -> dict[int, list[str]]:
+    """Paths of the modules that hold each parameter themselves, by the parameter's id."""
+    holders: dict[int, list[str]] = {}
+    for path, module in model.named_modules():
+        for parameter in module._parameters.values():
+            if parameter is not None:
+                holders.setdefault(id(parameter), []).append(path or type(model).__name__)
+    return holders
 
 
 # --- the neighbours of a convolution ----------------------------------------------------------------------------------

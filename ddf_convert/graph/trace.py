@@ -25,7 +25,7 @@ class Call:
     """One call of a convolution during the forward pass.
 
     Attributes:
-        name: The module's path, or the fx node's name for a functional call.
+        name: The module's path; for a functional call the fx node's name, with "()" where a module has that name too.
         node: The fx node that was running: the call itself, or that of an untraced module which holds the convolution.
         input_shape: (B, C, H, W).
         output_shape: (B, C, H, W).
@@ -140,6 +140,7 @@ class _Recorder(fx.Interpreter):
         super().__init__(graph_module)
         self.extra_traceback = False
         self._fake = fake
+        self._paths = {path for path, _ in fake.module.named_modules()}
         self._calls: list[Call] = []
         self._node = next(iter(graph_module.graph.nodes))
 
@@ -165,7 +166,8 @@ class _Recorder(fx.Interpreter):
         n.meta["value"] = value
         if n.op == "call_function" and n.target in (torch.conv2d, torch.conv_transpose2d):
             input = n.args[0] if n.args else n.kwargs["input"]
-            self._note(n.name, self.env[input] if isinstance(input, fx.Node) else input, value)
+            name = f"{n.name}()" if n.name in self._paths else n.name
+            self._note(name, self.env[input] if isinstance(input, fx.Node) else input, value)
         return value
 
     def _note(self, name: str, input: Any, output: Any) -> None:
