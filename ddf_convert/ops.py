@@ -1,14 +1,15 @@
 """The contract of the DDF operator: ``ddf_convert::ddf`` and its gradient, registered with torch.library.
 
 One operator, whatever the device: Numba kernels on the CPU, the plain PyTorch reference anywhere else. It has a fake
-(shape, dtype, memory format), autograd to any order, autocast that follows the current autocast dtype, and a formula for
-``torch.utils.flop_counter.FlopCounterMode``.
+(shape, dtype, memory format), autograd to any order, autocast that follows the current autocast dtype, and a formula
+for ``torch.utils.flop_counter.FlopCounterMode``.
 
 Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, equation 1.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -22,8 +23,8 @@ DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 _library = torch.library.Library("ddf_convert", "DEF")
 _library.define(
-    "ddf(Tensor input, Tensor channel_filter, Tensor spatial_filter, int stride, int padding, int dilation, str combine)"
-    " -> Tensor",
+    "ddf(Tensor input, Tensor channel_filter, Tensor spatial_filter,"
+    " int stride, int padding, int dilation, str combine) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # A gradient that is not wanted comes back with no elements: torch.library has no optional outputs.
@@ -66,7 +67,10 @@ def ddf(
         ValueError: A shape, or ``combine``, stride, padding or dilation, does not fit.
         TypeError: The dtypes differ or are not among those above.
     """
-    return torch.ops.ddf_convert.ddf(input, channel_filter, spatial_filter, stride, padding, dilation, combine)
+    output: Tensor = torch.ops.ddf_convert.ddf(
+        input, channel_filter, spatial_filter, stride, padding, dilation, combine
+    )
+    return output
 
 
 def output_size(size: int, kernel_size: int, stride: int, padding: int, dilation: int) -> int:
@@ -85,7 +89,13 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 def check_arguments(
-    input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, stride: int, padding: int, dilation: int, combine: str
+    input: Tensor,
+    channel_filter: Tensor,
+    spatial_filter: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    combine: str,
 ) -> None:
     """Raises unless the arguments fit :func:`ddf`; the kernels rely on it."""
     if combine not in COMBINATIONS:
@@ -112,8 +122,8 @@ def check_arguments(
     heads = spatial_filter.shape[1] // kernel**2 if spatial_filter.dim() == 4 else 0
     if tuple(spatial_filter.shape) != (batch, heads * kernel**2, rows, columns) or heads < 1 or channels % heads:
         raise ValueError(
-            f"ddf: spatial_filter must be (B, G*K*K, Ho, Wo) = ({batch}, G*{kernel**2}, {rows}, {columns}) with G dividing"
-            f" {channels} channels, got {tuple(spatial_filter.shape)}"
+            f"ddf: spatial_filter must be (B, G*K*K, Ho, Wo) = ({batch}, G*{kernel**2}, {rows}, {columns})"
+            f" with G dividing {channels} channels, got {tuple(spatial_filter.shape)}"
         )
     dtypes = (input.dtype, channel_filter.dtype, spatial_filter.dtype)
     if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
@@ -131,7 +141,7 @@ def _check_gradient(grad_output: Tensor, input: Tensor, spatial_filter: Tensor) 
         )
 
 
-# --- any device: the reference -----------------------------------------------------------------------------------------
+# --- any device: the reference ----------------------------------------------------------------------------------------
 
 
 def _forward_reference(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
@@ -146,7 +156,7 @@ def _backward_reference(
     *geometry, needs = options
     check_arguments(input, channel_filter, spatial_filter, *geometry)
     _check_gradient(grad_output, input, spatial_filter)
-    gradients = reference.backward(grad_output, input, channel_filter, spatial_filter, *geometry, tuple(needs))
+    gradients = reference.backward(grad_output, input, channel_filter, spatial_filter, *[*geometry, tuple(needs)])
     formats = gradient_formats(input)
     return tuple(
         input.new_empty(0) if gradient is None else gradient.contiguous(memory_format=layout)
@@ -164,14 +174,14 @@ _library.impl("ddf", _forward_reference, "CompositeExplicitAutograd")
 _library.impl("ddf_backward", _backward_reference, "CompositeExplicitAutograd")
 
 
-# --- the CPU: Numba kernels, imported at first use ----------------------------------------------------------------------
+# --- the CPU: Numba kernels, imported at first use --------------------------------------------------------------------
 
 
 def _forward_cpu(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
     from ddf_convert import cpu
 
     check_arguments(input, channel_filter, spatial_filter, *options)
-    return cpu.forward(input, channel_filter, spatial_filter, *options, memory_format(input))
+    return cpu.forward(input, channel_filter, spatial_filter, *[*options, memory_format(input)])
 
 
 def _backward_cpu(
@@ -182,24 +192,25 @@ def _backward_cpu(
     *geometry, needs = options
     check_arguments(input, channel_filter, spatial_filter, *geometry)
     _check_gradient(grad_output, input, spatial_filter)
-    return cpu.backward(grad_output, input, channel_filter, spatial_filter, *geometry, tuple(needs), memory_format(input))
+    arguments = [*geometry, tuple(needs), memory_format(input)]
+    return cpu.backward(grad_output, input, channel_filter, spatial_filter, *arguments)
 
 
 _library.impl("ddf", _forward_cpu, "CPU")
 _library.impl("ddf_backward", _backward_cpu, "CPU")
 
 
-# --- fake: shapes, dtypes and memory formats ----------------------------------------------------------------------------
+# --- fake: shapes, dtypes and memory formats --------------------------------------------------------------------------
 
 
-@torch.library.register_fake("ddf_convert::ddf")
+@torch.library.register_fake("ddf_convert::ddf")  # type: ignore[untyped-decorator]
 def _forward_fake(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
     check_arguments(input, channel_filter, spatial_filter, *options)
     shape = (*input.shape[:2], *spatial_filter.shape[-2:])
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 
 
-@torch.library.register_fake("ddf_convert::ddf_backward")
+@torch.library.register_fake("ddf_convert::ddf_backward")  # type: ignore[untyped-decorator]
 def _backward_fake(
     grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
@@ -215,7 +226,7 @@ def _backward_fake(
     )
 
 
-# --- autograd, to any order ---------------------------------------------------------------------------------------------
+# --- autograd, to any order -------------------------------------------------------------------------------------------
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -239,8 +250,8 @@ def _save_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
     """Gradients of the gradients.
 
-    Write T(F, C, S) for the operator. With cotangents (u, v, w) of its gradients, the scalar whose gradient is asked for
-    is <g, T(u, C, S) + T(F, v, S) + T(F, C, w)> under ``mul``, where T is linear in each argument, and
+    Write T(F, C, S) for the operator. With cotangents (u, v, w) of its gradients, the scalar whose gradient is asked
+    for is <g, T(u, C, S) + T(F, v, S) + T(F, C, w)> under ``mul``, where T is linear in each argument, and
     <g, T(u, C, S) + T(F, v, w)> under ``add``, where T(F, C, S) = A(F, C) + B(F, S).
     """
     grad_output, input, channel, spatial = ctx.saved_tensors
@@ -278,7 +289,7 @@ torch.library.register_autograd("ddf_convert::ddf", _backward, setup_context=_sa
 torch.library.register_autograd("ddf_convert::ddf_backward", _second_backward, setup_context=_save_second)
 
 
-# --- autocast: the current autocast dtype of the device, not a fixed one ------------------------------------------------
+# --- autocast: the current autocast dtype of the device, not a fixed one ----------------------------------------------
 
 
 def _autocast(device: str) -> Any:
@@ -291,7 +302,8 @@ def _autocast(device: str) -> Any:
     def call(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
         tensors = [cast(tensor) for tensor in (input, channel_filter, spatial_filter)]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            return torch.ops.ddf_convert.ddf(*tensors, *options)
+            output: Tensor = torch.ops.ddf_convert.ddf(*tensors, *options)
+            return output
 
     return call
 
@@ -300,17 +312,17 @@ _library.impl("ddf", _autocast("cpu"), "AutocastCPU")
 _library.impl("ddf", _autocast("cuda"), "AutocastCUDA")
 
 
-# --- FLOPs: two for each of the K * K multiply-accumulates of an output element ------------------------------------------
+# --- FLOPs: two for each of the K * K multiply-accumulates of an output element ---------------------------------------
 
 
 @register_flop_formula(torch.ops.ddf_convert.ddf)
 def _forward_flops(input: Any, channel_filter: Any, *rest: Any, out_shape: Any, **kwargs: Any) -> int:
-    batch, channels, height, width = out_shape
-    return 2 * int(channel_filter[-1]) ** 2 * batch * channels * height * width
+    outputs: int = math.prod(out_shape)
+    return 2 * int(channel_filter[-1]) ** 2 * outputs
 
 
 @register_flop_formula(torch.ops.ddf_convert.ddf_backward)
 def _backward_flops(grad_output: Any, input: Any, channel_filter: Any, *rest: Any, **kwargs: Any) -> int:
-    batch, channels, height, width = grad_output
-    needs = rest[-1]
-    return sum(needs) * 2 * int(channel_filter[-1]) ** 2 * batch * channels * height * width
+    outputs: int = math.prod(grad_output)
+    needs: list[bool] = rest[-1]
+    return sum(needs) * 2 * int(channel_filter[-1]) ** 2 * outputs

@@ -10,6 +10,7 @@ variant (``add``).
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -141,4 +142,4 @@ def _combined(channel: Tensor, spatial: Tensor, tap: int, combine: str) -> Tenso
 
 def _by_head(tensor: Tensor, heads: int) -> Tensor:
     """(B, C, H, W) -> (B, G, C/G, H, W)."""
-    return tensor.unflatten(1, (heads, tensor.shape[1] // heads))
+    return cast(Tensor, tensor.unflatten(1, (heads, tensor.shape[1] // heads)))

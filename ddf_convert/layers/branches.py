@@ -40,7 +40,7 @@ class SpatialBranch(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, G*K*K, ceil(H / stride), ceil(W / stride))."""
-        return cast(Tensor, super().forward(input))
+        return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
 
 
 class ChannelBranch(nn.Sequential):
@@ -75,4 +75,4 @@ class ChannelBranch(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, K, K)."""
-        return cast(Tensor, super().forward(input))
+        return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]

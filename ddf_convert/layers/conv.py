@@ -62,4 +62,4 @@ class DDFConv2d(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, Ho, Wo), as a convolution with the same arguments."""
-        return cast(Tensor, super().forward(input))
+        return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]

@@ -22,8 +22,8 @@ class DDF2d(nn.Module):
         in_channels: C, of the input and of the output.
         kernel_size: K, odd and at least 3.
         stride: Step between output pixels, in input pixels.
-        padding: Pixels on every side; None keeps the size (at stride 1); "same" is TensorFlow's SAME, which pads so that
-            the output has ceil(H / stride) rows, one more pixel below than above where they cannot be equal.
+        padding: Pixels on every side; None keeps the size (at stride 1); "same" is TensorFlow's SAME, which pads so
+            that the output has ceil(H / stride) rows, one more pixel below than above where they cannot be equal.
         dilation: Distance between taps, in pixels.
         heads: G; the channels of a head share a spatial filter.
         se_ratio: Width of the channel branch's squeeze, as a fraction of C (sigma in the paper).
@@ -76,7 +76,7 @@ class DDF2d(nn.Module):
             raise ValueError(f"DDF2d: combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
         if padding_mode not in PADDING_MODES:
             raise ValueError(f"DDF2d: padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
-        if not 0 < se_ratio:
+        if not se_ratio > 0:
             raise ValueError(f"DDF2d: se_ratio must be above 0, got {se_ratio}")
         self.in_channels = self.out_channels = in_channels
         self.kernel_size = kernel_size
@@ -149,6 +149,7 @@ class DDF2d(nn.Module):
         return F.pad(input, (before[1], after[1], before[0], after[0]))
 
     def extra_repr(self) -> str:
+        """The arguments, as ``print`` shows them."""
         return (
             f"{self.in_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r},"
             f" dilation={self.dilation}, heads={self.heads}, se_ratio={self.se_ratio}, combine={self.combine!r},"

@@ -1,4 +1,7 @@
-"""FilterNorm: generated filters are standardised over their K*K taps, which keeps training stable (paper, section 3.2)."""
+"""FilterNorm: generated filters are standardised over their K*K taps, which keeps training stable.
+
+Source: section 3.2 of the paper.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +57,7 @@ class SpatialFilterNorm(nn.Module):
         return (normalised * self.scale).to(filters.dtype)
 
     def extra_repr(self) -> str:
+        """The arguments, as ``print`` shows them."""
         return f"kernel_size={self.kernel_size}, scale={self.scale:.4g}"
 
 
@@ -107,11 +111,12 @@ class ChannelFilterNorm(nn.Module):
         """(B, C*K*K, 1, 1) -> (B, C, K, K), same dtype."""
         size = self.kernel_size
         shape = (self.channels, size, size)
-        normalised = standardise(filters.reshape(-1, self.channels, size * size), dim=2).unflatten(2, (size, size))
-        scaled = normalised * self.std.view(shape)
+        normalised = standardise(filters.reshape(-1, self.channels, size * size), dim=2)
+        scaled: Tensor = normalised.unflatten(2, (size, size)) * self.std.view(shape)
         if self.mean is not None:
             scaled = scaled + self.mean.view(shape)
         return scaled.to(filters.dtype)
 
     def extra_repr(self) -> str:
+        """The arguments, as ``print`` shows them."""
         return f"{self.channels}, kernel_size={self.kernel_size}, shift={self.mean is not None}"
