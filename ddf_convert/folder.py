@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -81,17 +82,16 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         inside = folder.is_dir()
-        stage = Path(tempfile.mkdtemp(prefix=".saving-", dir=folder if inside else folder.parent))
+        stage = (folder if inside else folder.parent) / f".saving-{uuid.uuid4().hex}"
+        stage.mkdir()
         try:
             yield stage
             for file in stage.iterdir():
+                file.chmod((stage / MANIFEST).stat().st_mode)  # safetensors keeps its files to their owner
                 _flush(file)
             if inside:
                 _commit(stage, folder)
             else:
-                mask = os.umask(0)
-                os.umask(mask)
-                stage.chmod(0o777 & ~mask)
                 os.rename(stage, folder)
                 _flush(folder.parent)
         finally:

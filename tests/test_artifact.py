@@ -504,6 +504,15 @@ def test_a_failed_write_leaves_nothing_behind(tmp_path, model, monkeypatch):
     assert os.listdir(tmp_path) == []
 
 
+def test_files_are_as_readable_as_any_other(tmp_path, model):
+    (tmp_path / "plain").write_text("")
+    (tmp_path / "folder").mkdir()
+    save(model, tmp_path / "out")
+    assert (tmp_path / "out").stat().st_mode == (tmp_path / "folder").stat().st_mode
+    modes = {file.stat().st_mode for file in (tmp_path / "out").iterdir()}
+    assert modes == {(tmp_path / "plain").stat().st_mode}
+
+
 def test_saving_over_an_artifact_replaces_it(tmp_path):
     for value in (1.0, 2.0):
         model, report = small(value, value)
