@@ -16,7 +16,7 @@ from torch import Tensor, nn
 import ddf_convert as ddf
 
 SEED = 0
-PARAMETERS = 16_843_748  # of DDF-ResNet-50 in the paper
+PARAMETERS = 16_843_748  # of the authors' DDF-ResNet-50
 
 
 def main(folder: str) -> None:
@@ -29,7 +29,7 @@ def main(folder: str) -> None:
         equal = torch.equal(loaded(image), expected(image))
     parameters = ddf.count_parameters(loaded)
     print(f"outputs equal: {'yes' if equal else 'NO'}")
-    print(f"parameters:    {parameters:,} ({'exactly as in the paper' if parameters == PARAMETERS else 'WRONG'})")
+    print(f"parameters:    {parameters:,} ({'exactly as the authors have' if parameters == PARAMETERS else 'WRONG'})")
     before, after = milliseconds(original, image), milliseconds(loaded, image)
     threads = torch.get_num_threads()
     print(f"one image:     {before:.0f} ms before, {after:.0f} ms after (forward, float32, CPU with {threads} threads)")
