@@ -7,9 +7,12 @@ import torch
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # The workers of pytest-xdist share the cores: together they use each once.
+    # The workers of pytest-xdist share the cores: together they use each once. Processes that tests start use as many
+    # threads as the tests do: torch's sums, and so their last bits, depend on it.
     workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    threads = max(1, (os.cpu_count() or 1) // workers)
+    torch.set_num_threads(threads)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
