@@ -20,11 +20,10 @@ _STORED_AS = {
     torch.bfloat16: (np.int16(0), torch.float32),
 }
 
-_PIXELS_PER_TILE = int(__import__("os").environ.get("PPT","512"))
-import os
-_CHANNELS_PER_ITEM = int(os.environ.get("CPI","32"))
+_PIXELS_PER_TILE = 512
+_CHANNELS_PER_ITEM = 32
 _BLOCK_LANES = 16  # a block of channels is a multiple of any vector's lanes
-_TILE_BYTES = int(__import__("os").environ.get("TB","256"))*1024  # what a channels_last tile may take of a core's L2 cache
+_TILE_BYTES = 256 * 1024  # what a channels_last tile may take of a core's L2 cache
 
 
 def forward(
@@ -191,7 +190,7 @@ class _Call:
         per_head = self.channels // self.heads
         if self.kernels is contiguous:
             return min(rows, max(8, _PIXELS_PER_TILE // (columns + span))), min(per_head, _CHANNELS_PER_ITEM)
-        chunk = min(int(os.environ.get("CHK","128")), -(-per_head // _BLOCK_LANES) * _BLOCK_LANES)
+        chunk = min(256, -(-per_head // _BLOCK_LANES) * _BLOCK_LANES)
         row_bytes = (columns * step + span) * 4
         while chunk > 32 and (8 * step + span) * row_bytes * chunk > _TILE_BYTES:
             chunk //= 2

@@ -1,10 +1,11 @@
 """Kernels for channels_last maps, (B, H, W, C) in memory: vectors run along the channels of a pixel.
 
-A kernel works on tiles of rows and blocks of channels of one head. It copies a tile into zero-padded scratch and filters
-it pixel by pixel; the channel filters of the block are blocked (see taps.py) and stay in the cache.
+A kernel filters pixel by pixel, some channels of one head at a time, whose channel filters are blocked (see taps.py)
+and stay in the cache. Taps outside the map read a line of zeros. float32 and float64 maps are read where they are, if
+the channels fill whole vectors; otherwise, and for half types, rows are first copied into scratch.
 
-Tensors come as addresses; ``like`` is a scalar that says how their elements are stored (see storage.py). Spatial filters
-are channels_last too, (B, Ho, Wo, G*K*K) in memory; channel filters are (B, C, K, K).
+Tensors come as addresses; ``like`` is a scalar that says how their elements are stored (see storage.py). Spatial
+filters are channels_last too, (B, Ho, Wo, G*K*K) in memory; channel filters are (B, C, K, K).
 """
 
 from __future__ import annotations
@@ -12,24 +13,29 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from ddf_convert.cpu.compile import kernel
 from ddf_convert.cpu.geometry import ceil_div, tap_phases
-from ddf_convert.cpu.simd import data, keep, lanes, pointer
+from ddf_convert.cpu.simd import data, distance, keep, lanes, pointer, prefetch
 from ddf_convert.cpu.storage import choose, clear, direct, read, scratch, write
 from ddf_convert.cpu.taps import filter_gradients, filter_rows
 
+AHEAD = 8  # pixels to prefetch: the hardware follows none of the many streams of a window well
+
 
 @njit
-def _load_pixels(tile, source, image, height, width, channels, first_channel, count, room, top, left, rows, columns):
-    """Copies ``count`` channels of a rectangle of pixels; zeros outside the image. Pixels stand ``room`` apart."""
-    for row in range(rows):
-        y = top + row
-        for column in range(columns):
-            x = left + column
-            at = (row * columns + column) * room
-            if 0 <= y < height and 0 <= x < width:
-                read(tile + at, source + (((image * height + y) * width + x) * channels + first_channel), 1, count)
-            else:
-                clear(tile + at, count)
+def _rows(tile, source, image, height, width, channels, channel, count, chunk, first_row, last_row):
+    """Some channels of the rows first_row to last_row of a map, in the type that the kernels calculate in.
+
+    Returns:
+        A pointer to the first channel of pixel (0, 0), of which only those rows may be read.
+        The elements from a pixel to the next.
+    """
+    origin = source + (image * height * width * channels + channel)
+    if direct(source, tile) and count % lanes(tile[0]) == 0:  # vectors must not reach past the channels
+        return choose(True, origin, tile), channels
+    for pixel in range(max(0, first_row) * width, min(height, last_row) * width):
+        read(tile + (pixel - max(0, first_row) * width) * chunk, origin + pixel * channels, 1, count)
+    return choose(False, origin, tile + -max(0, first_row) * width * chunk), chunk
 
 
 @njit
@@ -43,7 +49,18 @@ def _block_channels(blocked, filters, source, taps, count, order, start, stop):
             blocked[(channel // lane * inner + place) * lane + channel % lane] = filters[order[start + place]]
 
 
-@njit(nogil=True, cache=True)
+@njit
+def _window(offsets, inside, zeros, top, left, height, width, size, dilation, step):
+    """Where the taps of a window read: ``inside[tap]`` from its first pixel, or ``zeros`` from there."""
+    for i in range(size):
+        row = top + i * dilation
+        for j in range(size):
+            column = left + j * dilation
+            within = 0 <= row < height and 0 <= column < width
+            offsets[i * size + j] = inside[i * size + j] if within else zeros
+
+
+@kernel
 def forward(
     first, last, output_at, input_at, channel_at, spatial_at,
     channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add,
@@ -53,23 +70,21 @@ def forward(
     output, source = pointer(output_at, like), pointer(input_at, like)
     channel_filter, spatial_filter = pointer(channel_at, like), pointer(spatial_at, like)
     taps = size * size
-    rows_read = (tile_rows - 1) * stride + (size - 1) * dilation + 1
-    columns_read = (out_width - 1) * stride + (size - 1) * dilation + 1
-    order_, offsets_ = np.arange(taps), np.zeros(taps, np.int64)
-    order, offsets = data(order_), data(offsets_)
-    for tap in range(taps):
-        offsets[tap] = (tap // size * columns_read + tap % size) * dilation * chunk
-    tile_size = rows_read * columns_read * chunk
-    memory = scratch(tile_size + chunk * (taps + 1) + taps, like)
-    tile = data(memory)
-    blocked = tile + tile_size
+    extent = (size - 1) * dilation + 1
+    order_, offsets_ = np.arange(taps), np.zeros(2 * taps, np.int64)
+    order, inside = data(order_), data(offsets_)
+    offsets = inside + taps
+    memory = scratch(((tile_rows - 1) * stride + extent) * width * chunk + chunk * (taps + 2) + taps, like)
+    nothing = data(memory)  # a line of zeros
+    blocked = nothing + chunk
     line = blocked + chunk * taps
     weights = line + chunk
+    tile = weights + taps
     lane = lanes(line[0])
 
-    tiles = (out_height + tile_rows - 1) // tile_rows
+    tiles = ceil_div(out_height, tile_rows)
     per_head = channels // heads
-    chunks = (per_head + chunk - 1) // chunk
+    chunks = ceil_div(per_head, chunk)
     for item in range(first, last):
         top = item % tiles * tile_rows
         group = item // tiles
@@ -80,19 +95,29 @@ def forward(
         channel = head * per_head + start
         vectors = ceil_div(count, lane)
         straight = direct(output, line) and count == vectors * lane
-        _block_channels(blocked, weights, channel_filter + (image * channels + channel) * taps, taps, count, order, 0, taps)
-        _load_pixels(
-            tile, source, image, height, width, channels, channel, count, chunk,
-            top * stride - padding, -padding, (rows - 1) * stride + (size - 1) * dilation + 1, columns_read,
+        _block_channels(
+            blocked, weights, channel_filter + (image * channels + channel) * taps, taps, count, order, 0, taps
         )  # fmt: skip
-        for row in range(rows):
-            for x in range(out_width):
-                pixel = (image * out_height + top + row) * out_width + x
+        above = top * stride - padding
+        features, step = _rows(
+            tile, source, image, height, width, channels, channel, count, chunk,
+            above, above + (rows - 1) * stride + extent,
+        )  # fmt: skip
+        for tap in range(taps):
+            inside[tap] = (tap // size * width + tap % size) * dilation * step
+        for row in range(top, top + rows):
+            for column in range(out_width):
+                pixel = (image * out_height + row) * out_width + column
                 read(weights, spatial_filter + (pixel * heads + head) * taps, 1, taps)
-                base = tile + (row * columns_read + x) * stride * chunk
+                y, x = row * stride - padding, column * stride - padding
+                window = features + (y * width + x) * step
+                _window(offsets, inside, distance(window, nothing), y, x, height, width, size, dilation, step)
                 target = output + (pixel * channels + channel)
+                prefetch(window + ((extent - 1) * width + AHEAD) * step, count)
+                prefetch(target + channels, count)
                 filter_rows(
-                    choose(straight, target, line), 0, chunk, blocked, base, 0, weights, offsets, taps, 1, vectors, chunk, add
+                    choose(straight, target, line), 0, chunk, blocked, window, 0,
+                    weights, offsets, taps, 1, vectors, chunk, add,
                 )  # fmt: skip
                 if not straight:
                     write(target, 1, line, count)
@@ -101,7 +126,7 @@ def forward(
     keep(memory)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def grad_input(
     first, last, grad_input_at, grad_output_at, channel_at, spatial_at,
     channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add,
@@ -115,23 +140,20 @@ def grad_input(
     zero = padding // stride  # the first row, and column, of each phase that holds the input
     phase_rows = (height + padding - 1) // stride + 1 - zero
     phase_columns = (width + padding - 1) // stride + 1 - zero
-    columns = phase_columns + reach
     order_, starts_, down, right = tap_phases(size, stride, dilation)
     offsets_ = np.zeros(taps, np.int64)
     order, starts, offsets = data(order_), data(starts_), data(offsets_)
-    for place in range(taps):
-        offsets[place] = ((reach - down[place]) * columns + reach - right[place]) * chunk
-    tile_size = (tile_rows + reach) * columns * chunk
-    memory = scratch(tile_size + chunk * (taps + 1) + taps + 1, like)
-    tile = data(memory)
-    blocked = tile + tile_size
+    memory = scratch((tile_rows + reach) * out_width * chunk + chunk * (taps + 2) + taps, like)
+    nothing = data(memory)  # a line of zeros
+    blocked = nothing + chunk
     line = blocked + chunk * taps
     weights = line + chunk
+    tile = weights + taps
     lane = lanes(line[0])
 
-    tiles = (phase_rows + tile_rows - 1) // tile_rows
+    tiles = ceil_div(phase_rows, tile_rows)
     per_head = channels // heads
-    chunks = (per_head + chunk - 1) // chunk
+    chunks = ceil_div(per_head, chunk)
     for item in range(first, last):
         top = zero + item % tiles * tile_rows
         group = item // tiles
@@ -142,38 +164,40 @@ def grad_input(
         channel = head * per_head + start
         vectors = ceil_div(count, lane)
         straight = direct(target, line) and count == vectors * lane
-        filters_at = (image * channels + channel) * taps
         for phase in range(stride * stride):
             _block_channels(
-                blocked + starts[phase] * chunk, weights, channel_filter + filters_at, taps, count, order, starts[phase], starts[phase + 1]
-            )
-        _load_pixels(
-            tile, source, image, out_height, out_width, channels, channel, count, chunk,
-            top - reach, zero - reach, rows + reach, columns,
-        )  # fmt: skip
-        for row in range(rows):
-            for column in range(phase_columns):
+                blocked + starts[phase] * chunk, weights, channel_filter + (image * channels + channel) * taps,
+                taps, count, order, starts[phase], starts[phase + 1],
+            )  # fmt: skip
+        features, step = _rows(
+            tile, source, image, out_height, out_width, channels, channel, count, chunk, top - reach, top + rows
+        )
+        zeros = distance(features, nothing)
+        for row in range(top, top + rows):
+            for column in range(zero, zero + phase_columns):
                 for phase in range(stride * stride):
-                    v = (top + row) * stride + phase // stride - padding
-                    u = (zero + column) * stride + phase % stride - padding
+                    v = row * stride + phase // stride - padding
+                    u = column * stride + phase % stride - padding
                     if v < 0 or v >= height or u < 0 or u >= width:
                         continue
-                    begin = starts[phase]
-                    inner = starts[phase + 1] - begin
+                    begin, inner = starts[phase], starts[phase + 1] - starts[phase]
                     for place in range(inner):
-                        y = top + row - down[begin + place]
-                        x = zero + column - right[begin + place]
-                        weights[place] = 0
+                        y, x = row - down[begin + place], column - right[begin + place]
                         if 0 <= y < out_height and 0 <= x < out_width:
-                            pixel = (image * out_height + y) * out_width + x
-                            read(weights + place, spatial_filter + ((pixel * heads + head) * taps + order[begin + place]), 1, 1)
-                    base = tile + (row * columns + column) * chunk
+                            filters = (((image * out_height + y) * out_width + x) * heads + head) * taps
+                            read(weights + place, spatial_filter + (filters + order[begin + place]), 1, 1)
+                            offsets[place] = (y * out_width + x) * step
+                        else:
+                            weights[place] = 0
+                            offsets[place] = zeros
                     gradient = target + (((image * height + v) * width + u) * channels + channel)
+                    prefetch(features + (row * out_width + column + AHEAD) * step, count)
+                    prefetch(gradient + channels, count)
                     if inner == 0:
                         clear(line, count)
                     filter_rows(
-                        choose(straight, gradient, line), 0, chunk, blocked + begin * chunk, base, 0,
-                        weights, offsets + begin, inner, 1, vectors, chunk, add,
+                        choose(straight, gradient, line), 0, chunk, blocked + begin * chunk, features, 0,
+                        weights, offsets, inner, 1, vectors, chunk, add,
                     )  # fmt: skip
                     if inner == 0 or not straight:
                         write(gradient, 1, line, count)
@@ -182,7 +206,7 @@ def grad_input(
     keep(memory)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def grad_filters(
     first, last, grad_channel_at, grad_spatial_at, grad_output_at, input_at, channel_at, spatial_at,
     channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add,
@@ -197,24 +221,23 @@ def grad_filters(
     grad_output, source = pointer(grad_output_at, like), pointer(input_at, like)
     channel_filter, spatial_filter = pointer(channel_at, like), pointer(spatial_at, like)
     taps = size * size
-    rows_read = (tile_rows - 1) * stride + (size - 1) * dilation + 1
-    columns_read = (out_width - 1) * stride + (size - 1) * dilation + 1
-    order_, offsets_ = np.arange(taps), np.zeros(taps, np.int64)
-    order, offsets = data(order_), data(offsets_)
-    for tap in range(taps):
-        offsets[tap] = (tap // size * columns_read + tap % size) * dilation * chunk
-    tile_size = rows_read * columns_read * chunk
+    extent = (size - 1) * dilation + 1
+    order_, offsets_ = np.arange(taps), np.zeros(2 * taps, np.int64)
+    order, inside = data(order_), data(offsets_)
+    offsets = inside + taps
     grad_weights_size = tile_rows * out_width * taps
-    memory = scratch(tile_size + chunk * (2 * taps + 1) + taps + grad_weights_size, like)
-    tile = data(memory)
-    blocked = tile + tile_size
+    tile_size = ((tile_rows - 1) * stride + extent) * width * chunk
+    memory = scratch(tile_size + grad_weights_size + chunk * (2 * taps + 2) + taps, like)
+    nothing = data(memory)  # a line of zeros
+    blocked = nothing + chunk
     grad_blocked = blocked + chunk * taps
     line = grad_blocked + chunk * taps
     weights = line + chunk
     grad_weights = weights + taps
+    tile = grad_weights + grad_weights_size
     lane = lanes(line[0])
 
-    tiles = (out_height + tile_rows - 1) // tile_rows
+    tiles = ceil_div(out_height, tile_rows)
     per_head = channels // heads
     for item in range(first, last):
         top = item % tiles * tile_rows
@@ -224,33 +247,41 @@ def grad_filters(
         for start in range(0, per_head, chunk):
             count = min(chunk, per_head - start)
             channel = head * per_head + start
-            filters_at = (image * channels + channel) * taps
-            _block_channels(blocked, weights, channel_filter + filters_at, taps, count, order, 0, taps)
+            vectors = ceil_div(count, lane)
+            filters = channel_filter + (image * channels + channel) * taps
+            _block_channels(blocked, weights, filters, taps, count, order, 0, taps)
             clear(grad_blocked, chunk * taps)
             clear(line, chunk)
-            _load_pixels(
+            above = top * stride - padding
+            features, step = _rows(
                 tile, source, image, height, width, channels, channel, count, chunk,
-                top * stride - padding, -padding, (rows - 1) * stride + (size - 1) * dilation + 1, columns_read,
+                above, above + (rows - 1) * stride + extent,
             )  # fmt: skip
+            for tap in range(taps):
+                inside[tap] = (tap // size * width + tap % size) * dilation * step
             for row in range(rows):
-                for x in range(out_width):
-                    pixel = (image * out_height + top + row) * out_width + x
+                for column in range(out_width):
+                    pixel = (image * out_height + top + row) * out_width + column
                     read(weights, spatial_filter + (pixel * heads + head) * taps, 1, taps)
                     read(line, grad_output + (pixel * channels + channel), 1, count)
+                    y, x = above + row * stride, column * stride - padding
+                    window = features + (y * width + x) * step
+                    _window(offsets, inside, distance(window, nothing), y, x, height, width, size, dilation, step)
+                    prefetch(window + ((extent - 1) * width + AHEAD) * step, count)
+                    prefetch(grad_output + ((pixel + AHEAD) * channels + channel), count)
                     filter_gradients(
-                        grad_weights + (row * out_width + x) * taps, grad_blocked, blocked,
-                        tile + (row * columns_read + x) * stride * chunk, 0, line,
-                        weights, offsets, taps, 1, ceil_div(count, lane), chunk, add,
+                        grad_weights + (row * out_width + column) * taps, grad_blocked, blocked, window, 0, line,
+                        weights, offsets, taps, 1, vectors, chunk, add,
                     )  # fmt: skip
-            part = (item % tiles * batch * channels + image * channels + channel) * taps
+            part = parts + (item % tiles * batch * channels + image * channels + channel) * taps
             for index in range(count):
                 for tap in range(taps):
-                    at = (index // lane * taps + tap) * lane + index % lane
-                    parts[part + index * taps + tap] = grad_blocked[at]
+                    part[index * taps + tap] = grad_blocked[(index // lane * taps + tap) * lane + index % lane]
         for row in range(rows):
-            for x in range(out_width):
-                pixel = (image * out_height + top + row) * out_width + x
-                write(grad_spatial + (pixel * heads + head) * taps, 1, grad_weights + (row * out_width + x) * taps, taps)
+            filters_at = (((image * out_height + top + row) * out_width) * heads + head) * taps
+            for column in range(out_width):
+                target = grad_spatial + (filters_at + column * heads * taps)
+                write(target, 1, grad_weights + (row * out_width + column) * taps, taps)
     for array in (order_, offsets_):
         keep(array)
     keep(memory)

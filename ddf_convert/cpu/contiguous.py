@@ -1,7 +1,7 @@
 """Kernels for contiguous (B, C, H, W) maps: vectors run along the pixels of a row.
 
-A kernel works on tiles of rows. It copies a tile of a plane into zero-padded scratch, where every tap finds a pixel, and
-filters it row by row. The spatial filters of a tile are blocked (see taps.py) once, for all channels of a head.
+A kernel works on tiles of rows. It copies a tile of a plane into zero-padded scratch, where every tap finds a pixel,
+and filters it row by row. The spatial filters of a tile are blocked (see taps.py) once, for all channels of a head.
 
 Tensors come as addresses; ``like`` is a scalar that says how their elements are stored (see storage.py).
 """
@@ -11,8 +11,9 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
+from ddf_convert.cpu.compile import kernel
 from ddf_convert.cpu.geometry import ceil_div, inside, tap_phases
-from ddf_convert.cpu.simd import data, keep, lanes, pointer
+from ddf_convert.cpu.simd import data, keep, lanes, pointer, prefetch
 from ddf_convert.cpu.storage import choose, clear, direct, read, scratch, write
 from ddf_convert.cpu.taps import filter_gradients, filter_rows, passes
 
@@ -76,7 +77,7 @@ def _reorder(weights, line, source, order, taps):
         weights[place] = line[order[place]]
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def forward(
     first, last, output_at, input_at, channel_at, spatial_at,
     channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add,
@@ -86,7 +87,8 @@ def forward(
     output, source = pointer(output_at, like), pointer(input_at, like)
     channel_filter, spatial_filter = pointer(channel_at, like), pointer(spatial_at, like)
     taps = size * size
-    reach = (size - 1) * dilation // stride
+    extent = (size - 1) * dilation
+    reach = extent // stride
     columns = out_width + reach
     phase_size = (tile_rows + reach) * columns
     order_, starts_, down, right = tap_phases(size, stride, dilation)
@@ -123,7 +125,8 @@ def forward(
         if group != blocked_for:
             filters = spatial_filter + (image_head * taps * out_height + top) * out_width
             _block_spatial(
-                blocked, spatial_line, filters, taps, out_width, out_height * out_width, rows, vectors, last_vector, order
+                blocked, spatial_line, filters, taps, out_width, out_height * out_width,
+                rows, vectors, last_vector, order,
             )  # fmt: skip
             clear(tile, tile_size)
             blocked_for = group
@@ -134,6 +137,10 @@ def forward(
             plane = source + at * height * width
             _load_tile(tile, plane, height, width, top, stride, padding, rows + reach, columns, starts, phase_size)
             target = output + (at * out_height + top) * out_width
+            prefetch(
+                plane + (height + top * stride - padding) * width, (rows * stride + extent) * width
+            )  # the next one
+            prefetch(target, rows * out_width)
             filter_rows(
                 choose(straight, target, line), pitch, line_last, blocked, tile, columns,
                 weights, offsets, taps, rows, vectors, last_vector, add,
@@ -146,7 +153,7 @@ def forward(
     keep(memory)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def grad_input(
     first, last, grad_input_at, grad_output_at, channel_at, spatial_at,
     channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add,
@@ -219,6 +226,7 @@ def grad_input(
             origin = source + ((at * out_height + top - reach) * out_width + zero - reach + low)
             for row in range(first_row, last_row):
                 read(tile + (row * columns + low), origin + row * out_width, 1, high - low)
+            prefetch(origin + out_height * out_width, (rows + reach) * out_width)  # the next plane
             for phase in range(stride * stride):
                 begin, inner = starts[phase], starts[phase + 1] - starts[phase]
                 left = zero * stride + phase % stride - padding
@@ -235,14 +243,15 @@ def grad_input(
                 if inner == 0 or not straight:
                     for row in range(first_row, last_row):
                         _write_blocked(
-                            origin_out + row * stride * width, stride, line + row * pitch, low, high, vectors, last_vector
+                            origin_out + row * stride * width, stride, line + row * pitch, low, high,
+                            vectors, last_vector,
                         )  # fmt: skip
     for array in (order_, starts_, offsets_):
         keep(array)
     keep(memory)
 
 
-@njit(nogil=True, cache=True)
+@kernel
 def grad_filters(
     first, last, grad_channel_at, grad_spatial_at, grad_output_at, input_at, channel_at, spatial_at,
     channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add,
@@ -257,7 +266,8 @@ def grad_filters(
     grad_output, source = pointer(grad_output_at, like), pointer(input_at, like)
     channel_filter, spatial_filter = pointer(channel_at, like), pointer(spatial_at, like)
     taps = size * size
-    reach = (size - 1) * dilation // stride
+    extent = (size - 1) * dilation
+    reach = extent // stride
     columns = out_width + reach
     phase_size = (tile_rows + reach) * columns
     order_, starts_, down, right = tap_phases(size, stride, dilation)
@@ -310,6 +320,10 @@ def grad_filters(
                 own = out_width - (vectors - 1) * lane
                 read(begin, origin + row * out_width, 1, out_width - own)
                 read(begin + (pitch - lane + repeated), origin + (row * out_width + out_width - own), 1, own)
+            prefetch(
+                plane + (height + top * stride - padding) * width, (rows * stride + extent) * width
+            )  # the next one
+            prefetch(origin + out_height * out_width, rows * out_width)
             filter_gradients(
                 grad_weights, grad_blocked, blocked, tile, columns, line,
                 weights, offsets, taps, rows, vectors, last_vector, add,

@@ -12,7 +12,7 @@ from numba import njit
 
 @njit
 def ceil_div(value, divisor):
-    """value / divisor, rounded up, for any sign of value."""
+    """Value / divisor, rounded up, for any sign of value."""
     return -(-value // divisor)
 
 

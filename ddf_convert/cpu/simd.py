@@ -14,7 +14,7 @@ from llvmlite import ir
 from numba import njit, types
 from numba.core import cgutils
 from numba.core.datamodel import PrimitiveModel, register_default
-from numba.extending import intrinsic, overload
+from numba.extending import intrinsic, lower_builtin, type_callable
 
 VECTOR_BYTES = 32
 # Lets LLVM fuse a product and a sum, where the processor can; nothing else is reordered.
@@ -69,17 +69,16 @@ def keep(array):
 
 
 @intrinsic
-def _advance(typingctx, base, count):
+def distance(typingctx, start, end):
+    """Elements from one pointer to another, which may point into another tensor or array."""
+
     def codegen(context, builder, signature, arguments):
-        return cgutils.gep(builder, *arguments)
+        integer = context.get_value_type(types.int64)
+        first, last = (builder.ptrtoint(argument, integer) for argument in arguments)
+        size = context.get_constant(types.int64, start.dtype.bitwidth // 8)
+        return builder.sdiv(builder.sub(last, first), size)
 
-    return base(base, types.int64), codegen
-
-
-@overload(operator.add, inline="always")
-def _pointer_add(base, count):
-    if isinstance(base, types.CPointer) and isinstance(count, types.Integer):
-        return lambda base, count: _advance(base, count)
+    return types.int64(start, end), codegen
 
 
 @intrinsic
@@ -117,6 +116,27 @@ def store(typingctx, base, index, value):
         return context.get_dummy_value()
 
     return types.void(base, types.int64, value), codegen
+
+
+@intrinsic
+def _prefetch(typingctx, base, index):
+    def codegen(context, builder, signature, arguments):
+        byte, word = ir.IntType(8).as_pointer(), ir.IntType(32)
+        kind = ir.FunctionType(ir.VoidType(), [byte, word, word, word])
+        function = cgutils.get_or_insert_function(builder.module, kind, "llvm.prefetch.p0")
+        place = builder.bitcast(cgutils.gep(builder, *arguments), byte)
+        reading, keep_close, of_data = word(0), word(3), word(1)
+        builder.call(function, [place, reading, keep_close, of_data])
+        return context.get_dummy_value()
+
+    return types.void(base, types.int64), codegen
+
+
+@njit(forceinline=True)
+def prefetch(base, count):
+    """Asks for the cache lines of base[0:count], which may lie outside the tensor: a prefetch never faults."""
+    for k in range(0, count, 2 * lanes(base[0])):
+        _prefetch(base, k)
 
 
 @intrinsic
@@ -167,32 +187,39 @@ def total(typingctx, value):
     return value.element(value), codegen
 
 
-@intrinsic
-def _add(typingctx, left, right):
-    def codegen(context, builder, signature, arguments):
-        return builder.fadd(*arguments, flags=_FUSE)
+@type_callable(operator.add)
+def _type_add(context):
+    def typer(left, right):
+        if isinstance(left, Vector) and left == right:
+            return left
+        if isinstance(left, types.CPointer) and isinstance(right, types.Integer):
+            return left
 
-    return left(left, right), codegen
-
-
-@intrinsic
-def _multiply(typingctx, left, right):
-    def codegen(context, builder, signature, arguments):
-        return builder.fmul(*arguments, flags=_FUSE)
-
-    return left(left, right), codegen
+    return typer
 
 
-@overload(operator.add, inline="always")
-def _vector_add(left, right):
-    if isinstance(left, Vector) and left == right:
-        return lambda left, right: _add(left, right)
+@type_callable(operator.mul)
+def _type_multiply(context):
+    def typer(left, right):
+        if isinstance(left, Vector) and left == right:
+            return left
+
+    return typer
 
 
-@overload(operator.mul, inline="always")
-def _vector_multiply(left, right):
-    if isinstance(left, Vector) and left == right:
-        return lambda left, right: _multiply(left, right)
+@lower_builtin(operator.add, Vector, Vector)
+def _lower_add(context, builder, signature, arguments):
+    return builder.fadd(*arguments, flags=_FUSE)
+
+
+@lower_builtin(operator.mul, Vector, Vector)
+def _lower_multiply(context, builder, signature, arguments):
+    return builder.fmul(*arguments, flags=_FUSE)
+
+
+@lower_builtin(operator.add, types.CPointer, types.Integer)
+def _lower_advance(context, builder, signature, arguments):
+    return cgutils.gep(builder, *arguments)
 
 
 def _vector_pointer(context: Any, builder: Any, vector: Vector, base: Any, index: Any) -> Any:

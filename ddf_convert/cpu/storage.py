@@ -84,7 +84,7 @@ def _widen(value):
     """A stored element as the type that the kernels calculate in."""
 
 
-@overload(_widen, inline="always")
+@overload(_widen)
 def _overload_widen(value):
     if value == types.int16:
         return lambda value: _from_bfloat16(value)
@@ -97,7 +97,7 @@ def _narrow(value, like):
     """A calculated value as an element stored like ``like``."""
 
 
-@overload(_narrow, inline="always")
+@overload(_narrow)
 def _overload_narrow(value, like):
     if like == types.int16:
         return lambda value, like: _to_bfloat16(value)

@@ -19,20 +19,22 @@ from ddf_convert.cpu.simd import lanes, load, splat, store, total, zeros
 
 @njit
 def filter_rows(out, out_pitch, out_last, blocked, features, pitch, weights, offsets, taps, rows, vectors, last, add):
-    """out = sum over taps of combine(weights[tap], blocked[tap]) * features[offsets[tap]], at every element.
+    """Sums combine(weights[tap], blocked[tap]) * features[offsets[tap]] over the taps, for every element of ``out``.
 
-    Rows of ``out`` stand ``out_pitch`` apart, those of ``features`` ``pitch``. Vectors of ``out`` may overlap (``out_last``
-    as ``last``) only if a single pass does it, see :func:`passes`. Nine taps at a time, then one at a time.
+    Rows of ``out`` stand ``out_pitch`` apart, those of ``features`` ``pitch``. Vectors of ``out`` may overlap
+    (``out_last`` as ``last``) only if a single pass does it, see :func:`passes`. Nine taps at a time, then one at a time.
     """
     done = 0
     while done + 9 <= taps:
         _filter_nine(
-            out, out_pitch, out_last, blocked, features, pitch, weights + done, offsets + done, taps, done, rows, vectors, last, add
+            out, out_pitch, out_last, blocked, features, pitch, weights + done, offsets + done,
+            taps, done, rows, vectors, last, add,
         )  # fmt: skip
         done += 9
     while done < taps:
         _filter_one(
-            out, out_pitch, out_last, blocked, features, pitch, weights[done], offsets[done], taps, done, rows, vectors, last, add
+            out, out_pitch, out_last, blocked, features, pitch, weights[done], offsets[done],
+            taps, done, rows, vectors, last, add,
         )  # fmt: skip
         done += 1
 
@@ -44,7 +46,9 @@ def passes(taps):
 
 
 @njit
-def _filter_nine(out, out_pitch, out_last, blocked, features, pitch, weights, offsets, taps, first, rows, vectors, last, add):
+def _filter_nine(
+    out, out_pitch, out_last, blocked, features, pitch, weights, offsets, taps, first, rows, vectors, last, add
+):
     width = lanes(weights[0])
     w0, w1, w2 = splat(weights[0]), splat(weights[1]), splat(weights[2])
     w3, w4, w5 = splat(weights[3]), splat(weights[4]), splat(weights[5])
@@ -85,7 +89,9 @@ def _filter_nine(out, out_pitch, out_last, blocked, features, pitch, weights, of
 
 
 @njit
-def _filter_one(out, out_pitch, out_last, blocked, features, pitch, weight, offset, taps, tap, rows, vectors, last, add):
+def _filter_one(
+    out, out_pitch, out_last, blocked, features, pitch, weight, offset, taps, tap, rows, vectors, last, add
+):
     width = lanes(weight)
     constant = splat(weight)
     block = blocked + tap * width

@@ -6,12 +6,15 @@ GIL instead, and plain Python threads call them.
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
+
+from ddf_convert.cpu.compile import prepare
 
 _pool: ThreadPoolExecutor | None = None
 _pool_size = 0
@@ -27,11 +30,12 @@ def run(kernel: Callable[..., None], items: int, work: int, *arguments: object) 
         work: Multiply-accumulates in all; little work stays on the calling thread.
         *arguments: For the kernel.
     """
+    prepare(kernel, arguments)
     parts = max(1, min(torch.get_num_threads(), items, work // _LEAST_WORK))
     bounds = [items * part // parts for part in range(parts + 1)]
     if parts > 1:
         pool = _threads(parts - 1)
-        rest = [pool.submit(kernel, first, last, *arguments) for first, last in zip(bounds[1:], bounds[2:], strict=False)]
+        rest = [pool.submit(kernel, first, last, *arguments) for first, last in itertools.pairwise(bounds[1:])]
         kernel(bounds[0], bounds[1], *arguments)
         for future in rest:
             future.result()
