@@ -22,7 +22,8 @@ def filter_rows(out, out_pitch, out_last, blocked, features, pitch, weights, off
     """Sums combine(weights[tap], blocked[tap]) * features[offsets[tap]] over the taps, for every element of ``out``.
 
     Rows of ``out`` stand ``out_pitch`` apart, those of ``features`` ``pitch``. Vectors of ``out`` may overlap
-    (``out_last`` as ``last``) only if a single pass does it, see :func:`passes`. Nine taps at a time, then one at a time.
+    (``out_last`` as ``last``) only if a single pass does it, see :func:`passes`. Nine taps at a time, then one at a
+    time.
     """
     done = 0
     while done + 9 <= taps:
