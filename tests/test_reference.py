@@ -1,0 +1,63 @@
+"""The reference is the specification: it is held against the definition, written out."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddf_convert import reference
+from ddf_convert.ops import output_size
+
+
+def by_definition(
+    input: Tensor, channel: Tensor, spatial: Tensor, stride: int, padding: int, dilation: int, combine: str
+) -> Tensor:
+    """Every window unfolded, every combined filter stored: what the package itself never does."""
+    batch, channels = input.shape[:2]
+    size = channel.shape[-1]
+    height, width = spatial.shape[-2:]
+    windows = F.unfold(input, size, dilation, padding, stride).view(batch, channels, size**2, height, width)
+    heads = spatial.shape[1] // size**2
+    per_pixel = spatial.view(batch, heads, size**2, height, width).repeat_interleave(channels // heads, 1)
+    per_channel = channel.view(batch, channels, size**2, 1, 1)
+    filters = per_channel * per_pixel if combine == "mul" else per_channel + per_pixel
+    return (windows * filters).sum(2)
+
+
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("size", [1, 3, 5])
+def test_reference_is_the_definition(combine: str, size: int) -> None:
+    torch.manual_seed(0)
+    for stride, dilation, heads, padding in itertools.product((1, 2, 3), (1, 2), (1, 4), (0, size // 2, size)):
+        rows, columns = (output_size(side, size, stride, padding, dilation) for side in (9, 11))
+        tensors = [
+            torch.randn(shape, dtype=torch.float64, requires_grad=True)
+            for shape in ((2, 8, 9, 11), (2, 8, size, size), (2, heads * size**2, rows, columns))
+        ]
+        options = (stride, padding, dilation, combine)
+        expected = by_definition(*tensors, *options)
+        torch.testing.assert_close(reference.forward(*tensors, *options), expected)
+        grad = torch.randn_like(expected)
+        gradients = reference.backward(grad, *tensors, *options, (True, True, True))
+        for ours, theirs in zip(gradients, torch.autograd.grad(expected, tensors, grad), strict=True):
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_special_cases_of_the_paper() -> None:
+    torch.manual_seed(0)
+    input, channel = torch.randn(2, 6, 8, 8).double(), torch.randn(2, 6, 3, 3).double()
+    ones = torch.ones(2, 9, 8, 8).double()
+    # A spatial filter of ones: a depthwise convolution with weights of each image's own.
+    output = reference.forward(input, channel, ones, 1, 1, 1, "mul")
+    for image in range(2):
+        expected = F.conv2d(input[image : image + 1], channel[image, :, None], padding=1, groups=6)
+        torch.testing.assert_close(output[image : image + 1], expected)
+    # A channel filter of ones: every channel of a head sees the same filter at a pixel.
+    spatial = torch.randn(2, 9, 8, 8).double()
+    same = input[:, :1].expand(2, 6, 8, 8)
+    output = reference.forward(same, torch.ones_like(channel), spatial, 1, 1, 1, "mul")
+    torch.testing.assert_close(output, output[:, :1].expand_as(output))
