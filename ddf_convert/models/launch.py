@@ -1,7 +1,7 @@
 """Runs a script that knows nothing of this package with the DDF-ResNets registered in timm.
 
-``python -m ddf_convert.models.launch train.py --model ddf_mul_resnet50 ...`` is otherwise ``python train.py ...``, and it
-works under torchrun: ``torchrun --nproc-per-node 4 -m ddf_convert.models.launch train.py ...``.
+``python -m ddf_convert.models.launch train.py --model ddf_mul_resnet50`` is otherwise ``python train.py ...``. It works
+under torchrun as well: ``torchrun --nproc-per-node 4 -m ddf_convert.models.launch train.py ...``.
 """
 
 from __future__ import annotations
