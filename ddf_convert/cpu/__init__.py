@@ -75,8 +75,7 @@ def backward(
 
     The arguments have been checked. The gradients of the maps have ``layout``.
     """
-    none = input.new_empty(0)
-    grads = [none, none, none]
+    grads = [input.new_empty(0) for _ in range(3)]
     grad_output = grad_output.contiguous(memory_format=layout)
     input = input.contiguous(memory_format=layout)
     channel_filter = channel_filter.contiguous()
