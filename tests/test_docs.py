@@ -57,8 +57,8 @@ def test_the_readmes_programs_print_what_it_says(code, output, tmp_path, monkeyp
 
 def commands() -> list[tuple[str, str]]:
     """Each command that shows its output, and that output."""
-    consoles = "\n".join(code for language, code in readme() if language == "console")
-    return SHOWN.findall(consoles)
+    shown = [pair for language, code in readme() if language == "console" for pair in SHOWN.findall(code)]
+    return [(arguments, output) for arguments, output in shown if output.strip()]
 
 
 @pytest.mark.parametrize(("arguments", "output"), commands())
