@@ -200,10 +200,12 @@ def convert(
         say(f"Replacing {len(plan.replaced)} convolutions")
         converted = apply(opened.model, plan, inplace=True)
         say(f"Saving {output}")
-        artifact.save(converted, output, report=report(plan, opened.name))
+        manifest = artifact.save(converted, output, report=report(plan, opened.name))
     _present(plan, opened.name, as_json, html, everything)
     if not as_json:
-        _saved(output)
+        _saved(
+            output, f"load({str(output)!r})" if manifest.source.kind == "timm" else f"restore(model, {str(output)!r})"
+        )
 
 
 @app.command()
@@ -262,13 +264,13 @@ def _present(plan: Plan, name: str, as_json: bool, html: Path | None, everything
         _out.print(f"\nPage: [bold]{escape(str(html))}[/]", soft_wrap=True)
 
 
-def _saved(output: Path) -> None:
+def _saved(output: Path, call: str) -> None:
     from ddf_convert.report import units
 
     weights = units.size((output / "model.safetensors").stat().st_size)
     _out.print(
         f"\nSaved to [bold]{escape(str(output))}[/]: manifest.json, model.safetensors ({weights}), report.json\n"
-        f"To use it in Python: ddf_convert.load({escape(repr(str(output)))})",
+        f"To use it in Python: ddf_convert.{escape(call)}",
         soft_wrap=True,
     )
 

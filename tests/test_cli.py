@@ -244,7 +244,9 @@ def test_overwrite_replaces_and_its_absence_refuses(run: Any, folder: Path, arti
 
 
 def test_a_model_of_ones_own_is_saved_for_restore(run: Any, folder: Path) -> None:
-    assert run("convert", "net_for_cli:Net", "-o", "out").code == 0
+    converted = run("convert", "net_for_cli:Net", "-o", "out")
+    assert converted.code == 0
+    assert "ddf_convert.restore(model, 'out')" in converted.out
     import net_for_cli
 
     restored = ddf.restore(net_for_cli.Net(), folder / "out")
