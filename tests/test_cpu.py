@@ -18,7 +18,7 @@ from ddf_convert import cpu, ops, reference
 from ddf_convert.cpu import threads
 
 
-def example(channels: int = 64, side: int = 28, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+def example(channels: int = 256, side: int = 28, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
     draw = torch.Generator().manual_seed(seed)
     shapes = ((2, channels, side, side), (2, channels, 3, 3), (2, 9, side, side))
     first, second, third = (torch.randn(shape, generator=draw) for shape in shapes)

@@ -23,7 +23,7 @@ _STORED_AS = {
 _PIXELS_PER_TILE = 512
 _CHANNELS_PER_ITEM = 32
 _BLOCK_LANES = 16  # a block of channels is a multiple of any vector's lanes
-_TILE_BYTES = 256 * 1024  # what a channels_last tile may take of a core's L2 cache
+_WINDOW_BYTES = 400 * 1024  # what the rows under a channels_last window may take of a core's L2 cache
 
 
 def forward(
@@ -190,11 +190,9 @@ class _Call:
         if self.kernels is contiguous:
             return min(rows, max(8, _PIXELS_PER_TILE // (columns + span))), min(per_head, _CHANNELS_PER_ITEM)
         chunk = min(256, -(-per_head // _BLOCK_LANES) * _BLOCK_LANES)
-        row_bytes = (columns * step + span) * 4
-        while chunk > 32 and (8 * step + span) * row_bytes * chunk > _TILE_BYTES:
+        while chunk > 64 and (step + span) * columns * chunk * 4 > _WINDOW_BYTES:
             chunk //= 2
-        fit = (_TILE_BYTES // (row_bytes * chunk) - span) // step
-        return min(rows, max(4, fit)), chunk
+        return min(rows, 8), chunk
 
     def items(self, rows: int, tile_rows: int, chunk: int) -> int:
         """Independent items: tiles of each head's chunks of channels."""

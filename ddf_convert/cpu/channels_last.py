@@ -50,14 +50,18 @@ def _block_channels(blocked, filters, source, taps, count, order, start, stop):
 
 
 @njit
-def _window(offsets, inside, zeros, top, left, height, width, size, dilation, step):
+def _window(offsets, inside, zeros, top, left, height, width, size, dilation):
     """Where the taps of a window read: ``inside[tap]`` from its first pixel, or ``zeros`` from there."""
+    last = (size - 1) * dilation
+    if 0 <= top < height - last and 0 <= left < width - last:
+        return inside
     for i in range(size):
         row = top + i * dilation
         for j in range(size):
             column = left + j * dilation
             within = 0 <= row < height and 0 <= column < width
             offsets[i * size + j] = inside[i * size + j] if within else zeros
+    return offsets
 
 
 @kernel
@@ -111,13 +115,13 @@ def forward(
                 read(weights, spatial_filter + (pixel * heads + head) * taps, 1, taps)
                 y, x = row * stride - padding, column * stride - padding
                 window = features + (y * width + x) * step
-                _window(offsets, inside, distance(window, nothing), y, x, height, width, size, dilation, step)
+                places = _window(offsets, inside, distance(window, nothing), y, x, height, width, size, dilation)
                 target = output + (pixel * channels + channel)
                 prefetch(window + ((extent - 1) * width + AHEAD) * step, count)
                 prefetch(target + channels, count)
                 filter_rows(
                     choose(straight, target, line), 0, chunk, blocked, window, 0,
-                    weights, offsets, taps, 1, vectors, chunk, add,
+                    weights, places, taps, 1, vectors, chunk, add,
                 )  # fmt: skip
                 if not straight:
                     write(target, 1, line, count)
@@ -266,12 +270,12 @@ def grad_filters(
                     read(line, grad_output + (pixel * channels + channel), 1, count)
                     y, x = above + row * stride, column * stride - padding
                     window = features + (y * width + x) * step
-                    _window(offsets, inside, distance(window, nothing), y, x, height, width, size, dilation, step)
+                    places = _window(offsets, inside, distance(window, nothing), y, x, height, width, size, dilation)
                     prefetch(window + ((extent - 1) * width + AHEAD) * step, count)
                     prefetch(grad_output + ((pixel + AHEAD) * channels + channel), count)
                     filter_gradients(
                         grad_weights + (row * out_width + column) * taps, grad_blocked, blocked, window, 0, line,
-                        weights, offsets, taps, 1, vectors, chunk, add,
+                        weights, places, taps, 1, vectors, chunk, add,
                     )  # fmt: skip
             part = parts + (item % tiles * batch * channels + image * channels + channel) * taps
             for index in range(count):

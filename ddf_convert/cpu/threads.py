@@ -6,9 +6,11 @@ GIL instead, and plain Python threads call them.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import threading
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
@@ -21,8 +23,16 @@ _pool_size = 0
 _lock = threading.Lock()
 
 
+# Under this many multiply-accumulates (about 100 microseconds of them) a chunk is not worth handing out.
+_LEAST_WORK = 1_000_000
+_CHUNKS_PER_THREAD = 4
+
+
 def run(kernel: Callable[..., None], items: int, work: int, *arguments: object) -> None:
-    """Calls ``kernel(first, last, *arguments)`` on parts of range(items), one part a thread.
+    """Calls ``kernel(first, last, *arguments)`` on chunks of range(items), on several threads.
+
+    The calling thread starts at once, and the others take what is left when they have woken up. Waking up can last as
+    long as a small call, which is then done without them.
 
     Args:
         kernel: Writes its items' results; releases the GIL.
@@ -31,20 +41,29 @@ def run(kernel: Callable[..., None], items: int, work: int, *arguments: object) 
         *arguments: For the kernel.
     """
     prepare(kernel, arguments)
-    parts = max(1, min(torch.get_num_threads(), items, work // _LEAST_WORK))
-    bounds = [items * part // parts for part in range(parts + 1)]
-    if parts > 1:
-        pool = _threads(parts - 1)
-        rest = [pool.submit(kernel, first, last, *arguments) for first, last in itertools.pairwise(bounds[1:])]
-        kernel(bounds[0], bounds[1], *arguments)
-        for future in rest:
-            future.result()
-    else:
+    threads = torch.get_num_threads()
+    count = max(1, min(items, threads * _CHUNKS_PER_THREAD, work // _LEAST_WORK))
+    if threads == 1 or count == 1:
         kernel(0, items, *arguments)
+        return
+    chunks = deque(itertools.pairwise(items * chunk // count for chunk in range(count + 1)))
 
+    def work_off() -> None:
+        with contextlib.suppress(IndexError):
+            while True:
+                kernel(*chunks.popleft(), *arguments)
 
-# Waking a thread costs about as much as this many multiply-accumulates.
-_LEAST_WORK = 200_000
+    helpers = min(threads, count) - 1
+    pool = _threads(helpers)
+    futures = [pool.submit(work_off) for _ in range(helpers)]
+    try:
+        work_off()
+    finally:
+        # Also when interrupted: no helper may write once the caller has given the tensors up.
+        chunks.clear()
+        for future in futures:
+            if not future.cancel():
+                future.result()
 
 
 def _threads(count: int) -> ThreadPoolExecutor:
