@@ -8,11 +8,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint clean
+.PHONY: help demo test bench lint clean
 
 help:
 	@echo "make demo    convert ResNet-50 into $(DEMO)/, show what it saves, load it back and compare"
 	@echo "make test    ruff, mypy and the tests"
+	@echo "make bench   time the operator beside its peers (minutes, on a quiet machine)"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make clean   remove $(VENV), $(DEMO) and caches"
 
@@ -26,6 +27,9 @@ demo: $(INSTALLED)
 test: lint
 	@echo "== pytest"
 	@$(BIN)/python -m pytest -q -n 2
+
+bench: $(INSTALLED)
+	@$(BIN)/python benchmarks/op.py
 
 lint: $(INSTALLED)
 	@echo "== ruff and mypy"

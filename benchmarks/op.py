@@ -7,6 +7,10 @@ All columns are measured in the same run, with the same inputs and layout: the d
 the DDF operator, the DDF module (its branches and the operator), and the operator in plain PyTorch, written as unfolded
 windows and as shifted slices (the package's reference). Times are medians in milliseconds; memory is the peak of one
 forward + backward pass beyond what was there before (Linux only).
+
+glibc gives large tensors back to the system when they are freed, and with the next output comes a page fault for every
+4 KiB: most of a column's time at 112x112, or none of it, as chance has it. So the script runs itself with
+glibc told to keep what is freed, which is also what training under jemalloc or tcmalloc sees.
 """
 
 from __future__ import annotations
@@ -15,6 +19,7 @@ import argparse
 import ctypes
 import gc
 import json
+import os
 import platform
 import sys
 from collections.abc import Callable
@@ -35,6 +40,7 @@ from ddf_convert.layers import DDF2d
 
 RESOLUTIONS = (7, 14, 28, 56, 112, 224)  # Table 2
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
+LARGEST = 4 * 256 * 112**2  # elements of a map: at 224x224 and 256 channels one image is enough to wait for
 COLUMNS = ("Conv", "DwConv", "DDF op", "DDF module", "unfold", "slices")
 
 
@@ -64,6 +70,11 @@ def peers(channels: int, side: int, batch: int, layout: str) -> dict[str, tuple[
         "unfold": (unfolded, filters),
         "slices": (lambda *made: reference.forward(*made, 1, 1, 1, "mul"), filters),
     }
+
+
+def images(channels: int, side: int, batch: int) -> int:
+    """The batch, or what of it fits LARGEST."""
+    return max(1, min(batch, LARGEST // (channels * side**2)))
 
 
 def leaves(function: Callable[..., Tensor], inputs: list[Tensor]) -> list[Tensor]:
@@ -129,16 +140,31 @@ def processor() -> str:
         return platform.processor() or platform.machine()
 
 
-def table(title: str, rows: dict[int, dict[str, dict[str, float | None]]], figure: str) -> Table:
-    made = Table("size", *COLUMNS, "op / DwConv", title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
+def shown(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
+def table(
+    title: str, rows: dict[int, dict[str, dict[str, float | None]]], figure: str, batches: dict[int, int]
+) -> Table:
+    made = Table("size", "batch", *COLUMNS, "op / DwConv", title=title, box=rich.box.SIMPLE_HEAD, title_justify="left")
     for column in made.columns:
         column.justify = "right"
     for side, row in rows.items():
         figures = [row[name][figure] for name in COLUMNS]
         depthwise, op = row["DwConv"][figure], row["DDF op"][figure]
         ratio = f"{op / depthwise:.2f}" if op is not None and depthwise else "-"
-        made.add_row(str(side), *("-" if value is None else f"{value:.3g}" for value in figures), ratio)
+        made.add_row(
+            str(side), str(batches[side]), *("-" if value is None else shown(value) for value in figures), ratio
+        )
     return made
+
+
+def keep_freed_memory() -> None:
+    """Starts this script anew in an environment that glibc reads when a process starts."""
+    wanted = {"MALLOC_MMAP_THRESHOLD_": str(2**32), "MALLOC_TRIM_THRESHOLD_": str(2**34)}
+    if sys.platform == "linux" and not wanted.keys() <= os.environ.keys():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **wanted})
 
 
 def main() -> None:
@@ -147,11 +173,12 @@ def main() -> None:
         "--resolution", type=int, nargs="+", default=RESOLUTIONS, metavar="N", help="default: Table 2's"
     )
     parser.add_argument("--channels", type=int, default=256)
-    parser.add_argument("--batch", type=int, default=4, help="images (default 4; Table 2 has 32)")
+    parser.add_argument("--batch", type=int, default=4, help="images at most (default 4; Table 2 has 32); fewer at 224")
     parser.add_argument("--layout", choices=list(LAYOUTS), nargs="+", default=list(LAYOUTS))
     parser.add_argument("--seconds", type=float, default=1.0, help="to spend on each figure, at least")
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
+    keep_freed_memory()
 
     machine = {
         "processor": processor(),
@@ -161,11 +188,12 @@ def main() -> None:
         "numba": numba.__version__,
     }
     rich.print(f"{machine['processor']}, {machine['threads']} threads, torch {machine['torch']}")
-    rich.print(f"float32, batch {options.batch}, {options.channels} channels, 3x3, stride 1; medians")
+    rich.print(f"float32, {options.channels} channels, 3x3, stride 1; medians of at least {options.seconds:g} s each")
+    batches = {side: images(options.channels, side, options.batch) for side in options.resolution}
     results: dict[str, dict[int, dict[str, dict[str, float | None]]]] = {}
     for layout in options.layout:
         results[layout] = {
-            side: measure(options.channels, side, options.batch, layout, options.seconds)
+            side: measure(options.channels, side, batches[side], layout, options.seconds)
             for side in track(options.resolution, f"{layout} ...", transient=True)
         }
         for title, figure in (
@@ -173,9 +201,9 @@ def main() -> None:
             ("forward + backward, ms", "forward_backward_ms"),
             ("peak memory of forward + backward, MiB", "peak_mib"),
         ):
-            rich.print(table(f"{layout}: {title}", results[layout], figure))
+            rich.print(table(f"{layout}: {title}", results[layout], figure, batches))
     if options.json:
-        document = {"machine": machine, "batch": options.batch, "channels": options.channels, "results": results}
+        document = {"machine": machine, "batches": batches, "channels": options.channels, "results": results}
         options.json.parent.mkdir(parents=True, exist_ok=True)
         options.json.write_text(json.dumps(document, indent=1) + "\n")
 
