@@ -79,7 +79,12 @@ def test_cpu_kernels_match_the_reference(size: int, dtype: torch.dtype, layout: 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("combine", ["mul", "add"])
 def test_cpu_kernels_match_the_reference_at_real_sizes(combine: str, layout: str) -> None:
-    for shape, heads, stride in (((1, 256, 56, 56), 1, 1), ((2, 600, 14, 14), 2, 2), ((1, 8, 113, 57), 8, 1)):
+    for shape, heads, stride in (
+        ((1, 256, 56, 56), 1, 1),
+        ((2, 600, 14, 14), 2, 2),
+        ((1, 8, 113, 57), 8, 1),
+        ((1, 240, 5, 400), 1, 1),
+    ):
         made = tensors(3, stride, 1, 1, heads, shape, torch.float32, layout)
         assert_like_reference(made, (stride, 1, 1, combine))
 
