@@ -16,6 +16,8 @@ import torch
 from torch import nn
 
 from ddf_convert.errors import ArtifactError, DDFError, UsageError
+from ddf_convert.graph.plan import suggestion
+from ddf_convert.graph.trace import first_line
 
 INPUT_SIZE = (3, 224, 224)
 _REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's words for models that are configured by files of others
@@ -91,7 +93,7 @@ def _from_timm(name: str, weights: bool, pretrained: bool) -> Opened:
             raise
         except Exception as error:
             raise DDFError(
-                f"could not get the pretrained weights of {name} ({_first_line(error).partition('. ')[0]});"
+                f"could not get the pretrained weights of {name} ({first_line(error).partition('. ')[0]});"
                 " check the network, or give a file with --checkpoint"
             ) from error
     else:
@@ -108,7 +110,7 @@ def _built_by_timm(name: str, device: str) -> nn.Module:
     except Exception as error:
         if device == "meta":  # some models look at values while they are built
             return _built_by_timm(name, "cpu")
-        raise UsageError(f"timm cannot build {name}: {_first_line(error)}") from error
+        raise UsageError(f"timm cannot build {name}: {first_line(error)}") from error
 
 
 def _from_callable(name: str) -> Opened:
@@ -121,12 +123,12 @@ def _from_callable(name: str) -> Opened:
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:
-        raise UsageError(f"{name}: cannot import {module_name}: {_first_line(error)}") from error
+        raise UsageError(f"{name}: cannot import {module_name}: {first_line(error)}") from error
     for part in path.split("."):
         try:
             found = getattr(found, part)
         except AttributeError as error:
-            hint = _near(part, dir(found))
+            hint = suggestion(part, [other for other in dir(found) if not other.startswith("_")])
             raise UsageError(f"{name}: {module_name} has no {path}{hint}") from error
     if isinstance(found, nn.Module):
         raise UsageError(f"{name} is a model, not a callable that returns one; write a function that builds it")
@@ -135,15 +137,10 @@ def _from_callable(name: str) -> Opened:
     try:
         model = found()
     except Exception as error:
-        raise UsageError(f"{name}() failed: {type(error).__name__}: {_first_line(error)}") from error
+        raise UsageError(f"{name}() failed: {type(error).__name__}: {first_line(error)}") from error
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name}() returned {type(model).__name__}, not a torch.nn.Module")
     return Opened(name, model.eval(), _input_size(model))
-
-
-def _near(name: str, names: list[str]) -> str:
-    near = difflib.get_close_matches(name, [other for other in names if not other.startswith("_")], n=3)
-    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:
@@ -151,8 +148,3 @@ def _input_size(model: nn.Module) -> tuple[int, int, int]:
     configuration = getattr(model, "pretrained_cfg", None)
     size = configuration.get("input_size") if configuration and hasattr(configuration, "get") else None
     return tuple(size) if size else INPUT_SIZE
-
-
-def _first_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -40,6 +40,14 @@ def _load_tile(tile, source, height, width, top, stride, padding, rows, columns,
 
 
 @njit
+def _place_taps(offsets, starts, down, right, stride, phase_size, columns):
+    """Where each tap reads in a tile that :func:`_load_tile` fills, from the place of its output pixel."""
+    for phase in range(stride * stride):
+        for place in range(starts[phase], starts[phase + 1]):
+            offsets[place] = phase * phase_size + down[place] * columns + right[place]
+
+
+@njit
 def _block(blocked, line, row, width, vectors, last, taps, place):
     """Blocks a row of one tap's filters, given in ``line``."""
     lane = lanes(line[0])
@@ -94,9 +102,7 @@ def forward(
     order_, starts_, down, right = tap_phases(size, stride, dilation)
     offsets_ = np.zeros(taps, np.int64)
     order, starts, offsets = data(order_), data(starts_), data(offsets_)
-    for phase in range(stride * stride):
-        for place in range(starts[phase], starts[phase + 1]):
-            offsets[place] = phase * phase_size + down[place] * columns + right[place]
+    _place_taps(offsets, starts, down, right, stride, phase_size, columns)
 
     lane = lanes(scratch(1, like)[0])
     vectors = ceil_div(out_width, lane)
@@ -137,9 +143,8 @@ def forward(
             plane = source + at * height * width
             _load_tile(tile, plane, height, width, top, stride, padding, rows + reach, columns, starts, phase_size)
             target = output + (at * out_height + top) * out_width
-            prefetch(
-                plane + (height + top * stride - padding) * width, (rows * stride + extent) * width
-            )  # the next one
+            next_plane = plane + (height + top * stride - padding) * width
+            prefetch(next_plane, (rows * stride + extent) * width)
             prefetch(target, rows * out_width)
             filter_rows(
                 choose(straight, target, line), pitch, line_last, blocked, tile, columns,
@@ -273,9 +278,7 @@ def grad_filters(
     order_, starts_, down, right = tap_phases(size, stride, dilation)
     offsets_ = np.zeros(taps, np.int64)
     order, starts, offsets = data(order_), data(starts_), data(offsets_)
-    for phase in range(stride * stride):
-        for place in range(starts[phase], starts[phase + 1]):
-            offsets[place] = phase * phase_size + down[place] * columns + right[place]
+    _place_taps(offsets, starts, down, right, stride, phase_size, columns)
 
     lane = lanes(scratch(1, like)[0])
     vectors = ceil_div(out_width, lane)
@@ -320,9 +323,8 @@ def grad_filters(
                 own = out_width - (vectors - 1) * lane
                 read(begin, origin + row * out_width, 1, out_width - own)
                 read(begin + (pitch - lane + repeated), origin + (row * out_width + out_width - own), 1, own)
-            prefetch(
-                plane + (height + top * stride - padding) * width, (rows * stride + extent) * width
-            )  # the next one
+            next_plane = plane + (height + top * stride - padding) * width
+            prefetch(next_plane, (rows * stride + extent) * width)
             prefetch(origin + out_height * out_width, rows * out_width)
             filter_gradients(
                 grad_weights, grad_blocked, blocked, tile, columns, line,
