@@ -1,10 +1,11 @@
 """The contract of the DDF operator: ``ddf_convert::ddf`` and its gradient, registered with torch.library.
 
-One operator, whatever the device: Numba kernels on the CPU, the plain PyTorch reference anywhere else. It has a fake
-(shape, dtype, memory format), autograd to any order, autocast that follows the current autocast dtype, and a formula
-for ``torch.utils.flop_counter.FlopCounterMode``.
+One operator, whatever the device: Numba kernels on the CPU, Numba-CUDA kernels on NVIDIA GPUs, the plain PyTorch
+reference anywhere else. It has a fake (shape, dtype, memory format), autograd to any order, autocast that follows the
+current autocast dtype, and a formula for ``torch.utils.flop_counter.FlopCounterMode``. ``ddf_convert::ddf_normalised``
+is the same with FilterNorm on the way in, which spares CUDA kernels a pass over the filters.
 
-Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, equation 1.
+Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, equation 1 and section 3.2.
 """
 
 from __future__ import annotations
@@ -17,13 +18,37 @@ from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from ddf_convert import reference
+from ddf_convert.arguments import (
+    COMBINATIONS,
+    DTYPES,
+    check_arguments,
+    check_filters,
+    check_gradient,
+    gradient_formats,
+    memory_format,
+    output_size,
+)
+from ddf_convert.filter_norm import filter_norm
 
-COMBINATIONS = ("mul", "add")
-DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
+__all__ = [
+    "COMBINATIONS",
+    "DTYPES",
+    "check_arguments",
+    "ddf",
+    "ddf_normalised",
+    "filter_norm",
+    "memory_format",
+    "output_size",
+]
 
 _library = torch.library.Library("ddf_convert", "DEF")
 _library.define(
     "ddf(Tensor input, Tensor channel_filter, Tensor spatial_filter,"
+    " int stride, int padding, int dilation, str combine) -> Tensor",
+    tags=(torch.Tag.pt2_compliant_tag,),
+)
+_library.define(
+    "ddf_normalised(Tensor input, Tensor channel_filter, Tensor spatial_filter, float scale,"
     " int stride, int padding, int dilation, str combine) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -64,7 +89,7 @@ def ddf(
         (B, C, Ho, Wo), dtype and memory format of ``input``. Half types accumulate in float32.
 
     Raises:
-        ValueError: A shape, or ``combine``, stride, padding or dilation, does not fit.
+        ValueError: A shape, a device, or ``combine``, stride, padding or dilation, does not fit.
         TypeError: The dtypes differ or are not among those above.
     """
     output: Tensor = torch.ops.ddf_convert.ddf(
@@ -73,72 +98,51 @@ def ddf(
     return output
 
 
-def output_size(size: int, kernel_size: int, stride: int, padding: int, dilation: int) -> int:
-    """Pixels along one side of the output, as for conv2d."""
-    return (size + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1
-
-
-def memory_format(tensor: Tensor) -> torch.memory_format:
-    """The layout that the kernels give their results for this input.
-
-    Where one memory order is both (one channel, or one pixel), it is called contiguous.
-    """
-    if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
-        return torch.channels_last
-    return torch.contiguous_format
-
-
-def check_arguments(
+def ddf_normalised(
     input: Tensor,
     channel_filter: Tensor,
     spatial_filter: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
-    combine: str,
-) -> None:
-    """Raises unless the arguments fit :func:`ddf`; the kernels rely on it."""
-    if combine not in COMBINATIONS:
-        raise ValueError(f"ddf: combine must be 'mul' or 'add', got {combine!r}")
-    if stride < 1 or dilation < 1 or padding < 0:
-        raise ValueError(
-            f"ddf: needs stride >= 1, dilation >= 1 and padding >= 0, got {stride}, {dilation} and {padding}"
-        )
-    if input.dim() != 4:
-        raise ValueError(f"ddf: input must be (B, C, H, W), got shape {tuple(input.shape)}")
-    batch, channels, height, width = input.shape
-    kernel = channel_filter.shape[-1] if channel_filter.dim() == 4 else 0
-    if tuple(channel_filter.shape) != (batch, channels, kernel, kernel) or kernel % 2 == 0:
-        raise ValueError(
-            f"ddf: channel_filter must be (B, C, K, K) = ({batch}, {channels}, K, K) with K odd,"
-            f" got {tuple(channel_filter.shape)}"
-        )
-    rows = output_size(height, kernel, stride, padding, dilation)
-    columns = output_size(width, kernel, stride, padding, dilation)
-    if rows < 1 or columns < 1:
-        raise ValueError(
-            f"ddf: a {height}x{width} input is too small for kernel {kernel}, padding {padding}, dilation {dilation}"
-        )
-    heads = spatial_filter.shape[1] // kernel**2 if spatial_filter.dim() == 4 else 0
-    if tuple(spatial_filter.shape) != (batch, heads * kernel**2, rows, columns) or heads < 1 or channels % heads:
-        raise ValueError(
-            f"ddf: spatial_filter must be (B, G*K*K, Ho, Wo) = ({batch}, G*{kernel**2}, {rows}, {columns})"
-            f" with G dividing {channels} channels, got {tuple(spatial_filter.shape)}"
-        )
-    dtypes = (input.dtype, channel_filter.dtype, spatial_filter.dtype)
-    if dtypes[0] not in DTYPES or len(set(dtypes)) > 1:
-        raise TypeError(
-            f"ddf: the tensors must all be float32, float64, float16 or bfloat16 and of one dtype, got {dtypes}"
-        )
+    *,
+    scale: float,
+    stride: int = 1,
+    padding: int = 0,
+    dilation: int = 1,
+    combine: str = "mul",
+) -> Tensor:
+    """:func:`ddf` of spatial filters as the 1x1 convolution made them: FilterNorm is part of the operator.
+
+    The result is that of ``ddf(input, channel_filter, filter_norm(spatial_filter, K*K, scale), ...)``. CUDA kernels
+    and the reference do not round normalised half filters to their type first.
+
+    Args:
+        input: As for :func:`ddf`.
+        channel_filter: As for :func:`ddf`, with K of 3 or more.
+        spatial_filter: (B, G*K*K, Ho, Wo), as for :func:`ddf`, not normalised.
+        scale: The deviation of a normalised filter over its taps.
+        stride: As for :func:`ddf`.
+        padding: As for :func:`ddf`.
+        dilation: As for :func:`ddf`.
+        combine: As for :func:`ddf`.
+
+    Returns:
+        (B, C, Ho, Wo), dtype and memory format of ``input``. Half types are normalised and accumulate in float32.
+
+    Raises:
+        ValueError: A shape, a device, or ``combine``, stride, padding or dilation, does not fit.
+        TypeError: The dtypes differ or are not among those of :func:`ddf`.
+    """
+    output: Tensor = torch.ops.ddf_convert.ddf_normalised(
+        input, channel_filter, spatial_filter, scale, stride, padding, dilation, combine
+    )
+    return output
 
 
-def _check_gradient(grad_output: Tensor, input: Tensor, spatial_filter: Tensor) -> None:
-    expected = (*input.shape[:2], *spatial_filter.shape[-2:])
-    if tuple(grad_output.shape) != expected or grad_output.dtype != input.dtype:
-        raise ValueError(
-            f"ddf_backward: grad_output must be {expected} of {input.dtype},"
-            f" got {tuple(grad_output.shape)} of {grad_output.dtype}"
-        )
+def _check_normalised(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> int:
+    """The taps of a filter, once the arguments, without the scale, are found to fit."""
+    check_arguments(input, channel_filter, spatial_filter, *options)
+    taps = int(channel_filter.shape[-1]) ** 2
+    check_filters(spatial_filter, taps)
+    return taps
 
 
 # --- any device: the reference ----------------------------------------------------------------------------------------
@@ -150,12 +154,21 @@ def _forward_reference(input: Tensor, channel_filter: Tensor, spatial_filter: Te
     return output.contiguous(memory_format=memory_format(input))
 
 
+def _normalised_reference(
+    input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
+) -> Tensor:
+    taps = _check_normalised(input, channel_filter, spatial_filter, *options)
+    normalised = reference.filter_norm(spatial_filter, taps, scale)
+    output = reference.forward(input, channel_filter, normalised, *options)
+    return output.contiguous(memory_format=memory_format(input))
+
+
 def _backward_reference(
     grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
     *geometry, needs = options
     check_arguments(input, channel_filter, spatial_filter, *geometry)
-    _check_gradient(grad_output, input, spatial_filter)
+    check_gradient(grad_output, input, spatial_filter)
     gradients = reference.backward(grad_output, input, channel_filter, spatial_filter, *[*geometry, tuple(needs)])
     formats = gradient_formats(input)
     return tuple(
@@ -164,13 +177,8 @@ def _backward_reference(
     )
 
 
-def gradient_formats(input: Tensor) -> tuple[torch.memory_format, torch.memory_format, torch.memory_format]:
-    """Layouts of the gradients of (input, channel_filter, spatial_filter): the maps keep the layout of the input."""
-    layout = memory_format(input)
-    return layout, torch.contiguous_format, layout
-
-
 _library.impl("ddf", _forward_reference, "CompositeExplicitAutograd")
+_library.impl("ddf_normalised", _normalised_reference, "CompositeExplicitAutograd")
 _library.impl("ddf_backward", _backward_reference, "CompositeExplicitAutograd")
 
 
@@ -184,6 +192,16 @@ def _forward_cpu(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, 
     return cpu.forward(input, channel_filter, spatial_filter, *[*options, memory_format(input)])
 
 
+def _normalised_cpu(
+    input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
+) -> Tensor:
+    from ddf_convert import cpu
+
+    taps = _check_normalised(input, channel_filter, spatial_filter, *options)
+    normalised = reference.filter_norm(spatial_filter, taps, scale).to(input.dtype)
+    return cpu.forward(input, channel_filter, normalised, *[*options, memory_format(input)])
+
+
 def _backward_cpu(
     grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
@@ -191,13 +209,56 @@ def _backward_cpu(
 
     *geometry, needs = options
     check_arguments(input, channel_filter, spatial_filter, *geometry)
-    _check_gradient(grad_output, input, spatial_filter)
+    check_gradient(grad_output, input, spatial_filter)
     arguments = [*geometry, tuple(needs), memory_format(input)]
     return cpu.backward(grad_output, input, channel_filter, spatial_filter, *arguments)
 
 
 _library.impl("ddf", _forward_cpu, "CPU")
+_library.impl("ddf_normalised", _normalised_cpu, "CPU")
 _library.impl("ddf_backward", _backward_cpu, "CPU")
+
+
+# --- CUDA: Numba-CUDA kernels where they can run, imported at first use; the reference where not ----------------------
+
+
+def _forward_cuda(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
+    from ddf_convert import cuda
+
+    check_arguments(input, channel_filter, spatial_filter, *options)
+    if not cuda.usable(input):
+        return _forward_reference(input, channel_filter, spatial_filter, *options)
+    return cuda.forward(input, channel_filter, spatial_filter, *[*options, memory_format(input), None])
+
+
+def _normalised_cuda(
+    input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
+) -> Tensor:
+    from ddf_convert import cuda
+
+    _check_normalised(input, channel_filter, spatial_filter, *options)
+    if not cuda.usable(input):
+        return _normalised_reference(input, channel_filter, spatial_filter, scale, *options)
+    return cuda.forward(input, channel_filter, spatial_filter, *[*options, memory_format(input), scale])
+
+
+def _backward_cuda(
+    grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any
+) -> tuple[Tensor, ...]:
+    from ddf_convert import cuda
+
+    *geometry, needs = options
+    check_arguments(input, channel_filter, spatial_filter, *geometry)
+    check_gradient(grad_output, input, spatial_filter)
+    if not cuda.usable(input):
+        return _backward_reference(grad_output, input, channel_filter, spatial_filter, *options)
+    arguments = [*geometry, tuple(needs), memory_format(input)]
+    return cuda.backward(grad_output, input, channel_filter, spatial_filter, *arguments)
+
+
+_library.impl("ddf", _forward_cuda, "CUDA")
+_library.impl("ddf_normalised", _normalised_cuda, "CUDA")
+_library.impl("ddf_backward", _backward_cuda, "CUDA")
 
 
 # --- fake: shapes, dtypes and memory formats --------------------------------------------------------------------------
@@ -206,6 +267,18 @@ _library.impl("ddf_backward", _backward_cpu, "CPU")
 @torch.library.register_fake("ddf_convert::ddf")  # type: ignore[untyped-decorator]
 def _forward_fake(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
     check_arguments(input, channel_filter, spatial_filter, *options)
+    return _empty(input, spatial_filter)
+
+
+@torch.library.register_fake("ddf_convert::ddf_normalised")  # type: ignore[untyped-decorator]
+def _normalised_fake(
+    input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
+) -> Tensor:
+    _check_normalised(input, channel_filter, spatial_filter, *options)
+    return _empty(input, spatial_filter)
+
+
+def _empty(input: Tensor, spatial_filter: Tensor) -> Tensor:
     shape = (*input.shape[:2], *spatial_filter.shape[-2:])
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 
@@ -216,7 +289,7 @@ def _backward_fake(
 ) -> tuple[Tensor, ...]:
     *geometry, needs = options
     check_arguments(input, channel_filter, spatial_filter, *geometry)
-    _check_gradient(grad_output, input, spatial_filter)
+    check_gradient(grad_output, input, spatial_filter)
     tensors = (input, channel_filter, spatial_filter)
     return tuple(
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout)
@@ -240,6 +313,20 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     gradients = torch.ops.ddf_convert.ddf_backward(grad_output, *ctx.saved_tensors, *ctx.options, needs)
     wanted = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
     return (*wanted, None, None, None, None)
+
+
+def _backward_normalised(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+    """The chain rule, in operators that have gradients of their own."""
+    input, channel_filter, spatial_filter = ctx.saved_tensors
+    scale, *options = ctx.options
+    needs = list(ctx.needs_input_grad[:3])
+    taps = channel_filter.shape[-1] ** 2
+    normalised = filter_norm(spatial_filter, taps, scale)
+    gradients = torch.ops.ddf_convert.ddf_backward(grad_output, input, channel_filter, normalised, *options, needs)
+    wanted = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
+    if needs[2]:
+        wanted[2] = torch.ops.ddf_convert.filter_norm_backward(gradients[2], spatial_filter, taps, scale)
+    return (*wanted, None, None, None, None, None)
 
 
 def _save_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
@@ -286,14 +373,17 @@ def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
 
 
 torch.library.register_autograd("ddf_convert::ddf", _backward, setup_context=_save)
+torch.library.register_autograd("ddf_convert::ddf_normalised", _backward_normalised, setup_context=_save)
 torch.library.register_autograd("ddf_convert::ddf_backward", _second_backward, setup_context=_save_second)
 
 
 # --- autocast: the current autocast dtype of the device, not a fixed one ----------------------------------------------
 
 
-def _autocast(device: str) -> Any:
+def _autocast(operator: str, device: str) -> None:
+    """Registers what autocast does: the three tensors take its dtype, and the operator runs below it."""
     key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
+    run = getattr(torch.ops.ddf_convert, operator)
 
     def cast(tensor: Tensor) -> Tensor:
         eligible = tensor.is_floating_point() and tensor.device.type == device and tensor.dtype != torch.float64
@@ -302,20 +392,21 @@ def _autocast(device: str) -> Any:
     def call(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
         tensors = [cast(tensor) for tensor in (input, channel_filter, spatial_filter)]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            output: Tensor = torch.ops.ddf_convert.ddf(*tensors, *options)
+            output: Tensor = run(*tensors, *options)
             return output
 
-    return call
+    _library.impl(operator, call, f"Autocast{device.upper()}")
 
 
-_library.impl("ddf", _autocast("cpu"), "AutocastCPU")
-_library.impl("ddf", _autocast("cuda"), "AutocastCUDA")
+for _operator in ("ddf", "ddf_normalised"):
+    for _device in ("cpu", "cuda"):
+        _autocast(_operator, _device)
 
 
-# --- FLOPs: two for each of the K * K multiply-accumulates of an output element ---------------------------------------
+# --- FLOPs: two for each of the K * K multiply-accumulates of an output element; FilterNorm, as any norm, not counted -
 
 
-@register_flop_formula(torch.ops.ddf_convert.ddf)
+@register_flop_formula([torch.ops.ddf_convert.ddf, torch.ops.ddf_convert.ddf_normalised])
 def _forward_flops(input: Any, channel_filter: Any, *rest: Any, out_shape: Any, **kwargs: Any) -> int:
     outputs: int = math.prod(out_shape)
     return 2 * int(channel_filter[-1]) ** 2 * outputs

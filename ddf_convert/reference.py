@@ -1,10 +1,10 @@
-"""The DDF operator in plain PyTorch: the specification, and the fallback on any device.
+"""DDF and FilterNorm in plain PyTorch: the specification, and the fallback on any device.
 
-Every kernel of the package is compared with these functions. They loop over the taps and work on shifted views, so
+Every kernel of the package is compared with these functions. DDF loops over the taps and works on shifted views, so
 nothing of size ``C * K * K * H * W`` is stored. They use standard operators only, so they can be exported.
 
-Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, equation 1 (``mul``) and the authors' second
-variant (``add``).
+Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, equation 1 (``mul``), the authors' second variant
+(``add``), and section 3.2 (FilterNorm).
 """
 
 from __future__ import annotations
@@ -15,6 +15,9 @@ from typing import cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+EPSILON = 1e-10  # the authors' constant, added to the standard deviation
+_LEAST_SQUARE = 1e-36  # the least sum of squares: lost in the epsilon, it keeps the derivatives of its root finite
 
 
 def forward(
@@ -106,6 +109,97 @@ def backward(
         grad_channel.to(channel_filter.dtype) if needs[1] else None,
         grad_spatial.to(spatial_filter.dtype) if needs[2] else None,
     )
+
+
+def filter_norm(filters: Tensor, taps: int, scale: float) -> Tensor:
+    """Standardises every filter over its taps: subtracts the mean, divides by the deviation + 1e-10, times ``scale``.
+
+    Args:
+        filters: (B, G*taps, H, W).
+        taps: Of one filter, 2 or more.
+        scale: The deviation of the result.
+
+    Returns:
+        The shape and dtype of ``filters``; float32 for half types, in which the epsilon would be 0.
+    """
+    centred, square = _centred(_by_tap(filters, taps))
+    deviation = (square / (taps - 1)).sqrt()
+    return (centred * (scale / (deviation + EPSILON))).flatten(1, 2)
+
+
+def filter_norm_backward(grad_output: Tensor, filters: Tensor, taps: int, scale: float) -> Tensor:
+    """Gradient of :func:`filter_norm` with respect to the filters.
+
+    A deviation of 0 has the derivative 0, as for ``torch.std``: so the gradient is finite.
+
+    Args:
+        grad_output: (B, G*taps, H, W), the gradient of the output.
+        filters: As in :func:`filter_norm`.
+        taps: As in :func:`filter_norm`.
+        scale: As in :func:`filter_norm`.
+
+    Returns:
+        The shape and dtype of ``filters``; float32 for half types.
+    """
+    grad = _by_tap(grad_output, taps)
+    centred, square = _centred(_by_tap(filters, taps))
+    inverse, pull = _slopes(square, taps)
+    along = (grad * centred).sum(2, keepdim=True) * pull
+    gradient = (grad - grad.mean(2, keepdim=True)).addcmul_(centred, along, value=-1)
+    return gradient.mul_(inverse * scale).flatten(1, 2)
+
+
+def filter_norm_second_backward(
+    cotangent: Tensor, grad_output: Tensor, filters: Tensor, taps: int, scale: float
+) -> Tensor:
+    """Gradient of ``<cotangent, filter_norm_backward(grad_output, filters)>`` with respect to the filters.
+
+    That with respect to ``grad_output`` is ``filter_norm_backward(cotangent, filters)``: FilterNorm's Jacobian is
+    symmetric.
+
+    Args:
+        cotangent: (B, G*taps, H, W), the gradient of the gradient.
+        grad_output: As in :func:`filter_norm_backward`.
+        filters: As in :func:`filter_norm`.
+        taps: As in :func:`filter_norm`.
+        scale: As in :func:`filter_norm`.
+
+    Returns:
+        The shape and dtype of ``filters``; float32 for half types.
+    """
+    grad, other = _by_tap(grad_output, taps), _by_tap(cotangent, taps)
+    centred, square = _centred(_by_tap(filters, taps))
+    inverse, pull = _slopes(square, taps)
+    # With g and v for the two without their means, d for the centred filter: the scalar to differentiate is
+    # scale * inverse * (<v, g> - pull * <v, d> * <d, g>), where inverse and pull depend on d through its length alone.
+    grad, other = grad - grad.mean(2, keepdim=True), other - other.mean(2, keepdim=True)
+    grad_along = (grad * centred).sum(2, keepdim=True)
+    other_along = (other * centred).sum(2, keepdim=True)
+    along = grad_along * other_along * (2 * pull + 1 / square) - (grad * other).sum(2, keepdim=True)
+    gradient = centred * along - grad * other_along - other * grad_along
+    return (gradient * (scale * inverse * pull)).flatten(1, 2)
+
+
+def _by_tap(filters: Tensor, taps: int) -> Tensor:
+    """(B, G*taps, H, W) -> (B, G, taps, H, W), wide enough to calculate in."""
+    return cast(Tensor, _widen(filters).unflatten(1, (filters.shape[1] // taps, taps)))
+
+
+def _centred(filters: Tensor) -> tuple[Tensor, Tensor]:
+    """The filters without their mean, and the sum of its squares, (B, G, 1, H, W)."""
+    # Taps that are all equal become 0 here, exactly. A mean alone would be off by its rounding, and dividing by the
+    # deviation would make that as large as a filter.
+    shifted = filters - filters[:, :, :1]
+    centred = shifted - shifted.mean(2, keepdim=True)
+    # torch.std, which makes one pass over the taps, takes many times as long on a CPU.
+    return centred, (centred * centred).sum(2, keepdim=True).clamp_min(_LEAST_SQUARE)
+
+
+def _slopes(square: Tensor, taps: int) -> tuple[Tensor, Tensor]:
+    """What derivatives are made of: with deviation s, 1 / (s + epsilon) and 1 / ((s + epsilon) * s * (taps - 1))."""
+    deviation = (square / (taps - 1)).sqrt()
+    inverse = 1 / (deviation + EPSILON)
+    return inverse, inverse * deviation / square
 
 
 def _widen(tensor: Tensor) -> Tensor:

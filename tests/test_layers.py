@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from timm.layers import Conv2dSame
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ddf_convert import reference
-from ddf_convert.layers import ChannelFilterNorm, DDF2d, DDFConv2d, SpatialFilterNorm
+from ddf_convert.layers import ChannelBranch, ChannelFilterNorm, DDF2d, DDFConv2d, SpatialFilterNorm
 from ddf_convert.layers import ddf as ddf_module
+from ddf_convert.layers.ddf import normalises_inside
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 CASES = [case for case in json.loads((GOLDEN / "index.json").read_text()) if case["module"] == "DDF2d"]
@@ -30,12 +35,21 @@ def by_reference(input: Tensor, channel: Tensor, spatial: Tensor, **options: obj
     return reference.forward(input, channel, spatial, *(options[name] for name in options))  # type: ignore[arg-type]
 
 
+def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lets layers decide as they would for CUDA tensors; plain DDF is then an error where FilterNorm goes inside."""
+    on_cuda = SimpleNamespace(is_cuda=True)
+    monkeypatch.setattr(ddf_module, "normalises_inside", lambda branch, input: normalises_inside(branch, on_cuda))
+    monkeypatch.setattr(ddf_module, "ddf", None)
+
+
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("backend", ["kernels", "reference"])
+@pytest.mark.parametrize("backend", ["kernels", "reference", "normalised inside"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["file"])
 def test_golden(case: dict, backend: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "reference":
         monkeypatch.setattr(ddf_module, "ddf", by_reference)
+    elif backend == "normalised inside":
+        as_on_cuda(monkeypatch)
     tensors = load_file(GOLDEN / case["file"])
     layer = DDF2d(**case["kwargs"], dtype=torch.float64)
     weights = {name.removeprefix("param."): value for name, value in tensors.items() if name.startswith("param.")}
@@ -187,6 +201,220 @@ def test_autocast_trains(dtype: torch.dtype) -> None:
     assert output.dtype == dtype
     output.float().sum().backward()
     assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+# --- shortcuts: FilterNorm inside the operator, and a channel branch of matrix products -------------------------------
+
+
+def forward_and_backward(layer: nn.Module, input: Tensor) -> list[Tensor]:
+    input = input.detach().requires_grad_()
+    output = layer(input)
+    grad = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(output.dtype).view(output.shape)
+    return [output, *torch.autograd.grad(output, [input, *layer.parameters()], grad)]
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"kernel_size": 5, "heads": 2, "combine": "add", "bias": True},
+        {"stride": 2, "padding": "same"},
+        {"dilation": 2, "padding": 0, "padding_mode": "reflect"},
+        {"padding": 3, "padding_mode": "circular", "se_ratio": 1.0},
+    ],
+    ids=str,
+)
+def test_the_shortcuts_change_nothing(
+    options: dict, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer = DDF2d(8, **options, dtype=torch.float64)
+    input = torch.randn(2, 8, 10, 9, dtype=torch.float64).to(memory_format=layout)
+    watched = copy.deepcopy(layer)
+    for module in watched.modules():
+        module.register_forward_hook(lambda module, inputs, output: None)
+    expected = forward_and_backward(watched, input)
+    as_on_cuda(monkeypatch)
+    ours = forward_and_backward(layer, input)
+    assert ours[0].stride() == expected[0].stride()
+    for left, right in zip(ours, expected, strict=True):
+        torch.testing.assert_close(left, right)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_types_with_the_shortcuts(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_cuda(monkeypatch)
+    layer, input = DDF2d(8), torch.randn(2, 8, 7, 7)
+    exact = layer(input)
+    with torch.autocast("cpu", dtype):
+        mixed = layer(input)
+    pure = layer.to(dtype)(input.to(dtype))
+    for output in (mixed, pure):
+        assert output.dtype == dtype
+        torch.testing.assert_close(output.float(), exact, atol=0.1, rtol=0.1)
+    mixed.float().sum().backward()
+    pure.float().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.isfinite().all() for parameter in layer.parameters())
+
+
+class Doubled(SpatialFilterNorm):
+    def forward(self, filters: Tensor) -> Tensor:
+        return 2 * super().forward(filters)
+
+
+def doubled_forward(branch: nn.Sequential) -> None:
+    forward = branch[-1].forward
+    branch[-1].forward = lambda filters: 2 * forward(filters)  # as accelerate's hooks do it
+
+
+TAMPERINGS: dict[str, Callable[[nn.Sequential], object]] = {
+    "forward hook": lambda branch: branch[-1].register_forward_hook(lambda module, inputs, output: 2 * output),
+    "forward hook of the branch": lambda branch: branch.register_forward_hook(
+        lambda module, inputs, output: 2 * output
+    ),
+    "added module": lambda branch: branch.append(nn.Hardtanh()),
+    "own forward": doubled_forward,
+    "replaced module": lambda branch: branch.__setitem__(-1, nn.Sequential(branch[-1], nn.Hardtanh())),
+}
+
+
+@pytest.mark.parametrize("change", [*TAMPERINGS, "subclass"])
+def test_a_changed_spatial_branch_runs_as_it_is(change: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = DDF2d(4)
+    input = torch.randn(2, 4, 6, 5)
+    on_cuda = SimpleNamespace(is_cuda=True)
+    assert normalises_inside(layer.spatial_branch, on_cuda)
+    assert not normalises_inside(layer.spatial_branch, input)
+    if change == "subclass":
+        layer.spatial_branch[1] = Doubled(3, "relu")
+    else:
+        TAMPERINGS[change](layer.spatial_branch)
+    assert not normalises_inside(layer.spatial_branch, on_cuda)
+    expected = layer(input)
+    ddf = ddf_module.ddf
+    as_on_cuda(monkeypatch)
+    monkeypatch.setattr(ddf_module, "ddf", ddf)
+    assert torch.equal(layer(input), expected)
+
+
+@pytest.mark.parametrize("place", range(2))
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_the_spatial_branch_are_called(kind: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    layer = DDF2d(4)
+    ddf = ddf_module.ddf
+    as_on_cuda(monkeypatch)
+    monkeypatch.setattr(ddf_module, "ddf", ddf)
+    calls: list[nn.Module] = []
+    getattr(layer.spatial_branch[place], f"register_{kind}_hook")(lambda module, *arguments: calls.append(module))
+    layer(torch.randn(2, 4, 6, 5, requires_grad=True)).sum().backward()
+    assert calls == [layer.spatial_branch[place]]
+    assert normalises_inside(layer.spatial_branch, SimpleNamespace(is_cuda=True)) == (place == 0)
+
+
+@pytest.mark.parametrize("place", range(5))
+@pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
+def test_hooks_of_the_channel_branch_are_called(kind: str, place: int) -> None:
+    branch = ChannelBranch(10, 3)
+    branch[2].inplace = False  # torch's own rule for backward hooks
+    calls: list[nn.Module] = []
+    getattr(branch[place], f"register_{kind}_hook")(lambda module, *arguments: calls.append(module))
+    branch(torch.randn(2, 10, 6, 5, requires_grad=True)).sum().backward()
+    assert calls == [branch[place]]
+
+
+def test_hooks_of_all_modules_are_called() -> None:
+    layer = DDF2d(4)
+    seen: list[nn.Module] = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(module))
+    try:
+        assert not normalises_inside(layer.spatial_branch, SimpleNamespace(is_cuda=True))
+        layer(torch.randn(2, 4, 6, 5))
+    finally:
+        hook.remove()
+    assert set(seen) == set(layer.modules())
+
+
+@pytest.mark.parametrize(
+    ("place", "other"),
+    [
+        (0, nn.AdaptiveMaxPool2d(1)),
+        (0, nn.Sequential(nn.AdaptiveAvgPool2d(2), nn.MaxPool2d(2))),
+        (1, nn.Conv2d(8, 8, 1, groups=4)),
+        (1, nn.Sequential(nn.Conv2d(8, 8, 1), nn.Sigmoid())),
+        (1, torch.nn.utils.parametrizations.weight_norm(nn.Conv2d(8, 8, 1))),
+        (2, nn.GELU()),
+        (3, nn.Conv2d(8, 72, 3, padding=1)),
+        (4, ChannelFilterNorm(8, 3, shift=True)),
+    ],
+    ids=str,
+)
+def test_a_changed_channel_branch_runs_as_it_is(place: int, other: nn.Module) -> None:
+    branch = ChannelBranch(8, 3, se_ratio=1.0)
+    input = torch.randn(2, 8, 6, 5) + 1
+    usual = branch(input)
+    if place == 4:
+        nn.init.ones_(other.mean)
+    branch[place] = other
+    expected: Tensor = input
+    for module in branch:
+        expected = module(expected)
+    torch.testing.assert_close(branch(input), expected)
+    assert not torch.allclose(branch(input), usual)
+
+
+def test_the_shortcuts_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    layer, input = DDF2d(20, heads=2, dtype=torch.float64), torch.randn(2, 20, 9, 7, dtype=torch.float64)
+
+    def flops() -> int:
+        with FlopCounterMode(display=False) as counter:
+            layer(input).sum().backward()
+        return counter.get_total_flops()
+
+    as_built = flops()  # the counter watches all modules with hooks, so the branches run as they are
+    monkeypatch.setattr(nn.modules.module, "_has_any_global_hook", lambda: False)
+    as_on_cuda(monkeypatch)
+    assert flops() == as_built
+
+
+@pytest.mark.parametrize("sizes", [(1, 1), (7, 7)])
+def test_the_channel_branch_needs_no_convolution(sizes: tuple[int, int]) -> None:
+    calls: list[str] = []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+            calls.append(function.name())
+            return function(*args, **(kwargs or {}))
+
+    branch, input = ChannelBranch(10, 3), torch.randn(2, 10, *sizes)
+    with torch.no_grad(), Watch():
+        branch(input)
+    launches = [name for name in calls if name not in ("aten::view", "aten::t")]
+    assert launches == [
+        "aten::mean.dim",
+        "aten::addmm",
+        "aten::relu_",
+        "aten::addmm",
+        "ddf_convert::filter_norm",
+        "aten::mul.Tensor",
+    ]
+
+
+def test_compiles_and_exports_with_the_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
+    as_on_cuda(monkeypatch)
+    torch._dynamo.reset()
+    layer, input = DDF2d(8, stride=2), torch.randn(2, 8, 9, 9)
+    for ours, eager in zip(
+        forward_and_backward(torch.compile(layer, fullgraph=True), input),
+        forward_and_backward(layer, input),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, eager)
+    exported = torch.export.export(layer, (input,))
+    assert torch.ops.ddf_convert.ddf_normalised.default in [node.target for node in exported.graph.nodes]
+    torch.testing.assert_close(exported.module()(input), layer(input))
+    layer.spatial_branch[1].register_forward_hook(lambda module, inputs, output: 2 * output)
+    monkeypatch.undo()
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(input), layer(input))
 
 
 def test_channels_last_stays() -> None:

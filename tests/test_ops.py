@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import sys
+from types import ModuleType
 from typing import Any
 
 import pytest
@@ -11,7 +13,8 @@ from torch import Tensor
 from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddf_convert import ops, reference
+import ddf_convert
+from ddf_convert import filter_norm, ops, reference
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -161,10 +164,14 @@ def test_autocast_follows_the_current_dtype(dtype: torch.dtype) -> None:
     assert all(tensor.grad is not None and tensor.grad.dtype == torch.float32 for tensor in made)
 
 
-def test_flop_counter_counts_the_taps() -> None:
+@pytest.mark.parametrize("normalised", [False, True])
+def test_flop_counter_counts_the_taps(normalised: bool) -> None:
     made = tensors(5, 2, 2, 1, 2, (2, 8, 9, 11), grad=True)
     with FlopCounterMode(display=False) as counter:
-        output = torch.ops.ddf_convert.ddf(*made, 2, 2, 1, "mul")
+        if normalised:
+            output = torch.ops.ddf_convert.ddf_normalised(*made, 0.5, 2, 2, 1, "mul")
+        else:
+            output = torch.ops.ddf_convert.ddf(*made, 2, 2, 1, "mul")
     assert counter.get_total_flops() == 2 * 25 * output.numel()
     with FlopCounterMode(display=False) as counter:
         output.sum().backward()
@@ -228,13 +235,16 @@ def test_gradients_only_where_needed(needed: int) -> None:
     assert [tensor.grad is not None for tensor in made] == calls[0]
 
 
-def test_other_devices_take_the_reference() -> None:
+@pytest.mark.parametrize("operator", ["ddf", "ddf_backward", "ddf_normalised", "filter_norm", "filter_norm_backward"])
+def test_other_devices_take_the_reference(operator: str) -> None:
+    table = torch._C._dispatch_dump_table(f"ddf_convert::{operator}")
+    kinds = dict(line.split(":", 1) for line in table.splitlines())
+    assert "default backend kernel" in kinds["XPU"]
+    assert "default backend kernel" in kinds["MPS"]
+    assert "default backend kernel" not in kinds["CUDA"]
+    assert ("default backend kernel" in kinds["CPU"]) == operator.startswith("filter_norm")
     made = [tensor.to("meta") for tensor in tensors()]
     assert torch.ops.ddf_convert.ddf(*made, 1, 1, 1, "mul").shape == made[0].shape
-    table = torch._C._dispatch_dump_table("ddf_convert::ddf")
-    kinds = dict(line.split(":", 1) for line in table.splitlines())
-    assert "default backend kernel" in kinds["CUDA"]
-    assert "default backend kernel" not in kinds["CPU"]
 
 
 def replaced(position: int, value: Any) -> dict[str, Any]:
@@ -254,6 +264,7 @@ def replaced(position: int, value: Any) -> dict[str, Any]:
         (replaced(2, torch.randn(2, 27, 7, 9)), {}, ValueError, "G dividing 8 channels"),
         (replaced(1, torch.randn(2, 8, 3, 3).half()), {}, TypeError, "of one dtype"),
         ({}, {"dilation": 9}, ValueError, "too small for kernel 3"),
+        (replaced(2, torch.randn(2, 9, 7, 9, device="meta")), {}, ValueError, "on one device, got cpu, cpu, meta"),
     ],
 )
 def test_wrong_arguments_are_refused(
@@ -270,3 +281,239 @@ def test_wrong_gradient_is_refused() -> None:
     made = tensors()
     with pytest.raises(ValueError, match="grad_output must be"):
         torch.ops.ddf_convert.ddf_backward(torch.randn(2, 8, 6, 9).double(), *made, 1, 1, 1, "mul", [True] * 3)
+
+
+# --- FilterNorm, and DDF with FilterNorm inside -----------------------------------------------------------------------
+
+
+def assert_normalised_like_its_parts(made: list[Tensor], options: tuple[Any, ...]) -> None:
+    """Forward and backward against FilterNorm and DDF in float64."""
+    made = [tensor.detach().requires_grad_() for tensor in made]
+    output = torch.ops.ddf_convert.ddf_normalised(*made, 0.7, *options)
+    grad = torch.randn(output.shape).to(output.dtype)
+    gradients = torch.autograd.grad(output, made, grad)
+    exact = [tensor.detach().double().requires_grad_() for tensor in made]
+    normalised = reference.filter_norm(exact[2], made[1].shape[-1] ** 2, 0.7)
+    whole = reference.forward(*exact[:2], normalised, *options)
+    expected = (whole, *torch.autograd.grad(whole, exact, grad.double()))
+    for ours, theirs in zip((output, *gradients), expected, strict=True):
+        assert ours.dtype == made[0].dtype
+        error = (ours.double() - theirs).norm() / theirs.norm()
+        assert error <= 2 * TOLERANCES[ours.dtype], float(error)  # half types: the normalised filter is rounded too
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+@pytest.mark.parametrize("size", [3, 5])
+def test_normalised_is_filter_norm_and_ddf(size: int, dtype: torch.dtype, layout: str) -> None:
+    for combine, stride, dilation, heads in (("mul", 1, 1, 1), ("add", 2, 1, 2), ("mul", 1, 2, 4)):
+        padding = dilation * (size - 1) // 2
+        made = tensors(size, stride, padding, dilation, heads, (2, 8, 9, 11), dtype, layout)
+        assert_normalised_like_its_parts(made, (stride, padding, dilation, combine))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_reference_does_not_round_normalised_filters(dtype: torch.dtype) -> None:
+    made = tensors(dtype=dtype)
+    exact = [tensor.double() for tensor in made]
+    expected = reference.forward(*exact[:2], reference.filter_norm(exact[2], 9, 0.7), 1, 1, 1, "mul")
+    output = ops._normalised_reference(*made, 0.7, 1, 1, 1, "mul")
+    assert output.dtype == dtype
+    assert torch.equal(output, expected.to(dtype))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("combine", ["mul", "add"])
+@pytest.mark.parametrize("size", [3, 5])
+def test_normalised_gradients(size: int, combine: str, layout: str) -> None:
+    made = tensors(size, 1, size // 2, 1, 2, (1, 4, 3, 4), layout=layout, grad=True)
+
+    def call(*tensors: Tensor) -> Tensor:
+        return ops.ddf_normalised(*tensors, scale=0.7, padding=size // 2, combine=combine)
+
+    assert gradcheck(call, made)
+    assert gradgradcheck(call, made, fast_mode=size == 5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("taps", [9, 25])
+def test_filter_norm_gradients(taps: int, layout: str) -> None:
+    filters = torch.randn(2, 2 * taps, 3, 2, dtype=torch.float64).to(memory_format=LAYOUTS[layout]).requires_grad_()
+    grad = torch.randn_like(filters).requires_grad_()
+
+    def gradient(*tensors: Tensor) -> Tensor:
+        return torch.ops.ddf_convert.filter_norm_backward(*tensors, taps, 0.7)
+
+    assert gradcheck(lambda filters: ops.filter_norm(filters, taps, 0.7), [filters])
+    assert gradgradcheck(lambda filters: ops.filter_norm(filters, taps, 0.7), [filters])
+    assert gradgradcheck(gradient, [grad, filters], fast_mode=True)  # the third derivative
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_filter_norm_keeps_dtype_and_memory_format(dtype: torch.dtype, layout: str) -> None:
+    filters = torch.randn(2, 18, 5, 4).to(dtype, memory_format=LAYOUTS[layout]).requires_grad_()
+    output = ops.filter_norm(filters, 9, 0.7)
+    exact = reference.filter_norm(filters.detach().double(), 9, 0.7)
+    torch.testing.assert_close(output.double(), exact, rtol=TOLERANCES[dtype], atol=TOLERANCES[dtype])
+    (gradient,) = torch.autograd.grad(output, filters, torch.randn(output.shape).to(dtype))
+    for result in (output, gradient):
+        assert result.dtype == dtype
+        assert result.is_contiguous(memory_format=LAYOUTS[layout])
+    cut = torch.randn(2, 20, 6, 4).to(dtype)[:, 1:19, ::2]  # neither layout
+    assert torch.equal(ops.filter_norm(cut, 9), ops.filter_norm(cut.contiguous(), 9))
+    assert ops.filter_norm(torch.empty(0, 9, 3, 3), 9).shape == (0, 9, 3, 3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_opcheck_of_filter_norm_and_normalised(dtype: torch.dtype, layout: str) -> None:
+    made = tensors(3, 1, 1, 1, 2, dtype=dtype, layout=layout, grad=True)
+    tolerance = {"atol": 2e-2, "rtol": 2e-2} if dtype in (torch.float16, torch.bfloat16) else {}
+    grad = torch.randn_like(made[2]).requires_grad_()
+    for operator, arguments in (
+        (torch.ops.ddf_convert.filter_norm, (made[2], 9, 0.7)),
+        (torch.ops.ddf_convert.filter_norm_backward, (grad, made[2], 9, 0.7)),
+        (torch.ops.ddf_convert.ddf_normalised, (*made, 0.7, 1, 1, 1, "add")),
+    ):
+        assert set(torch.library.opcheck(operator, arguments, **tolerance).values()) == {"SUCCESS"}
+
+
+def test_normalised_compiles_whole() -> None:
+    def call(input: Tensor, channel: Tensor, spatial: Tensor) -> Tensor:
+        return ops.ddf_normalised(input.relu(), channel, spatial * 3, scale=0.7, padding=1) * 2
+
+    made = tensors(dtype=torch.float32, layout="channels_last", grad=True)
+    eager, ours = call(*made), torch.compile(call, fullgraph=True)(*made)
+    torch.testing.assert_close(ours, eager)
+    grad = torch.randn_like(eager)
+    for expected, gradient in zip(
+        torch.autograd.grad(eager, made, grad), torch.autograd.grad(ours, made, grad), strict=True
+    ):
+        torch.testing.assert_close(gradient, expected)
+
+
+def test_normalised_under_autocast() -> None:
+    made = tensors(dtype=torch.float32, grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        output = ops.ddf_normalised(made[0], made[1], made[2].bfloat16(), scale=0.7, padding=1)
+        exact = ops.ddf_normalised(*(tensor.double() for tensor in made), scale=0.7, padding=1)
+    assert (output.dtype, exact.dtype) == (torch.bfloat16, torch.float64)
+    torch.testing.assert_close(output.double(), exact, atol=0.1, rtol=0.05)
+    output.float().sum().backward()
+    assert all(tensor.grad is not None and tensor.grad.dtype == torch.float32 for tensor in made)
+
+
+def test_normalised_gradients_only_where_needed() -> None:
+    made = tensors()
+    made[0].requires_grad_()
+    ops.ddf_normalised(*made, scale=0.7, padding=1).sum().backward()
+    assert [tensor.grad is not None for tensor in made] == [True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("filters", "taps", "error", "message"),
+    [
+        (torch.randn(2, 9, 3), 9, ValueError, r"\(B, G\*9, H, W\), got \(2, 9, 3\)"),
+        (torch.randn(2, 12, 3, 3), 9, ValueError, r"\(B, G\*9, H, W\)"),
+        (torch.randn(2, 9, 3, 3), 1, ValueError, "2 taps or more, got 1"),
+        (torch.ones(2, 9, 3, 3, dtype=torch.int32), 9, TypeError, "float32, float64, float16 or bfloat16"),
+    ],
+)
+def test_wrong_filters_are_refused(filters: Tensor, taps: int, error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        ops.filter_norm(filters, taps)
+
+
+def test_normalised_refuses_what_its_parts_refuse() -> None:
+    with pytest.raises(ValueError, match="2 taps or more"):
+        ops.ddf_normalised(*tensors(1, padding=0), scale=1.0)
+    with pytest.raises(ValueError, match="combine must be"):
+        ops.ddf_normalised(*tensors(), scale=1.0, padding=1, combine="max")
+    with pytest.raises(ValueError, match="grad_output must be"):
+        torch.ops.ddf_convert.filter_norm_backward(torch.randn(2, 9, 3, 4), torch.randn(2, 9, 3, 3), 9, 1.0)
+
+
+# --- the way to the CUDA kernels, without a GPU -----------------------------------------------------------------------
+
+
+class Kernels(ModuleType):
+    """Stands for ``ddf_convert.cuda``: notes how it is called, and answers by the reference."""
+
+    def __init__(self, runs: bool) -> None:
+        super().__init__("ddf_convert.cuda")
+        self.runs = runs
+        self.calls: list[tuple[Any, ...]] = []
+
+    def usable(self, tensor: Tensor) -> bool:
+        return self.runs
+
+    def forward(self, input: Tensor, channel: Tensor, spatial: Tensor, *rest: Any) -> Tensor:
+        *options, layout, scale = rest
+        self.calls.append(("forward", *options, layout, scale))
+        if scale is not None:
+            spatial = reference.filter_norm(spatial, channel.shape[-1] ** 2, scale)
+        return reference.forward(input, channel, spatial, *options)
+
+    def backward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        *tensors, _ = arguments
+        self.calls.append(("backward", *arguments[4:]))
+        return tuple(torch.empty(0) if grad is None else grad for grad in reference.backward(*tensors))
+
+    def filter_norm(self, filters: Tensor, taps: int, scale: float, layout: torch.memory_format) -> Tensor:
+        self.calls.append(("filter_norm", taps, scale, layout))
+        return reference.filter_norm(filters, taps, scale)
+
+    def filter_norm_backward(
+        self, grad: Tensor, filters: Tensor, taps: int, scale: float, layout: torch.memory_format
+    ) -> Tensor:
+        self.calls.append(("filter_norm_backward", taps, scale, layout))
+        return reference.filter_norm_backward(grad, filters, taps, scale)
+
+
+@pytest.mark.parametrize("runs", [True, False])
+def test_cuda_tensors_go_to_the_kernels_that_can_run(runs: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = Kernels(runs)
+    monkeypatch.setitem(sys.modules, "ddf_convert.cuda", kernels)
+    monkeypatch.setattr(ddf_convert, "cuda", kernels, raising=False)
+    made = tensors(3, 2, 1, 1, 2, layout="channels_last")
+    options, layout = (2, 1, 1, "add"), torch.channels_last
+    grad, needs = torch.randn(2, 8, 4, 5).double(), [True, False, True]
+    normalised = reference.filter_norm(made[2], 9, 0.7)
+    torch.testing.assert_close(ops._forward_cuda(*made, *options), reference.forward(*made, *options))
+    torch.testing.assert_close(
+        ops._normalised_cuda(*made, 0.7, *options), reference.forward(*made[:2], normalised, *options)
+    )
+    gradients = ops._backward_cuda(grad, *made, *options, needs)
+    for ours, theirs in zip(gradients, reference.backward(grad, *made, *options, tuple(needs)), strict=True):
+        torch.testing.assert_close(ours, torch.empty(0, dtype=ours.dtype) if theirs is None else theirs)
+    torch.testing.assert_close(filter_norm._forward_cuda(made[2], 9, 0.7), normalised)
+    torch.testing.assert_close(
+        filter_norm._backward_cuda(normalised, made[2], 9, 0.7),
+        reference.filter_norm_backward(normalised, made[2], 9, 0.7),
+    )
+    expected = [
+        ("forward", *options, layout, None),
+        ("forward", *options, layout, 0.7),
+        ("backward", *options, tuple(needs), layout),
+        ("filter_norm", 9, 0.7, layout),
+        ("filter_norm_backward", 9, 0.7, layout),
+    ]
+    assert kernels.calls == (expected if runs else [])
+
+
+def test_arguments_are_checked_before_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    kernels = Kernels(True)
+    monkeypatch.setitem(sys.modules, "ddf_convert.cuda", kernels)
+    monkeypatch.setattr(ddf_convert, "cuda", kernels, raising=False)
+    made = tensors()
+    for call in (
+        lambda: ops._forward_cuda(*made, 0, 1, 1, "mul"),
+        lambda: ops._normalised_cuda(*made, 0.7, 0, 1, 1, "mul"),
+        lambda: ops._backward_cuda(made[0][:1], *made, 1, 1, 1, "mul", [True] * 3),
+        lambda: filter_norm._forward_cuda(made[2], 7, 0.7),
+        lambda: filter_norm._backward_cuda(made[0], made[2], 9, 0.7),
+    ):
+        with pytest.raises(ValueError, match=r"ddf|filter_norm"):
+            call()
+    assert kernels.calls == []

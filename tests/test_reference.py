@@ -47,6 +47,40 @@ def test_reference_is_the_definition(combine: str, size: int) -> None:
             torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize("heads", [1, 4])
+@pytest.mark.parametrize("taps", [9, 25])
+def test_filter_norm_is_the_definition(taps: int, heads: int) -> None:
+    torch.manual_seed(0)
+    filters = (torch.randn(2, heads * taps, 3, 4, dtype=torch.float64) * 7 + 3).requires_grad_()
+    by_head = filters.unflatten(1, (heads, taps))
+    deviation = by_head.std(2, keepdim=True)
+    expected = (0.7 * (by_head - by_head.mean(2, keepdim=True)) / (deviation + 1e-10)).flatten(1, 2)
+    torch.testing.assert_close(reference.filter_norm(filters, taps, 0.7), expected)
+    grad, cotangent = torch.randn_like(filters), torch.randn_like(filters)
+    (by_autograd,) = torch.autograd.grad(expected, filters, grad, create_graph=True)
+    torch.testing.assert_close(reference.filter_norm_backward(grad, filters, taps, 0.7), by_autograd)
+    (second,) = torch.autograd.grad(by_autograd, filters, cotangent)
+    ours = reference.filter_norm_second_backward(cotangent, grad, filters, taps, 0.7)
+    torch.testing.assert_close(ours, second)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("value", [0.0, 0.1, -1e-3, 12345.6, 1e-30])
+def test_filters_of_equal_taps_are_zeros(value: float, dtype: torch.dtype) -> None:
+    """Whatever rounding the mean of nine equal numbers would have: divided by their deviation, it would be noise."""
+    filters = torch.full((1, 9, 2, 2), value, dtype=dtype)
+    grad, cotangent = torch.randn(2, 1, 9, 2, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
+    assert torch.equal(reference.filter_norm(filters, 9, 1.0), torch.zeros(1, 9, 2, 2).to(reference_dtype(dtype)))
+    gradient = reference.filter_norm_backward(grad, filters, 9, 1.0)
+    centred = grad.to(gradient.dtype) - grad.to(gradient.dtype).mean(1, keepdim=True)
+    torch.testing.assert_close(gradient, centred * 1e10)
+    assert reference.filter_norm_second_backward(cotangent, grad, filters, 9, 1.0).isfinite().all()
+
+
+def reference_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float32 if dtype is torch.bfloat16 else dtype
+
+
 def test_special_cases_of_the_paper() -> None:
     torch.manual_seed(0)
     input, channel = torch.randn(2, 6, 8, 8).double(), torch.randn(2, 6, 3, 3).double()

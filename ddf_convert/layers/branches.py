@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ddf_convert.layers.direct import is_plain
 from ddf_convert.layers.filter_norm import ChannelFilterNorm, SpatialFilterNorm
 
 
@@ -75,4 +77,21 @@ class ChannelBranch(nn.Sequential):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, K, K)."""
-        return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
+        if not self._is_as_built():
+            return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
+        squeeze, expand, norm = cast(nn.Conv2d, self[1]), cast(nn.Conv2d, self[3]), self[4]
+        # On maps of one pixel a 1x1 convolution is a matrix product, and as one it takes fewer steps to start.
+        pooled = input.mean((-2, -1))
+        squeezed = F.relu(F.linear(pooled, squeeze.weight.flatten(1), squeeze.bias), inplace=True)
+        return cast(Tensor, norm(F.linear(squeezed, expand.weight.flatten(1), expand.bias)))
+
+    def _is_as_built(self) -> bool:
+        """Whether the children are those of the constructor, and nothing watches them."""
+        kinds = (nn.AdaptiveAvgPool2d, nn.Conv2d, nn.ReLU, nn.Conv2d, ChannelFilterNorm)
+        if len(self) != len(kinds) or not all(map(is_plain, self, kinds)):
+            return False
+        pool, convolutions = cast(nn.AdaptiveAvgPool2d, self[0]), cast(list[nn.Conv2d], [self[1], self[3]])
+        return pool.output_size == 1 and all(
+            convolution.kernel_size == (1, 1) and convolution.padding == (0, 0) and convolution.groups == 1
+            for convolution in convolutions
+        )

@@ -8,23 +8,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-EPSILON = 1e-10  # the authors' constant, added to the standard deviation
+from ddf_convert.ops import filter_norm
 
 
 def filter_gain(nonlinearity: str, kernel_size: int) -> float:
     """The base scale of normalised filters: ``calculate_gain(nonlinearity) / K``."""
     return nn.init.calculate_gain(nonlinearity) / kernel_size  # type: ignore[arg-type]
-
-
-def standardise(filters: Tensor, dim: int) -> Tensor:
-    """Subtracts the mean and divides by the unbiased standard deviation over ``dim``.
-
-    float16 and bfloat16 filters are normalised in, and returned as, float32: the epsilon vanishes in half precision.
-    """
-    if filters.dtype in (torch.float16, torch.bfloat16):
-        filters = filters.float()
-    deviation, mean = torch.std_mean(filters, dim, correction=1, keepdim=True)
-    return (filters - mean) / (deviation + EPSILON)
 
 
 def _check_kernel(kernel_size: int) -> None:
@@ -51,10 +40,7 @@ class SpatialFilterNorm(nn.Module):
 
     def forward(self, filters: Tensor) -> Tensor:
         """(B, G*K*K, H, W) -> the same shape and dtype."""
-        taps = self.kernel_size**2
-        by_head = filters.unflatten(1, (filters.shape[1] // taps, taps))
-        normalised = standardise(by_head, dim=2).flatten(1, 2)
-        return (normalised * self.scale).to(filters.dtype)
+        return filter_norm(filters, self.kernel_size**2, self.scale)
 
     def extra_repr(self) -> str:
         """The arguments, as ``print`` shows them."""
@@ -108,11 +94,12 @@ class ChannelFilterNorm(nn.Module):
             nn.init.zeros_(self.mean)
 
     def forward(self, filters: Tensor) -> Tensor:
-        """(B, C*K*K, 1, 1) -> (B, C, K, K), same dtype."""
-        size = self.kernel_size
-        shape = (self.channels, size, size)
-        normalised = standardise(filters.reshape(-1, self.channels, size * size), dim=2)
-        scaled: Tensor = normalised.unflatten(2, (size, size)) * self.std.view(shape)
+        """(B, C*K*K, 1, 1) or (B, C*K*K) -> (B, C, K, K), same dtype."""
+        taps = self.kernel_size**2
+        shape = (self.channels, self.kernel_size, self.kernel_size)
+        # To the operator, channels are the heads of an image of one pixel.
+        normalised = filter_norm(filters.reshape(-1, self.channels * taps, 1, 1), taps)
+        scaled = normalised.view(-1, *shape) * self.std.view(shape)
         if self.mean is not None:
             scaled = scaled + self.mean.view(shape)
         return scaled.to(filters.dtype)
