@@ -29,7 +29,7 @@ test: lint
 	@$(BIN)/python -m pytest -q -n 2
 
 bench: $(INSTALLED)
-	@$(BIN)/python benchmarks/op.py
+	@$(BIN)/ddf-convert bench op
 
 lint: $(INSTALLED)
 	@echo "== ruff and mypy"

@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from ddf_convert.completion import timm_names
 from ddf_convert.errors import DDFError, UsageError
+from ddf_convert.files import check_file, write_file
 
 if TYPE_CHECKING:
     from ddf_convert.graph import Plan
@@ -31,11 +32,19 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+bench = typer.Typer(
+    help="Measure the operator, a layer or a model beside what they replace.",
+    no_args_is_help=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+app.add_typer(bench, name="bench")
 _out = Console(highlight=False, emoji=False)
 _err = Console(stderr=True, highlight=False, emoji=False)
+_STDOUT = Path("-")
 _INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ended
-# Loggers that tell of an error at length (a traceback, every retry) before it reaches the user as one line.
-_WORDY = ("torch._subclasses.fake_tensor", "huggingface_hub")
+# Loggers that tell of an error at length (a traceback, every retry) before it reaches the user as one line, or that
+# torch finds no GPU when nobody asked for one.
+_WORDY = ("torch._subclasses.fake_tensor", "torch.utils.cpp_extension", "huggingface_hub")
 _debug = False  # set by --debug, read where errors are printed
 
 
@@ -52,6 +61,29 @@ class Mixing(StrEnum):
     AUTO = "auto"
     ALWAYS = "always"
     NEVER = "never"
+
+
+class Dtype(StrEnum):
+    """Of the tensors that are measured."""
+
+    FLOAT32 = "float32"
+    FLOAT64 = "float64"
+    FLOAT16 = "float16"
+    BFLOAT16 = "bfloat16"
+
+
+class ModelDtype(StrEnum):
+    """Of a whole model: what can be trained without scaling the loss."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+class Layout(StrEnum):
+    """Memory format of the maps."""
+
+    CONTIGUOUS = "contiguous"
+    CHANNELS_LAST = "channels_last"
 
 
 def _set_debug(value: bool) -> None:
@@ -103,6 +135,25 @@ Exclude = Annotated[
 Everything = Annotated[bool, typer.Option("--all", help="List every convolution.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.", show_default=False)]
+DtypeOption = Annotated[Dtype, typer.Option(help="Of the tensors and the weights.")]
+LayoutOption = Annotated[Layout, typer.Option(help="Memory format of the maps.")]
+KernelSize = Annotated[int, typer.Option(help="Rows, and columns, of the filters.")]
+Seconds = Annotated[float, typer.Option(min=0.001, help="To spend on each time, at least.")]
+Batch = Annotated[int | None, typer.Option(min=1, help="Images at a time.", show_default="32 on a GPU, 4 on the CPU")]
+ModelBatch = Annotated[
+    int | None, typer.Option(min=1, help="Images at a time.", show_default="64 on a GPU, 4 on the CPU")
+]
+Tf32 = Annotated[bool, typer.Option("--tf32", help="Let a GPU use TF32 where float32 is asked for.")]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.", show_default="the GPU if there is one")
+]
+JsonFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--json", metavar="FILE", help="Also write JSON; - is stdout, and nothing else there.", show_default=False
+    ),
+]
+PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw a PNG.", show_default=False)]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug)]
 
 
@@ -134,7 +185,8 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Show what converting a model would replace and save. Changes nothing, downloads nothing."""
-    _check_html(html)
+    if html:
+        check_file("--html", html)
     with _busy(f"Looking at {model}"):
         from ddf_convert.source import open_model
 
@@ -173,7 +225,8 @@ def convert(
         raise UsageError("--pretrained and --checkpoint exclude each other: give one")
     if checkpoint and not checkpoint.is_file():
         raise UsageError(f"--checkpoint {checkpoint}: no such file")
-    _check_html(html, beside=output)
+    if html:
+        check_file("--html", html, beside=output)
     with _busy(f"{'Downloading the weights of' if pretrained else 'Opening'} {model}") as say:
         from ddf_convert import artifact
 
@@ -225,6 +278,182 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
         raise typer.Exit(1)
 
 
+@bench.command("op")
+def bench_op(
+    resolution: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Rows, and columns, of the maps. Repeatable.", show_default="7 14 28 56 112 224"),
+    ] = None,
+    channels: Annotated[int, typer.Option(min=1)] = 256,
+    batch: Batch = None,
+    dtype: DtypeOption = Dtype.FLOAT32,
+    layout: Annotated[
+        list[Layout] | None, typer.Option(help="Memory format of the maps. Repeatable.", show_default="both")
+    ] = None,
+    kernel_size: KernelSize = 3,
+    compiled: Annotated[
+        bool | None,
+        typer.Option(
+            "--compile/--no-compile",
+            help="Also plain PyTorch under torch.compile.",
+            show_default="on a GPU",
+        ),
+    ] = None,
+    seconds: Seconds = 0.5,
+    device: Device = None,
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+    debug: Debug = False,
+) -> None:
+    """The operator beside convolutions and plain PyTorch, at the paper's sizes."""
+    with _measuring(json_file, plot) as say:
+        from ddf_convert.bench import op
+        from ddf_convert.bench.device import choose
+
+        where = choose(device)
+        settings = op.Settings(
+            resolutions=tuple(dict.fromkeys(resolution or op.RESOLUTIONS)),
+            channels=channels,
+            batch=batch or op.BATCH[where.type],
+            kernel_size=kernel_size,
+            dtype=dtype.value,
+            layouts=tuple(dict.fromkeys(chosen.value for chosen in layout or Layout)),
+            device=where,
+            seconds=seconds,
+            compiled=where.type == "cuda" if compiled is None else compiled,
+        )
+        document = op.run(settings, say)
+    _present_figures(document, json_file, plot)
+
+
+@bench.command("layer")
+def bench_layer(
+    channels: Annotated[int, typer.Option(min=1, help="In and out.")] = 256,
+    size: Annotated[int, typer.Option(min=1, help="Rows, and columns, of the input.")] = 56,
+    kernel_size: KernelSize = 3,
+    stride: Annotated[int, typer.Option(min=1)] = 1,
+    dilation: Annotated[int, typer.Option(min=1)] = 1,
+    heads: Annotated[int, typer.Option(min=1, help="Groups of channels with a spatial filter of their own.")] = 1,
+    se_ratio: SeRatio = 0.2,
+    combine: CombineOption = Combine.MUL,
+    batch: Batch = None,
+    dtype: DtypeOption = Dtype.FLOAT32,
+    layout: LayoutOption = Layout.CONTIGUOUS,
+    tf32: Tf32 = False,
+    seconds: Seconds = 0.5,
+    device: Device = None,
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+    debug: Debug = False,
+) -> None:
+    """One convolution, and the DDF layers that can take its place."""
+    with _measuring(json_file, plot) as say:
+        from ddf_convert.bench import layer
+        from ddf_convert.bench.device import choose
+
+        where = choose(device)
+        settings = layer.Settings(
+            channels=channels,
+            size=size,
+            kernel_size=kernel_size,
+            stride=stride,
+            dilation=dilation,
+            heads=heads,
+            se_ratio=se_ratio,
+            combine=combine.value,
+            batch=batch or layer.BATCH[where.type],
+            dtype=dtype.value,
+            layout=layout.value,
+            device=where,
+            seconds=seconds,
+            tf32=tf32,
+        )
+        document = layer.run(settings, say)
+    _present_figures(document, json_file, plot)
+
+
+@bench.command("model")
+def bench_model(
+    model: Model,
+    input_size: InputSize = None,
+    batch: ModelBatch = None,
+    dtype: Annotated[ModelDtype, typer.Option(help="bfloat16 is autocast's in training.")] = ModelDtype.FLOAT32,
+    layout: LayoutOption = Layout.CONTIGUOUS,
+    tf32: Tf32 = False,
+    seconds: Seconds = 2.0,
+    device: Device = None,
+    se_ratio: SeRatio = 0.2,
+    combine: CombineOption = Combine.MUL,
+    heads: Heads = 1,
+    mixing: MixingOption = Mixing.AUTO,
+    stem: Stem = False,
+    depthwise: Depthwise = False,
+    allow_growth: AllowGrowth = False,
+    include: Include = None,
+    exclude: Exclude = None,
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+    debug: Debug = False,
+) -> None:
+    """Images a second before and after conversion, in inference and in training."""
+    options = locals()
+    with _measuring(json_file, plot) as say:
+        from ddf_convert.bench import model as models
+        from ddf_convert.bench.device import choose
+        from ddf_convert.source import open_model
+
+        where = choose(device)
+        say(f"Opening {model}")
+        opened = open_model(model, weights=True)
+        plan = _plan(opened, input_size, include, exclude, _options(options))
+        if not plan.replaced:
+            raise UsageError(f"nothing to convert in {model}: `ddf-convert inspect {model}` says why")
+        settings = models.Settings(
+            input_size=input_size or opened.input_size,
+            batch=batch or models.BATCH[where.type],
+            dtype=dtype.value,
+            layout=layout.value,
+            device=where,
+            seconds=seconds,
+            tf32=tf32,
+        )
+        document = models.run(opened.name, opened.model, plan, settings, say)
+    _present_figures(document, json_file, plot)
+
+
+@contextlib.contextmanager
+def _measuring(json_file: Path | None, plot: Path | None) -> Iterator[Any]:
+    """Checks the files before hours are spent; what models print while they run is kept out of JSON on stdout."""
+    if json_file and json_file != _STDOUT:
+        check_file("--json", json_file)
+    if plot:
+        check_file("--plot", plot)
+    with _busy("Measuring") as say, contextlib.redirect_stdout(sys.stderr):
+        if plot:
+            from ddf_convert.bench.plot import check_plot
+
+            check_plot(plot)
+        yield say
+
+
+def _present_figures(document: dict[str, Any], json_file: Path | None, plot: Path | None) -> None:
+    if plot:
+        from ddf_convert.bench.plot import png
+
+        write_file(plot, png(document))
+    if json_file == _STDOUT:
+        _print_json(document)
+        return
+    if json_file:
+        write_file(json_file, json.dumps(document, indent=1) + "\n")
+    from ddf_convert.bench.tables import tables
+
+    _out.print(tables(document))
+    for name, file in (("Figures", json_file), ("Plot", plot)):
+        if file:
+            _out.print(f"{name}: [bold]{escape(str(file))}[/]", soft_wrap=True)
+
+
 def _options(arguments: dict[str, Any]) -> dict[str, Any]:
     """The fields of ConvertConfig among a command's arguments."""
     from ddf_convert.graph import ConvertConfig
@@ -255,7 +484,7 @@ def _present(plan: Plan, name: str, as_json: bool, html: Path | None, everything
     from ddf_convert.report.tables import plan_tables
 
     if html:
-        _write(html, page(plan, name))
+        write_file(html, page(plan, name))
     if as_json:
         _print_json(report(plan, name))
         return
@@ -273,33 +502,6 @@ def _saved(output: Path, call: str) -> None:
         f"To use it in Python: ddf_convert.{escape(call)}",
         soft_wrap=True,
     )
-
-
-def _check_html(file: Path | None, beside: Path | None = None) -> None:
-    """Fails early where the page could not be written. ``beside`` is a folder that will exist by then."""
-    if file is None:
-        return
-    if file.is_dir():
-        raise UsageError(f"--html {file}: is a folder; give a file")
-    folder = file.parent
-    if beside is not None and folder.resolve() == beside.resolve():
-        return
-    if not folder.is_dir():
-        raise UsageError(f"--html {file}: there is no folder {folder}")
-    if not os.access(folder, os.W_OK):
-        raise UsageError(f"--html {file}: cannot write in {folder}")
-
-
-def _write(file: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = file.with_name(f".{file.name}.{os.getpid()}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(file)
-    except OSError as error:
-        raise UsageError(f"cannot write {file}: {error.strerror}") from error
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _print_json(value: Any) -> None:

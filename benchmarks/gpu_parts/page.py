@@ -1,0 +1,150 @@
+"""The report as a page of Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ddf_convert.bench.peers import OP
+from ddf_convert.bench.tables import figure, percent
+from gpu_parts.run import complaints
+
+MET = {True: "yes", False: "**no**", None: "not measured"}
+
+
+def page(report: dict[str, Any]) -> str:
+    """Everything that has been measured so far."""
+    return "\n".join(_lines(report)) + "\n"
+
+
+def _lines(report: dict[str, Any]) -> Iterator[str]:
+    parts = report["parts"]
+    machine = parts.get("machine", {})
+    yield f"# gpu_check: {report['device']}"
+    yield ""
+    if report["dry_run"]:
+        yield "A rehearsal on the CPU with tiny sizes: it shows that the script works, and no figure means anything."
+        yield ""
+    if machine.get("kernels_in_use") is False:
+        yield "**The CUDA kernels are not in use: CUDA tensors take the PyTorch reference.**"
+        yield ""
+    described = machine.get("machine", {})
+    yield ", ".join(f"{name} {value}" for name, value in described.items())
+    yield ""
+    yield from _table(
+        ("part", "outcome", "seconds", "left out"),
+        [(name, _outcome(part), f"{part['seconds']:.0f}", _left_out(part)) for name, part in parts.items()],
+    )
+    for name, part in parts.items():
+        for failure in complaints(part):
+            yield f"- {name}: {failure}"
+    yield ""
+    if "aims" in parts:
+        yield from _aims(parts["aims"])
+    if "op" in parts:
+        yield from _op(parts)
+    if "model" in parts:
+        yield from _model(parts["model"])
+    if "correctness" in parts:
+        yield from _correctness(parts["correctness"])
+    for name in ("determinism", "large", "sanitizer"):
+        if checks := parts.get(name, {}).get("checks"):
+            yield f"## {name}"
+            yield ""
+            yield from _table(
+                ("check", "right"), [(what, "yes" if right else "**no**") for what, right in checks.items()]
+            )
+
+
+def _outcome(part: dict[str, Any]) -> str:
+    return part["status"] if part["status"] != "failed" else f"**failed** ({part.get('failed', 1)})"
+
+
+def _left_out(part: dict[str, Any]) -> str:
+    dropped = [f"no time left: {part['dropped']}"] if "dropped" in part else []
+    return "; ".join(dropped + part.get("skipped", []))
+
+
+def _aims(part: dict[str, Any]) -> Iterator[str]:
+    yield "## Aims"
+    yield ""
+    rows = []
+    for aim in part.get("list", []):
+        share = "bandwidth" in aim["aim"]
+        values = [f"{at}: {percent(value) if share else figure(value)}" for at, value in aim["values"].items()]
+        rows.append((aim["aim"], aim["where"], ", ".join(values), MET[aim["met"]]))
+    yield from _table(("aim", "where", "measured", "met"), rows)
+
+
+def _op(parts: dict[str, Any]) -> Iterator[str]:
+    part = parts["op"]
+    yield "## Operator"
+    yield ""
+    if "copy_gb_per_s" in part:
+        host = ", ".join(f"{name} {figure(value)}" for name, value in part["host"].items())
+        yield f"A copy reaches {part['copy_gb_per_s']:.0f} GB/s. Host time of one call, us: {host}."
+        yield "Times are medians in ms; memory is the peak of forward + backward. The last row of times is the bytes"
+        yield "that the operator must move, over its time, as a share of the copy."
+        yield ""
+    for dtype, layouts in part.get("tables", {}).items():
+        for layout, rows in layouts.items():
+            more = parts.get("compiled", {}).get("tables", {}).get(dtype, {}).get(layout, {})
+            merged = {size: {**rows[size], **more.get(size, {})} for size in sorted(rows, key=int)}
+            names = list(dict.fromkeys(name for row in merged.values() for name in row))
+            for title, key in (
+                ("forward, ms", "forward_ms"),
+                ("forward + backward, ms", "forward_backward_ms"),
+                ("peak memory, MiB", "peak_mib"),
+            ):
+                yield f"### {dtype}, {layout}: {title}"
+                yield ""
+                body = [(name, *(_cell(row.get(name, {}), key) for row in merged.values())) for name in names]
+                if key != "peak_mib":
+                    share = key.replace("_ms", "_of_copy")
+                    shares = (percent(row.get(OP, {}).get(share)) for row in merged.values())
+                    body.append((f"{OP}, share of the copy", *shares))
+                yield from _table(("", *merged), body)
+
+
+def _cell(found: dict[str, Any], key: str) -> str:
+    return found["error"] if "error" in found else figure(found.get(key))
+
+
+def _model(part: dict[str, Any]) -> Iterator[str]:
+    yield "## Models, channels_last"
+    yield ""
+    keys = ("inference_images_per_s", "training_images_per_s", "training_mib")
+    rows = [
+        (name, precision, str(row["batch"]), *(figure(row[key]) for key in keys))
+        for precision, models in part.get("results", {}).items()
+        for name, row in models.items()
+    ]
+    yield from _table(("model", "dtype", "images", "inference, images/s", "training, images/s", "training, MiB"), rows)
+
+
+def _correctness(part: dict[str, Any]) -> Iterator[str]:
+    yield "## Largest errors against float64"
+    yield ""
+    yield "Over the sum of the absolute values of an element's terms; of DDF2d, over the largest value of the tensor."
+    yield '"Before rounding" leaves out what rounding the result to its half type accounts for.'
+    yield ""
+    for name, tolerances in part.get("tolerances", {}).items():
+        yield f"Tolerated, {name}: {', '.join(f'{dtype} {value:.1e}' for dtype, value in tolerances.items())}."
+        yield ""
+    worst = part.get("worst", {})
+    kernels, kinds = (list(dict.fromkeys(key.split(": ")[place] for key in worst)) for place in (0, 1))
+    rows = [
+        (kernel, *(f"{entry['error']:.1e}" if (entry := worst.get(f"{kernel}: {kind}")) else "-" for kind in kinds))
+        for kernel in kernels
+    ]
+    yield from _table(("", *kinds), rows)
+    yield f"{sum(entry['cases'] for entry in worst.values())} comparisons."
+    yield ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    yield f"| {' | '.join(head)} |"
+    yield "|" + "---|" * len(head)
+    for row in rows:
+        yield f"| {' | '.join(row)} |"
+    yield ""

@@ -1,0 +1,125 @@
+"""Measurements as a picture. matplotlib is an extra: it is imported when a plot is asked for."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from ddf_convert.bench.device import called
+from ddf_convert.bench.peers import COMPILED, DENSE, DEPTHWISE, MODULE, OP, SLICES, TF32, UNFOLD
+from ddf_convert.errors import UsageError
+
+# Ours in warm colours, what they are compared with in cool ones; the same column looks the same in every plot.
+_COLOURS = {
+    OP: "#d62728",
+    MODULE: "#ff7f0e",
+    DENSE: "#1f77b4",
+    DEPTHWISE: "#17becf",
+    UNFOLD: "#7f7f7f",
+    SLICES: "#9467bd",
+    COMPILED: "#c5b0d5",
+}
+_BEFORE, _AFTER = "#1f77b4", "#d62728"
+_DPI = 150
+
+
+def check_plot(file: Path) -> None:
+    """Fails early where no plot could be drawn.
+
+    Raises:
+        UsageError: matplotlib is missing, or the name is not that of a PNG.
+    """
+    if file.suffix.lower() != ".png":
+        raise UsageError(f"--plot {file}: plots are PNG; give a name that ends in .png")
+    try:
+        import matplotlib.figure  # noqa: F401
+    except ImportError as error:
+        raise UsageError("--plot needs matplotlib: pip install 'ddf-convert[plot]'") from error
+
+
+def png(document: dict[str, Any]) -> bytes:
+    """What a ``run`` of this package returned, as the contents of a PNG file."""
+    drawn = {"op": _op, "layer": _layer, "model": _model}[document["bench"]](document)
+    contents = io.BytesIO()
+    drawn.savefig(contents, format="png", dpi=_DPI)
+    return contents.getvalue()
+
+
+def _op(document: dict[str, Any]) -> Any:
+    """Times by size, a row of axes for each layout; both scales are logarithmic."""
+    from matplotlib.ticker import FuncFormatter, NullLocator
+
+    results = document["results"]
+    titles = (("forward", "forward_ms"), ("forward + backward", "forward_backward_ms"))
+    figure = _figure(11, 1 + 4 * len(results))
+    axes = figure.subplots(len(results), 2, squeeze=False, sharex=True)
+    for row, (layout, rows) in zip(axes, results.items(), strict=True):
+        for axis, (title, key) in zip(row, titles, strict=True):
+            for name in dict.fromkeys(name for columns in rows.values() for name in columns):
+                points = [(int(size), columns.get(name, {}).get(key)) for size, columns in rows.items()]
+                points = sorted((size, value) for size, value in points if value is not None)
+                style = "--" if name.endswith(TF32) else "-"
+                width = 2.5 if name == OP else 1.3
+                colour = _COLOURS[name.removesuffix(TF32)]
+                if points:
+                    axis.plot(*zip(*points, strict=True), style, marker="o", ms=4, lw=width, color=colour, label=name)
+            axis.set(xscale="log", yscale="log", title=f"{layout}: {title}")
+            sizes = [int(size) for size in rows]
+            axis.set_xticks(sizes, [str(size) for size in sizes])
+            axis.xaxis.set_minor_locator(NullLocator())
+            axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+            axis.grid(True, alpha=0.3)
+        row[0].set_ylabel("milliseconds")
+    for axis in axes[-1]:
+        axis.set_xlabel("rows and columns of the map")
+    axes[0][1].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
+    kernel = document["kernel_size"]
+    _heading(figure, document, f"{document['dtype']}, {document['channels']} channels, {kernel}x{kernel}")
+    return figure
+
+
+def _layer(document: dict[str, Any]) -> Any:
+    settings, results = document["settings"], document["results"]
+    names = list(results)
+    panels = [("forward, ms", "forward_ms"), ("forward + backward, ms", "forward_backward_ms")]
+    if all(row["peak_mib"] is not None for row in results.values()):
+        panels.append(("peak memory, MiB", "peak_mib"))
+    figure = _figure(3.4 * len(panels), 4)
+    for axis, (title, key) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
+        colours = [_BEFORE, *[_AFTER] * (len(names) - 1)]
+        _bars(axis, title, names, [results[name][key] for name in names], colours)
+    size, kernel = settings["size"], settings["kernel_size"]
+    words = f"{settings['channels']} channels, {size}x{size}, {kernel}x{kernel}, {settings['batch']} images"
+    _heading(figure, document, f"{words}, {settings['dtype']}, {settings['layout']}")
+    return figure
+
+
+def _model(document: dict[str, Any]) -> Any:
+    settings, results = document["settings"], document["results"]
+    figure = _figure(7, 4)
+    panels = (("inference, images/s", "inference_images_per_s"), ("training, images/s", "training_images_per_s"))
+    for axis, (title, key) in zip(figure.subplots(1, 2), panels, strict=True):
+        _bars(axis, title, list(results), [row[key] for row in results.values()], [_BEFORE, _AFTER])
+    _heading(
+        figure, document, f"{document['model']}, {settings['batch']} images, {settings['dtype']}, {settings['layout']}"
+    )
+    return figure
+
+
+def _bars(axis: Any, title: str, names: list[str], values: list[float], colours: list[str]) -> None:
+    bars = axis.bar(names, values, color=colours, width=0.6)
+    axis.bar_label(bars, fmt="%.3g", padding=2)
+    axis.margins(y=0.12)
+    axis.set_title(title)
+    axis.spines[["top", "right"]].set_visible(False)
+
+
+def _figure(width: float, height: float) -> Any:
+    from matplotlib.figure import Figure  # not pyplot: no window system, no state
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def _heading(figure: Any, document: dict[str, Any], words: str) -> None:
+    figure.suptitle(f"{words}\n{called(document['machine'])}", fontsize=10)
