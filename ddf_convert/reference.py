@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 EPSILON = 1e-10  # the authors' constant, added to the standard deviation
-_LEAST_SQUARE = 1e-36  # the least sum of squares: lost in the epsilon, it keeps the derivatives of its root finite
+LEAST_SQUARE = 1e-36  # the least sum of squares: lost in the epsilon, it keeps the derivatives of its root finite
 
 
 def forward(
@@ -192,7 +192,7 @@ def _centred(filters: Tensor) -> tuple[Tensor, Tensor]:
     shifted = filters - filters[:, :, :1]
     centred = shifted - shifted.mean(2, keepdim=True)
     # torch.std, which makes one pass over the taps, takes many times as long on a CPU.
-    return centred, (centred * centred).sum(2, keepdim=True).clamp_min(_LEAST_SQUARE)
+    return centred, (centred * centred).sum(2, keepdim=True).clamp_min(LEAST_SQUARE)
 
 
 def _slopes(square: Tensor, taps: int) -> tuple[Tensor, Tensor]:
