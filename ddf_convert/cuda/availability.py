@@ -13,7 +13,7 @@ from torch import Tensor
 _logger = logging.getLogger("ddf_convert")
 _OLDEST = (7, 5)  # compute capability that the compiler of CUDA 13 still makes code for, and that is tested
 _MEND = "pip install 'numba-cuda[cu{major}]'"
-_refused: dict[int, str] = {}
+_examined: set[torch.device] = set()
 _told: set[str] = set()
 
 
@@ -23,7 +23,10 @@ def usable(tensor: Tensor) -> bool:
     Args:
         tensor: On any CUDA device.
     """
+    if tensor.device not in _examined and torch.cuda.is_current_stream_capturing():
+        return True  # no time to try: where the kernel then cannot be loaded, the error says what to do
     reason = unusable(tensor.device)
+    _examined.add(tensor.device)
     if reason is None:
         return True
     if reason not in _told:
@@ -37,7 +40,7 @@ def unusable(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, and the mend; None if they can.
 
     It is found out once in a process: the smallest of the kernels is compiled (or read from the disk), loaded and run,
-    and its result looked at. During the capture of a CUDA graph that would not be possible: call the operator before.
+    and its result looked at.
 
     Args:
         device: A CUDA device with its index.

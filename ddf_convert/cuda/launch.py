@@ -15,8 +15,7 @@ from ddf_convert.cuda.compile import entry, ptx
 from ddf_convert.cuda.variants import Variant
 
 _lock = threading.Lock()
-_functions: dict[tuple[Variant, int], Any] = {}
-_formats: dict[Variant, struct.Struct] = {}
+_loaded: dict[tuple[Variant, int], tuple[Any, struct.Struct]] = {}  # a kernel stays loaded as long as the process
 _bound = threading.local()
 
 # The driver takes a kernel's parameters as one packed buffer, told by a list of keys and values (see cuLaunchKernel).
@@ -44,11 +43,11 @@ def run(variant: Variant, device: int, blocks: int, arguments: tuple[Any, ...]) 
     if torch.cuda.current_device() != device:
         with torch.cuda.device(device):
             return run(variant, device, blocks, arguments)
-    function = _functions.get((variant, device)) or _load(variant, device)
+    function, format = _loaded.get((variant, device)) or _load(variant, device)
     if device not in getattr(_bound, "devices", ()):
         _bind(device)
     values = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    launch(function, _formats[variant], blocks, variant.threads, torch._C._cuda_getCurrentRawStream(device), values)
+    launch(function, format, blocks, variant.threads, torch._C._cuda_getCurrentRawStream(device), values)
 
 
 def launch(function: Any, format: struct.Struct, blocks: int, threads: int, stream: int, values: list[Any]) -> None:
@@ -89,18 +88,16 @@ def parameter_format(variant: Variant) -> struct.Struct:
     return struct.Struct("@" + "".join(letters[letter] for letter in variant.arguments))
 
 
-def _load(variant: Variant, device: int) -> Any:
+def _load(variant: Variant, device: int) -> tuple[Any, struct.Struct]:
     """Compiles a kernel, or reads it from the disk, and loads it into the current device's context."""
-    capturing = torch.cuda.is_current_stream_capturing()
-    if capturing:
+    if torch.cuda.is_current_stream_capturing():
         raise DriverError(
             f"the CUDA kernel {variant.name} is not loaded yet and a CUDA graph is being captured;"
             " run the model once before the capture"
         )
     text = ptx(variant, torch.cuda.get_device_capability(device))
     with _lock:
-        function = _functions.get((variant, device))
-        if function is None:
+        if (variant, device) not in _loaded:
             _bind(device)
             status, module = driver().cuModuleLoadData(text.encode() + b"\0")
             if status:
@@ -108,16 +105,17 @@ def _load(variant: Variant, device: int) -> Any:
             status, function = driver().cuModuleGetFunction(module, entry(text).encode())
             if status:
                 raise DriverError(f"{variant.name} in its module: {_reason(status)}")
-            _formats[variant] = parameter_format(variant)
-            _functions[variant, device] = function  # stays loaded as long as the process
-    return function
+            _loaded[variant, device] = function, parameter_format(variant)
+    return _loaded[variant, device]
 
 
 def _bind(device: int) -> None:
     """Gives this thread the device's context, if torch has not done so: a thread may come with none."""
     status, context = driver().cuCtxGetCurrent()
     if status or not int(context):
-        status, context = driver().cuDevicePrimaryCtxRetain(device)
+        status, handle = driver().cuDeviceGet(device)
+        if not status:
+            status, context = driver().cuDevicePrimaryCtxRetain(handle)
         if not status:
             (status,) = driver().cuCtxSetCurrent(context)
         if status:
