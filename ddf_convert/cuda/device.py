@@ -43,14 +43,15 @@ def _flag(builder: Any, ok: Any) -> Any:
 
 
 def _read_words(builder: Any, address: Any, flags: list[Any], count: int, bits: int) -> list[Any]:
-    """``count`` words of ``bits`` bits, or zeros: at most 16 bytes in one instruction."""
-    word, letter = {16: (_I16, "h"), 32: (_I32, "r"), 64: (_I64, "l")}[bits]
+    """``count`` words of ``bits`` bits, or zeros: at most 16 bytes in one instruction. 16 bits come as 32."""
+    word, letter = (_I64, "l") if bits == 64 else (_I32, "r")
     names = [f"${place}" for place in range(count)]
-    zeros = " ".join(f"mov.b{bits} {name}, 0;" for name in names)
+    zeros = " ".join(f"mov.b{max(bits, 32)} {name}, 0;" for name in names)
+    kind = "u16" if bits == 16 else f"b{bits}"
     width, target = ("", names[0]) if count == 1 else (f".v{count}", "{" + ", ".join(names) + "}")
     text = (
         f"{{ .reg .pred ok; setp.ne.b32 ok, ${count + 1}, 0; setp.ne.and.b32 ok, ${count + 2}, 0, ok; {zeros}"
-        f" @ok ld.global.nc{width}.b{bits} {target}, [${count}]; }}"
+        f" @ok ld.global.nc{width}.{kind} {target}, [${count}]; }}"
     )
     constraints = ",".join([f"={letter}"] * count + ["l", "r", "r"])
     result = word if count == 1 else ir.LiteralStructType([word] * count)
@@ -105,14 +106,14 @@ def _load(builder: Any, stored: Any, lanes: int, address: Any, flags: list[Any])
         return [builder.bitcast(word, _IR_TYPES[stored]) for word in words]
     if lanes == 1:
         (word,) = _read_words(builder, address, flags, 1, 16)
-        pairs = [builder.zext(word, _I32)]
-    else:
-        pairs = _read_words(builder, address, flags, lanes // 2, 32)
+        if stored == types.uint16:
+            return [_assembly(builder, _F32, "cvt.f32.f16 $0, $1;", "=f,h", [builder.trunc(word, _I16)])]
+        return [builder.bitcast(builder.shl(word, _I32(16)), _F32)]
     values = []
-    for pair in pairs:
+    for pair in _read_words(builder, address, flags, lanes // 2, 32):
         both = _assembly(builder, ir.LiteralStructType([_F32, _F32]), _WIDEN_PAIR[stored], "=f,=f,r", [pair])
         values += [builder.extract_value(both, place) for place in (0, 1)]
-    return values[:lanes]
+    return values
 
 
 def storer(stored: Any, compute: Any, lanes: int, native_bfloat16: bool) -> Any:

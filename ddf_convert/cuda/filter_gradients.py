@@ -68,7 +68,8 @@ def filter_gradients(
     other = registers()
     f = registers()
     g = registers()
-    row_inside = registers()
+    row = registers()
+    piece_inside = registers()
 
     if CHANNELS_LAST:
         here = first_channel + lane * LANES
@@ -91,6 +92,7 @@ def filter_gradients(
         u = divide(group, groups_across)
         v = (group - u * groups_across) * PIXELS
         exists = group < last_group
+        corner = u * STRIDE * source_width + v * STRIDE
         for tap in static(range(TAPS)):
             at = ((image * heads + head) * TAPS + tap) * out_plane + u * out_width + v
             own[tap] = load[LANES](spatial, at, exists, True)
@@ -99,49 +101,55 @@ def filter_gradients(
     for tap in static(range(TAPS)):
         sums[tap] = tuple(COMPUTE(0) for at in static(range(LANES)))
     for turn in range(turns):
-        # Where this step is: STEPS channels of the thread's pixels, or STEPS pixels of its channels.
+        # Where this turn is: STEPS channels of the thread's pixels, or STEPS pixels of its channels.
         if CHANNELS_LAST:
             group = first_group + turn * WARPS + warp
             u = divide(group, groups_across)
             v = (group - u * groups_across) * PIXELS
+            active = group < last_group
+            pixel = image * out_plane + u * out_width + v
+            row[0] = shift(source, ((image * source_height + u * STRIDE) * source_width + v * STRIDE) * channels + here)
             for step in static(range(STEPS)):
-                exist = exists & (group < last_group)
-                at = (image * out_plane + u * out_width + v + step) * channels + here
-                g[step] = load[LANES](grad_output, at, exist, v + step < out_width)
+                across = v + step < out_width
+                g[step] = load[LANES](grad_output, (pixel + step) * channels + here, active & exists, across)
+                filters_here = shift(spatial, ((pixel + step) * heads + head) * TAPS)
+                for tap in static(range(TAPS)):
+                    other[step, tap] = load[1](filters_here, tap, active, across)[0]
         else:
+            active = exists
             local = (turn * WARPS + warp) * STEPS
             here = first_channel + local
             for step in static(range(STEPS)):
                 at = (image * channels + here + step) * out_plane + u * out_width + v
-                g[step] = load[LANES](grad_output, at, exists, here + step < last_channel)
+                g[step] = load[LANES](grad_output, at, active, WHOLE or here + step < last_channel)
+                row[step] = shift(
+                    source, (image * channels + here + step) * plane + u * STRIDE * source_width + v * STRIDE
+                )
                 for first in static(range(0, TAPS, 4)):
                     values = fetch[4](filters, (local + step) * FILTER_PITCH + first)
                     for tap in static(range(first, min(first + 4, TAPS))):
                         other[step, tap] = values[tap - first]
         top = u * STRIDE
         left = v * STRIDE
+        for piece in static(PIECES):
+            piece_inside[piece.first] = active & (left + piece.first >= 0) & (left + piece.first < source_width)
 
         for i, _, dy in static(FILTER_TAPS):
-            row_inside[0] = (top + dy >= 0) & (top + dy < source_height)
+            row_inside = (top + dy >= 0) & (top + dy < source_height)
             if CHANNELS_LAST:
-                for dx in static(SOURCE_COLUMNS):
-                    at = (image * plane + (top + dy) * source_width + left + dx) * channels + here
-                    inside = (left + dx >= 0) & (left + dx < source_width)
-                    f[0, dx] = load[LANES](source, at, row_inside[0] & exists, inside & (group < last_group))
-                for step in static(range(STEPS)):
-                    for j in static(range(SIZE)):
-                        at = (image * out_plane + u * out_width + v + step) * heads + head
-                        inside = (group < last_group) & (v + step < out_width)
-                        other[step, i * SIZE + j] = load[1](spatial, at * TAPS + (i * SIZE + j), inside, True)[0]
+                row[0] = shift(row[0], ROW_STEPS[dy] * source_width * channels)
+                column = row[0]
+                for piece in static(PIECES):
+                    column = shift(column, COLUMN_STEPS[piece.first] * channels)
+                    f[0, piece.first] = load[LANES](column, 0, row_inside & exists, piece_inside[piece.first])
             else:
                 for step in static(range(STEPS)):
-                    at = (image * channels + here + step) * plane + (top + dy) * source_width + left
-                    inside = row_inside[0] & (here + step < last_channel)
+                    row[step] = shift(row[step], ROW_STEPS[dy] * source_width)
+                    row_exists = row_inside & (WHOLE or here + step < last_channel)
                     for piece in static(PIECES):
-                        across = (left + piece.first >= 0) & (left + piece.first < source_width)
-                        values = load[piece.lanes](source, at + piece.first, inside, across)
-                        for at_piece in static(range(piece.lanes)):
-                            f[step, piece.first + at_piece] = values[at_piece]
+                        values = load[piece.lanes](row[step], piece.first, row_exists, piece_inside[piece.first])
+                        for lane_of_piece in static(range(piece.lanes)):
+                            f[step, piece.first + lane_of_piece] = values[lane_of_piece]
             for j, _, dx in static(FILTER_TAPS):
                 for step in static(range(STEPS)):
                     if CHANNELS_LAST:
@@ -163,9 +171,9 @@ def filter_gradients(
                 step = divide(which, TAPS)
                 tap = which - step * TAPS
                 if CHANNELS_LAST:
-                    if (group < last_group) & (v + step < out_width):
-                        pixel = (which_chunk * images + image) * out_plane + u * out_width + v + step
-                        store_sum(spatial_parts, (pixel * heads + head) * TAPS + tap, (total,))
+                    if active & (v + step < out_width):
+                        at = which_chunk * images * out_plane + pixel + step
+                        store_sum(spatial_parts, (at * heads + head) * TAPS + tap, (total,))
                 elif here + step < last_channel:
                     at = (which_span * images + image) * channels + here + step
                     store_sum(channel_parts, at * TAPS + tap, (total,))

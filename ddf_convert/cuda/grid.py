@@ -20,6 +20,7 @@ from ddf_convert.cuda.variants import (
     Variant,
     Window,
     lanes_dividing,
+    steps,
 )
 
 _BLOCKS_EACH = 4  # blocks that each multiprocessor should have at least, where the work can be split that far
@@ -195,6 +196,7 @@ def filter_gradients(geometry: Geometry) -> FilterLaunch:
         channels_last=last,
         lanes=lanes,
         source_lanes=1 if last else geometry.lanes(geometry.width),
+        whole=geometry.per_head % (FilterGradients.warps * steps(geometry.size, geometry.dtype)) == 0,
     )
     groups = geometry.out_height * up(geometry.out_width, variant.pixels)
 
@@ -244,8 +246,8 @@ def norm(dtype: str, gradient: bool, channels_last: bool, shape: tuple[int, int,
     batch, channels, height, width = shape
     pixels = height * width
     count = batch * channels * pixels // taps
-    steps = (1, channels) if channels_last else (pixels, 1)
-    numbers = (count, pixels, channels // taps, taps, channels * pixels, *steps)
+    tap_and_pixel = (1, channels) if channels_last else (pixels, 1)
+    numbers = (count, pixels, channels // taps, taps, channels * pixels, *tap_and_pixel)
     return Launch(variant, up(count, variant.threads), numbers)
 
 

@@ -233,6 +233,7 @@ class FilterGradients(Variant):
         channels_last: The layout.
         lanes: Elements that a thread owns: pixels of a row, or channels.
         source_lanes: Most elements of one load of the input along a row (contiguous).
+        whole: The channels of a head fill every turn of a block (contiguous).
     """
 
     size: int
@@ -242,6 +243,7 @@ class FilterGradients(Variant):
     channels_last: bool
     lanes: int
     source_lanes: int
+    whole: bool
 
     module: ClassVar[str] = "filter_gradients"
 
@@ -259,13 +261,10 @@ class FilterGradients(Variant):
 
     @property
     def steps(self) -> int:
-        """Channels, or pixels, of one step."""
-        return 2 if self.size == 3 and self.dtype != "float64" else 1
+        """Channels, or pixels, of one turn of a warp."""
+        return steps(self.size, self.dtype)
 
-    @property
-    def warps(self) -> int:
-        """Of a block."""
-        return 4
+    warps: ClassVar[int] = 4
 
     @property
     def threads(self) -> int:
@@ -281,6 +280,7 @@ class FilterGradients(Variant):
         """See Variant."""
         made = stencil.forward(self.size, self.stride, self.padding, self.dilation)
         columns = list(made.uses(self.pixels))
+        lanes = 1 if self.channels_last else self.source_lanes
         return {
             "SIZE": self.size,
             "TAPS": self.size**2,
@@ -292,8 +292,10 @@ class FilterGradients(Variant):
             "THREADS": self.threads,
             "STRIDE": self.stride,
             "FILTER_TAPS": made.taps,
-            "SOURCE_COLUMNS": tuple(columns),
-            "PIECES": stencil.pieces(columns, self.source_lanes, self.pixels * self.stride),
+            "ROW_STEPS": _steps(made.uses(1)),
+            "COLUMN_STEPS": _steps(made.uses(self.pixels)),
+            "PIECES": stencil.pieces(columns, lanes, self.pixels * self.stride),
+            "WHOLE": self.whole,
             "CHUNK": CHUNK[self.size],
             "PITCH": WARP + 4,  # rows of sums: no two that are read together start in the same bank
             "FILTER_PITCH": -(-(self.size**2) // 4) * 4,
@@ -349,6 +351,11 @@ class Norm(Variant):
     def arguments(self) -> str:
         """See Variant."""
         return ("sss" if self.gradient else "ss") + "f" + "i" * 7
+
+
+def steps(size: int, dtype: str) -> int:
+    """Channels, or pixels, that one turn of the filters' gradients takes: more would need too many registers."""
+    return 2 if size == 3 and dtype != "float64" else 1
 
 
 def lanes_dividing(*sizes: int, most: int = 4) -> int:
