@@ -122,9 +122,7 @@ def filter_gradients(
             for step in static(range(STEPS)):
                 at = (image * channels + here + step) * out_plane + u * out_width + v
                 g[step] = load[LANES](grad_output, at, active, WHOLE or here + step < last_channel)
-                row[step] = shift(
-                    source, (image * channels + here + step) * plane + u * STRIDE * source_width + v * STRIDE
-                )
+                row[step] = shift(source, (image * channels + here + step) * plane + corner)
                 for first in static(range(0, TAPS, 4)):
                     values = fetch[4](filters, (local + step) * FILTER_PITCH + first)
                     for tap in static(range(first, min(first + 4, TAPS))):
