@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from gpu_parts.aims import aims
+from gpu_parts.compilation import compilation
 from gpu_parts.correctness import correctness, small
 from gpu_parts.determinism import determinism
 from gpu_parts.limits import large, sanitizer
@@ -62,6 +63,7 @@ class Part(NamedTuple):
 
 PARTS = (  # in order of importance
     Part("machine", machine),
+    Part("compilation", compilation, 0.25),
     Part("correctness", correctness, 0.25),
     Part("determinism", determinism, 0.2),
     Part("op", op, 0.4),

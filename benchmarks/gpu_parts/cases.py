@@ -42,6 +42,8 @@ GEOMETRIES = (
     Geometry(8, 9, padding=2),  # windows that see nothing but zeros
     Geometry(1, 1),
 )
+COMBINED = (GEOMETRIES[0], GEOMETRIES[3])  # with every combination of combine and heads
+LARGER = (GEOMETRIES[1], GEOMETRIES[2], GEOMETRIES[5], GEOMETRIES[9])  # for kernels larger than 3x3
 # With one head, and with two.
 CHANNELS = {1: (64, 1, 3, 8, 48, 256), 2: (64, 2, 6, 8, 48, 256)}
 
@@ -94,16 +96,18 @@ class Case:
 
 
 def cases(dtypes: Sequence[str], kernels: Sequence[int], geometries: Sequence[Geometry]) -> Iterator[Case]:
-    """Every combination for the first kernel size; for the others a sample, in which combine and heads take turns.
+    """Every combination for 3x3 in some geometries; elsewhere a sample, in which combine and heads take turns.
 
-    The numbers of channels take turns throughout. Dtypes and layouts change fastest: where time runs out, each has
-    been seen.
+    A kernel is compiled for its geometry, which takes seconds: so not everything is combined with everything. The
+    numbers of channels take turns throughout. Dtypes and layouts change fastest: where time runs out, each has been
+    seen.
     """
     turn = itertools.count()
     variants = list(itertools.product(("mul", "add"), (1, 2)))
     for kernel in kernels:
         for place, geometry in enumerate(geometries):
-            chosen = variants if kernel == kernels[0] else [variants[(place + kernel // 2) % len(variants)]]
+            every = kernel == 3 and geometry in COMBINED
+            chosen = variants if every else [variants[(place + kernel // 2) % len(variants)]]
             for combine, heads in chosen:
                 channels = CHANNELS[heads][next(turn) % len(CHANNELS[heads])]
                 for dtype, layout in itertools.product(dtypes, LAYOUTS):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from torch import Tensor
 from ddf_convert import ops, reference
 from ddf_convert.bench.device import DTYPES, LAYOUTS, convolution_settings
 from ddf_convert.layers import DDF2d
-from gpu_parts.cases import GEOMETRIES, Case, Geometry, cases
+from gpu_parts.cases import GEOMETRIES, LARGER, Case, Geometry, cases
 from gpu_parts.run import Run, fail
 
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -38,7 +39,7 @@ def correctness(run: Run, record: dict[str, Any]) -> None:
     dtypes = DRY_DTYPES if run.dry else tuple(TOLERANCES)
     geometries = GEOMETRIES[2:5] if run.dry else GEOMETRIES
     torch.manual_seed(0)
-    for case in cases(dtypes, (3,), geometries):
+    for case in small_cases(run):
         run.need(2, f"the operator, from this case on: {case}")
         _operator(run, record, case)
     run.save()
@@ -51,9 +52,19 @@ def correctness(run: Run, record: dict[str, Any]) -> None:
             _normalised(run, record, Case(kernel, dtype, layout, geometry, 48, heads, combine))
         _layer(run, record, dtype, layout)
     run.save()
-    for case in cases(dtypes, (5,) if run.dry else (5, 7, 9), geometries[:1] if run.dry else geometries):
+    for case in large_cases(run):
         run.need(2, f"the operator, from this case on: {case}")
         _operator(run, record, case)
+
+
+def small_cases(run: Run) -> Iterator[Case]:
+    """Of 3x3 kernels."""
+    return cases(DRY_DTYPES, (3,), GEOMETRIES[2:5]) if run.dry else cases(tuple(TOLERANCES), (3,), GEOMETRIES)
+
+
+def large_cases(run: Run) -> Iterator[Case]:
+    """Of larger kernels: the unrolled sizes, and one that is not."""
+    return cases(DRY_DTYPES, (5,), GEOMETRIES[2:3]) if run.dry else cases(tuple(TOLERANCES), (5, 7, 9), LARGER)
 
 
 def error(found: Tensor, expected: Tensor, terms: Tensor) -> float:
