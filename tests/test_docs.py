@@ -91,5 +91,5 @@ def test_the_readmes_figures_are_those_of_their_commands(row, monkeypatch, capsy
 
 def test_there_is_something_to_check():
     assert len(programs()) >= 4
-    assert len(commands()) >= 3
+    assert len(commands()) >= 4
     assert len(figures()) == 3
