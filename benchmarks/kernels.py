@@ -1,0 +1,314 @@
+"""What the compilers make of the CUDA kernels: registers, shared memory, spills. Needs no GPU.
+
+    python benchmarks/kernels.py                                         every kernel for sm_75, 80, 90 and 100
+    python benchmarks/kernels.py --arch 90 --kernel 'forward_*'          some of them
+    python benchmarks/kernels.py --arch 90 --sass 'forward_k3s1*'        instructions of the innermost loop
+
+Kernels are compiled to PTX by Numba-CUDA, then assembled by ptxas, which comes with CUDA's toolkit and with the package
+triton (so with torch on Linux); --sass needs nvdisasm from the same places. Exit code: 1 if a kernel spills registers
+or uses local memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import fnmatch
+import functools
+import importlib.util
+import itertools
+import logging
+import multiprocessing
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from importlib import metadata
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest import mock
+
+import torch
+from rich.console import Console
+from rich.table import Table
+
+from ddf_convert.arguments import output_size
+from ddf_convert.cuda import dispatch
+from ddf_convert.cuda.compile import Capability, compile_ptx
+from ddf_convert.cuda.variants import FilterGradients, Norm, Plain, Q, Variant, Window
+
+ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0))
+DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
+LAYOUTS = (torch.contiguous_format, torch.channels_last)
+# Of one multiprocessor: threads, registers, bytes of shared memory, blocks (CUDA C++ Programming Guide, appendix on
+# compute capabilities).
+MULTIPROCESSOR = {
+    (7, 5): (1024, 65536, 64 * 1024, 16),
+    (8, 0): (2048, 65536, 164 * 1024, 32),
+    (9, 0): (2048, 65536, 228 * 1024, 32),
+    (10, 0): (2048, 65536, 228 * 1024, 32),
+}
+RESERVED = 1024  # bytes of shared memory that each block takes besides its own, from sm_80 on
+
+
+class Usage(NamedTuple):
+    """What ptxas says of a kernel."""
+
+    registers: int
+    stack: int
+    spilled: int
+    shared: int
+
+
+class Compiled(NamedTuple):
+    """One kernel for one architecture; usage is None where there is no ptxas."""
+
+    variant: Variant
+    capability: Capability
+    ptx_bytes: int
+    usage: Usage | None
+
+
+def variants(
+    dtypes: Sequence[str] = tuple(DTYPES), sizes: Sequence[int] = (3, 5, 7), strides: Sequence[int] = (1, 2)
+) -> list[Variant]:
+    """The kernels that layers with 256 channels on 56x56 maps take, and those that take anything."""
+    found: dict[Variant, None] = {}
+
+    def note(variant: Variant, *rest: Any) -> None:
+        found.setdefault(variant)
+
+    channels, side = 256, 56
+    with mock.patch.object(dispatch, "_run", note):
+        for dtype, layout, size, stride in itertools.product(dtypes, LAYOUTS, sizes, strides):
+            padding = size // 2
+            rows = output_size(side, size, stride, padding, 1)
+            input, channel, spatial, grad = (
+                torch.empty(shape, dtype=DTYPES[dtype]).to(memory_format=form)
+                for shape, form in (
+                    ((1, channels, side, side), layout),
+                    ((1, channels, size, size), torch.contiguous_format),
+                    ((1, size**2, rows, rows), layout),
+                    ((1, channels, rows, rows), layout),
+                )
+            )
+            options = (stride, padding, 1, "mul")
+            dispatch.forward(input, channel, spatial, *options, layout)
+            dispatch.forward(input, channel, spatial, *options, layout, norm_scale=1.0)
+            dispatch.backward(grad, input, channel, spatial, *options, (True, True, True), layout)
+    for dtype in dtypes:
+        for function in ("forward", "grad_input", "grad_channel", "grad_spatial"):
+            found.setdefault(Plain(dtype, False, function))
+        for gradient in (False, True):
+            found.setdefault(Norm(dtype, False, gradient))
+    return list(found)
+
+
+def label(variant: Variant) -> str:
+    """The variant's name, and whether it normalises."""
+    return f"{variant.name}_normalised" if isinstance(variant, Window) and variant.normalise else variant.name
+
+
+@functools.cache
+def tool(name: str) -> str | None:
+    """A tool of CUDA's toolkit: on the PATH, or in the package triton."""
+    found = shutil.which(name)
+    if found is None:
+        triton = importlib.util.find_spec("triton")
+        folder = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton and triton.origin else None
+        found = shutil.which(name, path=str(folder)) if folder else None
+    return found
+
+
+def assemble(ptx: str, capability: Capability, output: Path | None = None) -> Usage:
+    """Registers and memory of a kernel, by ptxas.
+
+    Raises:
+        RuntimeError: ptxas refuses the PTX.
+    """
+    ptxas = tool("ptxas")
+    assert ptxas is not None
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "kernel.ptx"
+        source.write_text(ptx)
+        target = output or Path(folder) / "kernel.cubin"
+        arguments = [ptxas, "-v", f"-arch=sm_{capability[0]}{capability[1]}", str(source), "-o", str(target)]
+        result = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    if result.returncode:
+        raise RuntimeError(f"ptxas: {result.stderr.strip()}")
+
+    def number(pattern: str) -> int:
+        match = re.search(pattern, result.stderr)
+        return int(match[1]) if match else 0
+
+    return Usage(
+        registers=number(r"Used (\d+) registers"),
+        stack=number(r"(\d+) bytes stack frame"),
+        spilled=number(r"(\d+) bytes spill stores") + number(r"(\d+) bytes spill loads"),
+        shared=number(r"(\d+) bytes smem"),
+    )
+
+
+def blocks_each(compiled: Compiled) -> int:
+    """Blocks that one multiprocessor can hold."""
+    assert compiled.usage is not None
+    threads, registers, shared, blocks = MULTIPROCESSOR[compiled.capability]
+    per_warp = -(-compiled.usage.registers * 32 // 256) * 256
+    warps = compiled.variant.threads // 32
+    reserved = RESERVED if compiled.capability >= (8, 0) else 0
+    return min(
+        blocks,
+        threads // compiled.variant.threads,
+        registers // (per_warp * warps),
+        shared // max(1, compiled.usage.shared + reserved),
+    )
+
+
+def compiled(task: tuple[Variant, Capability]) -> Compiled:
+    variant, capability = task
+    ptx = compile_ptx(variant, capability)
+    return Compiled(variant, capability, len(ptx), assemble(ptx, capability) if tool("ptxas") else None)
+
+
+# --- the instructions of a loop ---------------------------------------------------------------------------------------
+
+CLASSES = {
+    "multiply, add": ("FMUL", "FFMA", "FADD", "DMUL", "DFMA", "DADD"),
+    "load, map": ("LDG",),
+    "load, shared": ("LDS",),
+    "store": ("STG", "STS"),
+    "convert": ("F2FP", "F2F", "HADD2", "PRMT", "SHF", "LOP3"),
+    "zero, move": ("CS2R", "MOV", "HFMA2"),
+    "address, predicate": ("IADD3", "IMAD", "LEA", "ISETP", "VIADD", "PLOP3", "P2R", "R2P", "SEL"),
+}
+
+
+def loop_instructions(ptx: str, capability: Capability) -> collections.Counter[str]:
+    """Machine instructions of the shortest loop that holds most of the arithmetic, by opcode."""
+    nvdisasm = tool("nvdisasm")
+    if nvdisasm is None or tool("ptxas") is None:
+        raise SystemExit("--sass needs ptxas and nvdisasm: of CUDA's toolkit, or pip install triton")
+    with tempfile.TemporaryDirectory() as folder:
+        cubin = Path(folder) / "kernel.cubin"
+        assemble(ptx, capability, cubin)
+        text = subprocess.run([nvdisasm, "-c", str(cubin)], capture_output=True, text=True, check=True).stdout
+    labels: dict[str, int] = {}
+    instructions: list[tuple[str, str]] = []
+    for line in text.splitlines():
+        if mark := re.match(r"(\.L_x_\d+):", line):
+            labels[mark[1]] = len(instructions)
+        elif found := re.match(r"\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z0-9]+)(.*)", line):
+            instructions.append((found[1], found[2]))
+    loops = [
+        instructions[labels[target[0]] : place + 1]
+        for place, (opcode, rest) in enumerate(instructions)
+        if opcode == "BRA" and (target := re.search(r"\.L_x_\d+", rest)) and labels.get(target[0], place + 1) <= place
+    ]
+    counts = [collections.Counter(opcode for opcode, _ in loop) for loop in loops]
+    most = max((_arithmetic(count) for count in counts), default=0)
+    return min((count for count in counts if _arithmetic(count) == most), key=lambda count: count.total())
+
+
+def _arithmetic(count: collections.Counter[str]) -> int:
+    return sum(count[opcode] for opcode in CLASSES["multiply, add"])
+
+
+def elements(variant: Variant) -> int:
+    """Of the map, that a thread works on in one turn of the loop."""
+    if isinstance(variant, Window):
+        return Q * variant.rows * variant.columns * variant.stencil.step_out**2
+    return variant.steps * variant.lanes if isinstance(variant, FilterGradients) else 1
+
+
+def sass_table(chosen: list[Variant], capability: Capability) -> Iterator[tuple[str, ...]]:
+    yield ("kernel", "all", *CLASSES, "other")
+    for variant in chosen:
+        if not isinstance(variant, Window | FilterGradients):
+            continue
+        count = loop_instructions(compile_ptx(variant, capability), capability)
+        each = elements(variant)
+        parts = [sum(count[opcode] for opcode in opcodes) for opcodes in CLASSES.values()]
+        figures = [count.total(), *parts, count.total() - sum(parts)]
+        yield (label(variant), *(f"{figure / each:.1f}" for figure in figures))
+
+
+# --- output -----------------------------------------------------------------------------------------------------------
+
+
+def usage_table(results: list[Compiled]) -> Iterator[tuple[str, ...]]:
+    by_variant: dict[Variant, list[Compiled]] = collections.defaultdict(list)
+    for result in results:
+        by_variant[result.variant].append(result)
+    capabilities = list(dict.fromkeys(result.capability for result in results))
+    names = [f"sm_{major}{minor}" for major, minor in capabilities]
+    yield ("kernel", "shared memory", *(f"{name}: registers, blocks" for name in names), "spilled bytes")
+    for variant, found in by_variant.items():
+        usages = [each.usage for each in found if each.usage]
+        if not usages:
+            yield (label(variant), *["no ptxas"] * (len(found) + 2))
+            continue
+        cells = [f"{each.usage.registers}, {blocks_each(each)}" for each in found if each.usage]
+        spilled = sum(usage.spilled + usage.stack for usage in usages)
+        yield (label(variant), str(usages[0].shared), *cells, str(spilled))
+
+
+def markdown(rows: list[tuple[str, ...]]) -> str:
+    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
+    return "\n".join([head, "|---" * len(rows[0]) + "|", *body]) + "\n"
+
+
+def versions() -> str:
+    words = [f"{name} {metadata.version(name)}" for name in ("numba-cuda", "numba")]
+    ptxas = tool("ptxas")
+    if ptxas:
+        text = subprocess.run([ptxas, "--version"], capture_output=True, text=True, check=True).stdout
+        words.append("ptxas " + re.findall(r"V([\d.]+)", text)[0])
+    return ", ".join(words)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    known = [f"{major}{minor}" for major, minor in ARCHITECTURES]
+    parser.add_argument("--arch", nargs="+", choices=known, default=known, help="default: all")
+    parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
+    parser.add_argument("--kernel", default="*", metavar="GLOB", help="names, such as 'grad_input_k3s1*_bfloat16'")
+    parser.add_argument("--sass", metavar="GLOB", help="count the instructions of these kernels' loops instead")
+    parser.add_argument("--output", type=Path, help="Markdown file to write")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1)
+    options = parser.parse_args()
+    capabilities = [ARCHITECTURES[known.index(name)] for name in options.arch]
+    chosen = [each for each in variants(options.dtype) if fnmatch.fnmatch(label(each), options.sass or options.kernel)]
+    if not chosen:
+        parser.error(f"no kernel is called {options.sass or options.kernel}")
+    spilled = False
+    if options.sass:
+        rows = list(sass_table(chosen, capabilities[0]))
+        title = f"Instructions for each element of the map, sm_{options.arch[0]}"
+    else:
+        tasks = list(itertools.product(chosen, capabilities))
+        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), initializer=_quiet) as pool:
+            results = list(pool.map(compiled, tasks))
+        rows = list(usage_table(results))
+        spilled = any(each.usage.spilled or each.usage.stack for each in results if each.usage)
+        title = "Registers of a thread and blocks that a multiprocessor can hold"
+    table = Table(*rows[0], title=f"{title} ({versions()})")
+    for row in rows[1:]:
+        table.add_row(*row)
+    Console(width=None if sys.stdout.isatty() else 200).print(table)
+    if options.output:
+        options.output.write_text(f"# {title}\n\nCompiled with {versions()}; not run.\n\n{markdown(rows)}")
+    if spilled:
+        print("some kernels spill registers or use local memory", file=sys.stderr)
+    return 1 if spilled else 0
+
+
+def _quiet() -> None:
+    logging.disable(logging.WARNING)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
