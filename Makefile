@@ -8,12 +8,13 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench kernels lint clean
 
 help:
 	@echo "make demo    convert ResNet-50 into $(DEMO)/, show what it saves, load it back and compare"
 	@echo "make test    ruff, mypy and the tests"
 	@echo "make bench   time the operator beside its peers (minutes, on a quiet machine)"
+	@echo "make kernels compile every CUDA kernel for four architectures and show its registers (no GPU, minutes)"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make clean   remove $(VENV), $(DEMO) and caches"
 
@@ -30,6 +31,9 @@ test: lint
 
 bench: $(INSTALLED)
 	@$(BIN)/ddf-convert bench op
+
+kernels: $(INSTALLED)
+	@$(BIN)/python benchmarks/kernels.py
 
 lint: $(INSTALLED)
 	@echo "== ruff and mypy"

@@ -168,10 +168,37 @@ def blocks_each(compiled: Compiled) -> int:
     )
 
 
-def compiled(task: tuple[Variant, Capability]) -> Compiled:
-    variant, capability = task
-    ptx = compile_ptx(variant, capability)
-    return Compiled(variant, capability, len(ptx), assemble(ptx, capability) if tool("ptxas") else None)
+def compile_each(variant: Variant, capabilities: Sequence[Capability]) -> dict[Capability, str]:
+    """PTX for several architectures.
+
+    Numba's part, which takes most of the time, is done once for those that get the same: that is what differs from
+    calling ``compile_ptx`` for each.
+    """
+    from numba.cuda import compiler
+
+    made: dict[Capability, str] = {}
+    for _, group in itertools.groupby(capabilities, key=lambda each: variant.dtype == "bfloat16" and each < (8, 0)):
+        first, *others = group
+        libraries: list[Any] = []
+        compile_function = compiler._compile_pyfunc_with_fixup
+
+        def remember(*arguments: Any, **options: Any) -> Any:
+            result = compile_function(*arguments, **options)  # noqa: B023
+            libraries.append(result[0])  # noqa: B023
+            return result
+
+        with mock.patch.object(compiler, "_compile_pyfunc_with_fixup", remember):
+            made[first] = compile_ptx(variant, first)
+        made |= {other: "\n".join(libraries[-1].get_asm_strs(cc=other)) for other in others}
+    return made
+
+
+def compiled(task: tuple[Variant, Sequence[Capability]]) -> list[Compiled]:
+    variant, capabilities = task
+    return [
+        Compiled(variant, capability, len(ptx), assemble(ptx, capability) if tool("ptxas") else None)
+        for capability, ptx in compile_each(variant, capabilities).items()
+    ]
 
 
 # --- the instructions of a loop ---------------------------------------------------------------------------------------
@@ -289,9 +316,9 @@ def main() -> int:
         rows = list(sass_table(chosen, capabilities[0]))
         title = f"Instructions for each element of the map, sm_{options.arch[0]}"
     else:
-        tasks = list(itertools.product(chosen, capabilities))
+        tasks = [(variant, capabilities) for variant in chosen]
         with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), initializer=_quiet) as pool:
-            results = list(pool.map(compiled, tasks))
+            results = [each for found in pool.map(compiled, tasks) for each in found]
         rows = list(usage_table(results))
         spilled = any(each.usage.spilled or each.usage.stack for each in results if each.usage)
         title = "Registers of a thread and blocks that a multiprocessor can hold"

@@ -1,0 +1,76 @@
+"""Every CUDA kernel compiles for every architecture, without local memory, calls or spills. Needs no GPU.
+
+float16 kernels larger than 3x3, and those that normalise, are left to `make kernels`: they differ from bfloat16 ones in
+how an element is widened, and from plain ones in what is done once for a block.
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("numba_cuda")
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import kernels
+
+from ddf_convert.cuda.compile import compile_ptx, entry
+from ddf_convert.cuda.variants import FilterGradients, Variant, Window
+
+LARGER = [dtype for dtype in kernels.DTYPES if dtype != "float16"]
+CASES = kernels.variants(sizes=(3,)) + [
+    variant
+    for variant in kernels.variants(LARGER, sizes=(5, 7))
+    if isinstance(variant, Window | FilterGradients) and not (isinstance(variant, Window) and variant.normalise)
+]
+
+
+@pytest.mark.parametrize("variant", CASES, ids=kernels.label)
+def test_compiles_for_every_architecture(variant: Variant) -> None:
+    made = kernels.compile_each(variant, kernels.ARCHITECTURES)
+    assert set(made) == set(kernels.ARCHITECTURES)
+    for (major, minor), ptx in made.items():
+        assert f".target sm_{major}{minor}" in ptx
+        assert re.fullmatch(r"\w+", entry(ptx))
+        assert ptx.count(".entry") == 1
+        assert "__local_depot" not in ptx
+        assert not re.search(r"^\s*call", ptx, re.MULTILINE)
+        loads = set(re.findall(r"ld\.global\.nc(?:\.v\d)?\.\w+", ptx))
+        if isinstance(variant, Window):
+            assert _widest(variant) in loads
+    if kernels.tool("ptxas") is None:
+        pytest.skip("PTX is right; no ptxas here to assemble it with")
+    usage = {capability: kernels.assemble(ptx, capability) for capability, ptx in made.items()}
+    print({f"sm_{major}{minor}": each.registers for (major, minor), each in usage.items()}, "registers")
+    assert not any(each.spilled or each.stack for each in usage.values()), usage
+    assert all(each.shared <= 48 * 1024 for each in usage.values()), usage
+
+
+def _widest(variant: Window) -> str:
+    """The load of as many elements as a tile can take at once, on maps of 56 columns or 28 and 256 channels."""
+    lanes = 4 if variant.channels_last else min(4, variant.columns * variant.stencil.step_in)
+    words = {"float64": (lanes, "b64"), "float32": (lanes, "b32")}.get(variant.dtype, (lanes // 2, "b32"))
+    most = 16 // (8 if words[1] == "b64" else 4)
+    count = min(words[0], most)
+    return f"ld.global.nc{f'.v{count}' if count > 1 else ''}.{words[1]}"
+
+
+def test_cases_are_all_there() -> None:
+    assert len(CASES) == len(set(CASES)) == 2 * 2 * 4 * 4 + 4 * 6 + 2 * 2 * (3 * 3 + 2 * 3)
+
+
+@pytest.mark.skipif(kernels.tool("nvdisasm") is None, reason="no nvdisasm here")
+def test_the_loop_of_the_forward_kernel() -> None:
+    """18 instructions an element are the arithmetic; the rest stays below ten (docs/kernels.md)."""
+    for variant in CASES:
+        if kernels.label(variant).startswith("forward_k3s1p1d1_") and variant.dtype == "float32":
+            assert isinstance(variant, Window)
+            count = kernels.loop_instructions(compile_ptx(variant, (9, 0)), (9, 0))
+            arithmetic = count["FMUL"] + count["FFMA"]
+            assert arithmetic == 18 * kernels.elements(variant)
+            assert count["STG"] * 4 == kernels.elements(variant)
+            assert count.total() < 28 * kernels.elements(variant)
+            assert not count["LDL"] + count["STL"]
