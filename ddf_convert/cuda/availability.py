@@ -45,14 +45,16 @@ def unusable(device: torch.device) -> str | None:
     Args:
         device: A CUDA device with its index.
     """
-    reason = _missing() or _unsupported(device)
+    reason = _missing()
     if reason is not None:
         return reason
     try:
-        _try(device)
+        reason = _unsupported(device)
+        if reason is None:
+            _try(device)
+        return reason
     except Exception as error:
         return f"a kernel could not be run on {device} ({_first_line(error)}); {_advice(error)}"
-    return None
 
 
 def _missing() -> str | None:
