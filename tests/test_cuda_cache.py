@@ -82,10 +82,16 @@ def test_half_of_a_file_is_damaged(folder: Path, compilations: list[str]) -> Non
     assert len(compilations) == 2
 
 
+@pytest.mark.parametrize("place", ["file", "file/ddf_convert_cuda"])
 def test_without_a_folder_to_write_to(
-    tmp_path: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    place: str,
+    tmp_path: Path,
+    compilations: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
-    (tmp_path / "file").touch()
+    (tmp_path / place).parent.mkdir(exist_ok=True)
+    (tmp_path / place).touch()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
     compiler._told.clear()
     with caplog.at_level(logging.WARNING, "ddf_convert"):

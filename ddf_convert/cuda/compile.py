@@ -5,6 +5,7 @@ PTX is what Numba makes; the driver turns it into machine code when it is loaded
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import logging
@@ -154,7 +155,8 @@ def _write(file: Path, text: str) -> None:
         part.write_bytes(_seal(content) + b"\n" + content)
         part.replace(file)
     except OSError as error:
-        part.unlink(missing_ok=True) if part.parent.exists() else None
+        with contextlib.suppress(OSError):  # where there is a file in the folder's place
+            part.unlink()
         _tell_once(
             f"ddf_convert: cannot keep compiled CUDA kernels in {file.parent} ({error.strerror});"
             " set NUMBA_CACHE_DIR to a folder that can be written to"
