@@ -196,7 +196,6 @@ class Window(Variant):
             "TAP_COLUMNS": {index: _columns(columns, index, made.step_out) for index in range(self.size)},
             "PIECES": stencil.pieces(list(columns), lanes, self.columns * made.step_in),
             "FILTER_TAPS": filter_taps,
-            "SOURCE_LANES": self.source_lanes,
             "TARGET_LANES": self.target_lanes,
             "CHANNEL_LANES": self.channel_lanes,
             "WHOLE": self.whole,

@@ -69,11 +69,11 @@ def window(
     spatial_tile = cuda.shared.array(TAPS * ROWS * TILES * COLUMNS, COMPUTE, alignment=ALIGNMENT)
     taps = registers()
     for item in range(thread, ROWS * TILES * COLUMNS, THREADS):
-        row = divide(item, TILES * COLUMNS)
-        within = item - row * (TILES * COLUMNS)
+        down_tile = divide(item, TILES * COLUMNS)
+        within = item - down_tile * (TILES * COLUMNS)
         tile = first_tile + divide(within, COLUMNS)
         down = divide(tile, tiles_across)
-        u = down * ROWS + row
+        u = down * ROWS + down_tile
         v = (tile - down * tiles_across) * COLUMNS + within - divide(within, COLUMNS) * COLUMNS
         for i, _, dy in static(FILTER_TAPS):
             for j, _, dx in static(FILTER_TAPS):
@@ -107,11 +107,11 @@ def window(
 
     # This thread's tiles.
     if CHANNELS_LAST:
-        lane = divide(thread, GROUPS)
-        group = thread - lane * GROUPS
+        tile_lane = divide(thread, GROUPS)
+        group = thread - tile_lane * GROUPS
     else:
         group = divide(thread, TILE_LANES)
-        lane = thread - group * TILE_LANES
+        tile_lane = thread - group * TILE_LANES
     f = registers()
     total = registers()
     row = registers()
@@ -119,7 +119,7 @@ def window(
     piece_inside = registers()
     source_plane = source_height * source_width
     target_plane = target_height * target_width
-    for which_tile in range(lane, min(TILES, tiles_down * tiles_across - first_tile), TILE_LANES):
+    for which_tile in range(tile_lane, min(TILES, tiles_down * tiles_across - first_tile), TILE_LANES):
         tile = first_tile + which_tile
         down = divide(tile, tiles_across)
         u = down * ROWS
