@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import fnmatch
 import functools
 import importlib.util
@@ -115,13 +116,29 @@ def label(variant: Variant) -> str:
 
 @functools.cache
 def tool(name: str) -> str | None:
-    """A tool of CUDA's toolkit: on the PATH, or in the package triton."""
-    found = shutil.which(name)
-    if found is None:
-        triton = importlib.util.find_spec("triton")
-        folder = Path(triton.origin).parent / "backends" / "nvidia" / "bin" if triton and triton.origin else None
-        found = shutil.which(name, path=str(folder)) if folder else None
-    return found
+    """A tool of CUDA's toolkit, on the PATH or in the package triton: the first that is no older than NVVM.
+
+    ptxas takes no PTX newer than itself, and triton has two of them.
+    """
+    triton = importlib.util.find_spec("triton")
+    folder = str(Path(triton.origin).parent / "backends" / "nvidia" / "bin") if triton and triton.origin else ""
+    places = [shutil.which(name), shutil.which(name, path=folder), shutil.which(f"{name}-blackwell", path=folder)]
+    found = [place for place in places if place]
+    return next((place for place in found if release(place) >= nvvm()), None)
+
+
+def release(tool: str) -> tuple[int, ...]:
+    """Of CUDA, that a tool belongs to."""
+    text = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
+    return tuple(map(int, re.findall(r"V(\d+)\.(\d+)", text)[0]))
+
+
+def nvvm() -> tuple[int, ...]:
+    """The release of CUDA whose PTX Numba-CUDA makes."""
+    for package in ("nvidia-nvvm", "nvidia-cuda-nvcc-cu12"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return tuple(map(int, metadata.version(package).split(".")[:2]))
+    return ()  # of a toolkit that was installed by hand, as ptxas then was
 
 
 def assemble(ptx: str, capability: Capability, output: Path | None = None) -> Usage:
