@@ -69,6 +69,8 @@ def filter_gradients(
     f = registers()
     g = registers()
     row = registers()
+    across = registers()
+    filters_here = registers()
     piece_inside = registers()
 
     if CHANNELS_LAST:
@@ -110,11 +112,9 @@ def filter_gradients(
             pixel = image * out_plane + u * out_width + v
             row[0] = shift(source, ((image * source_height + u * STRIDE) * source_width + v * STRIDE) * channels + here)
             for step in static(range(STEPS)):
-                across = v + step < out_width
-                g[step] = load[LANES](grad_output, (pixel + step) * channels + here, active & exists, across)
-                filters_here = shift(spatial, ((pixel + step) * heads + head) * TAPS)
-                for tap in static(range(TAPS)):
-                    other[step, tap] = load[1](filters_here, tap, active, across)[0]
+                across[step] = v + step < out_width
+                g[step] = load[LANES](grad_output, (pixel + step) * channels + here, active & exists, across[step])
+                filters_here[step] = shift(spatial, ((pixel + step) * heads + head) * TAPS)
         else:
             active = exists
             local = (turn * WARPS + warp) * STEPS
@@ -140,6 +140,9 @@ def filter_gradients(
                 for piece in static(PIECES):
                     column = shift(column, COLUMN_STEPS[piece.first] * channels)
                     f[0, piece.first] = load[LANES](column, 0, row_inside & exists, piece_inside[piece.first])
+                for step in static(range(STEPS)):
+                    for tap in static(range(i * SIZE, i * SIZE + SIZE)):
+                        other[step, tap] = load[1](filters_here[step], tap, active, across[step])[0]
             else:
                 for step in static(range(STEPS)):
                     row[step] = shift(row[step], ROW_STEPS[dy] * source_width)
