@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import logging
 import multiprocessing
@@ -20,7 +21,7 @@ from ddf_convert.cuda import dispatch
 from ddf_convert.cuda.variants import Variant
 from gpu_parts.cases import Case
 from gpu_parts.correctness import large_cases, small_cases
-from gpu_parts.run import Run, fail
+from gpu_parts.run import Run, fail, skip
 
 DRY_KERNELS = 2
 DRY_CAPABILITY = (9, 0)
@@ -29,6 +30,9 @@ MULTIPROCESSORS = 132  # of the rehearsal
 
 def compilation(run: Run, record: dict[str, Any]) -> None:
     """Fills the cache of compiled kernels; the record gets their number and the time."""
+    if run.dry and importlib.util.find_spec("numba_cuda") is None:
+        skip(record, "compilation", "needs numba-cuda")
+        return
     capability = DRY_CAPABILITY if run.dry else torch.cuda.get_device_capability(run.device)
     count = MULTIPROCESSORS if run.dry else dispatch.multiprocessors(run.device)
     wanted = variants(itertools.chain(small_cases(run), large_cases(run)), count)
