@@ -8,16 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ddf_convert.arguments import DTYPES
 from ddf_convert.cuda import grid
 from ddf_convert.cuda.grid import Geometry, Launch
 from ddf_convert.cuda.variants import Variant
 
-_DTYPES = {
-    torch.float32: "float32",
-    torch.float64: "float64",
-    torch.float16: "float16",
-    torch.bfloat16: "bfloat16",
-}
+_DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 _WIDEST = 16  # bytes of the widest load
 
 
@@ -87,19 +83,20 @@ def backward(
         spatial_filter,
     )
     geometry = _geometry(*tensors[1:], stride, padding, dilation, combine, layout, tensors[0])
-    none = [input.new_empty(0) for _ in range(3)]
-    grad_input = _grad_input(geometry, *tensors, layout) if needs[0] else none[0]
-    grad_channel, grad_spatial = none[1:]
+    made: list[Tensor | None] = [None, None, None]
+    if needs[0]:
+        made[0] = _grad_input(geometry, *tensors, layout)
     if needs[1] or needs[2]:
         if grad_output.numel() == 0:
-            made = [torch.zeros_like(channel_filter), torch.zeros_like(spatial_filter, memory_format=layout)]
+            made[1:] = torch.zeros_like(channel_filter), torch.zeros_like(spatial_filter, memory_format=layout)
         elif geometry.is_fast:
-            made = _grad_filters(geometry, *tensors)
+            made[1:] = _grad_filters(geometry, *tensors)
         else:
-            made = _grad_filters_plain(geometry, *tensors, layout, needs)
-        grad_channel, grad_spatial = (
-            each if needed else nothing for each, nothing, needed in zip(made, none[1:], needs[1:], strict=True)
-        )
+            made[1:] = _grad_filters_plain(geometry, *tensors, layout, needs)
+    grad_input, grad_channel, grad_spatial = (
+        input.new_empty(0) if gradient is None or not needed else gradient
+        for gradient, needed in zip(made, needs, strict=True)
+    )
     return grad_input, grad_channel, grad_spatial
 
 

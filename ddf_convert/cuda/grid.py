@@ -6,7 +6,7 @@ Nothing here knows tensors: the same geometry gives the same launches, so they a
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ddf_convert.cuda.variants import (
     CHUNK,
@@ -66,6 +66,12 @@ class Geometry(NamedTuple):
     padding: int
     dilation: int
     multiprocessors: int
+
+    @property
+    def known(self) -> dict[str, Any]:
+        """What an unrolled kernel is compiled for, by the names of Unrolled."""
+        names = ("dtype", "add", "size", "stride", "padding", "dilation", "channels_last")
+        return {name: getattr(self, name) for name in names}
 
     @property
     def per_head(self) -> int:
@@ -131,13 +137,7 @@ def window(geometry: Geometry, gradient: bool, normalise: bool) -> Launch:
     columns = _window_columns(geometry, target[1], step_out)
     last = geometry.channels_last
     variant = Window(
-        dtype=geometry.dtype,
-        add=geometry.add,
-        size=geometry.size,
-        stride=geometry.stride,
-        padding=geometry.padding,
-        dilation=geometry.dilation,
-        channels_last=last,
+        **geometry.known,
         gradient=gradient,
         normalise=normalise,
         columns=columns,
@@ -187,13 +187,7 @@ def filter_gradients(geometry: Geometry) -> FilterLaunch:
     while last and lanes > 1 and WARP * lanes > geometry.per_head:
         lanes //= 2
     variant = FilterGradients(
-        dtype=geometry.dtype,
-        add=geometry.add,
-        size=geometry.size,
-        stride=geometry.stride,
-        padding=geometry.padding,
-        dilation=geometry.dilation,
-        channels_last=last,
+        **geometry.known,
         lanes=lanes,
         source_lanes=1 if last else geometry.lanes(geometry.width),
         whole=geometry.per_head % (FilterGradients.warps * steps(geometry.size, geometry.dtype)) == 0,

@@ -100,8 +100,8 @@ class Variant:
 
 
 @dataclass(frozen=True)
-class Window(Variant):
-    """The forward pass, or the gradient of the input, for an unrolled kernel size.
+class Unrolled(Variant):
+    """A kernel for one geometry of the operator, of an unrolled kernel size.
 
     Attributes:
         size: K.
@@ -109,6 +109,32 @@ class Window(Variant):
         padding: Of the operator.
         dilation: Of the operator.
         channels_last: The layout.
+    """
+
+    size: int
+    stride: int
+    padding: int
+    dilation: int
+    channels_last: bool
+
+    @property
+    def purpose(self) -> str:
+        """What it calculates, for its name."""
+        raise NotImplementedError
+
+    @property
+    def name(self) -> str:
+        """See Variant."""
+        layout = "channels_last" if self.channels_last else "contiguous"
+        geometry = f"k{self.size}s{self.stride}p{self.padding}d{self.dilation}"
+        return f"{self.purpose}_{geometry}_{layout}_{self.dtype}{'_add' if self.add else ''}"
+
+
+@dataclass(frozen=True)
+class Window(Unrolled):
+    """The forward pass, or the gradient of the input, for an unrolled kernel size.
+
+    Attributes:
         gradient: Of the input, not the forward pass.
         normalise: Apply FilterNorm to the spatial filter.
         columns: Places (see stencil.py) of a tile along the row.
@@ -119,11 +145,6 @@ class Window(Variant):
         groups: Groups of Q channels of a block.
     """
 
-    size: int
-    stride: int
-    padding: int
-    dilation: int
-    channels_last: bool
     gradient: bool
     normalise: bool
     columns: int
@@ -141,12 +162,9 @@ class Window(Variant):
         return "ssss" + "f" + "i" * 11
 
     @property
-    def name(self) -> str:
-        """See Variant."""
-        what = "grad_input" if self.gradient else "forward"
-        layout = "channels_last" if self.channels_last else "contiguous"
-        geometry = f"k{self.size}s{self.stride}p{self.padding}d{self.dilation}"
-        return f"{what}_{geometry}_{layout}_{self.dtype}{'_add' if self.add else ''}"
+    def purpose(self) -> str:
+        """See Unrolled."""
+        return "grad_input" if self.gradient else "forward"
 
     @cached_property
     def stencil(self) -> Stencil:
@@ -221,25 +239,15 @@ def _columns(columns: dict[int, tuple[Use, ...]], tap: int, step_out: int) -> Co
 
 
 @dataclass(frozen=True)
-class FilterGradients(Variant):
+class FilterGradients(Unrolled):
     """The gradients of both filters, for an unrolled kernel size.
 
     Attributes:
-        size: K.
-        stride: Of the operator.
-        padding: Of the operator.
-        dilation: Of the operator.
-        channels_last: The layout.
         lanes: Elements that a thread owns: pixels of a row, or channels.
         source_lanes: Most elements of one load of the input along a row (contiguous).
         whole: The channels of a head fill every turn of a block (contiguous).
     """
 
-    size: int
-    stride: int
-    padding: int
-    dilation: int
-    channels_last: bool
     lanes: int
     source_lanes: int
     whole: bool
@@ -252,11 +260,9 @@ class FilterGradients(Variant):
         return "ccssss" + "i" * 9
 
     @property
-    def name(self) -> str:
-        """See Variant."""
-        layout = "channels_last" if self.channels_last else "contiguous"
-        geometry = f"k{self.size}s{self.stride}p{self.padding}d{self.dilation}"
-        return f"grad_filters_{geometry}_{layout}_{self.dtype}{'_add' if self.add else ''}"
+    def purpose(self) -> str:
+        """See Unrolled."""
+        return "grad_filters"
 
     @property
     def steps(self) -> int:
