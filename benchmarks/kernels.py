@@ -38,13 +38,12 @@ from rich.console import Console
 from rich.table import Table
 
 from ddf_convert.arguments import output_size
+from ddf_convert.bench.device import DTYPES, LAYOUTS
 from ddf_convert.cuda import dispatch
 from ddf_convert.cuda.compile import Capability, compile_ptx
 from ddf_convert.cuda.variants import FilterGradients, Norm, Plain, Q, Variant, Window
 
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0))
-DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
-LAYOUTS = (torch.contiguous_format, torch.channels_last)
 # Of one multiprocessor: threads, registers, bytes of shared memory, blocks (CUDA C++ Programming Guide, appendix on
 # compute capabilities).
 MULTIPROCESSOR = {
@@ -74,18 +73,25 @@ class Compiled(NamedTuple):
     usage: Usage | None
 
 
-def variants(
-    dtypes: Sequence[str] = tuple(DTYPES), sizes: Sequence[int] = (3, 5, 7), strides: Sequence[int] = (1, 2)
-) -> list[Variant]:
-    """The kernels that layers with 256 channels on 56x56 maps take, and those that take anything."""
+@contextlib.contextmanager
+def recorded() -> Iterator[dict[Variant, None]]:
+    """Calls are dispatched and nothing is run; yields the kernels that they take, once each and in order."""
     found: dict[Variant, None] = {}
 
     def note(variant: Variant, *rest: Any) -> None:
         found.setdefault(variant)
 
-    channels, side = 256, 56
     with mock.patch.object(dispatch, "_run", note):
-        for dtype, layout, size, stride in itertools.product(dtypes, LAYOUTS, sizes, strides):
+        yield found
+
+
+def variants(
+    dtypes: Sequence[str] = tuple(DTYPES), sizes: Sequence[int] = (3, 5, 7), strides: Sequence[int] = (1, 2)
+) -> list[Variant]:
+    """The kernels that layers with 256 channels on 56x56 maps take, and those that take anything."""
+    channels, side = 256, 56
+    with recorded() as found:
+        for dtype, layout, size, stride in itertools.product(dtypes, LAYOUTS.values(), sizes, strides):
             padding = size // 2
             rows = output_size(side, size, stride, padding, 1)
             input, channel, spatial, grad = (

@@ -14,6 +14,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from kernels import recorded
 
 from ddf_convert.arguments import memory_format
 from ddf_convert.cuda import compile as compiler
@@ -61,16 +62,8 @@ def _quiet() -> None:
 
 def variants(cases: Iterable[Case], multiprocessors: int) -> list[Variant]:
     """The kernels that these cases take, found by dispatching them without running anything."""
-    found: dict[Variant, None] = {}
     host = torch.device("cpu")
-
-    def note(variant: Variant, *rest: Any) -> None:
-        found.setdefault(variant)
-
-    with (
-        mock.patch.object(dispatch, "_run", note),
-        mock.patch.object(dispatch, "multiprocessors", return_value=multiprocessors),
-    ):
+    with recorded() as found, mock.patch.object(dispatch, "multiprocessors", return_value=multiprocessors):
         for case in cases:
             input, channel, spatial, grad = case.tensors(host)
             options = (*case.options(), memory_format(input))
