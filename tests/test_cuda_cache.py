@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddf_convert import cuda, ops, reference
+from ddf_convert import cuda, notices, ops, reference
 from ddf_convert.cuda import availability
 from ddf_convert.cuda import compile as compiler
 from ddf_convert.cuda.variants import Norm
@@ -27,7 +27,7 @@ SM90 = (9, 0)
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    compiler._told.clear()
+    notices._told.clear()
     return compiler.cache_folder()
 
 
@@ -93,7 +93,7 @@ def test_without_a_folder_to_write_to(
     (tmp_path / place).parent.mkdir(exist_ok=True)
     (tmp_path / place).touch()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
-    compiler._told.clear()
+    notices._told.clear()
     with caplog.at_level(logging.WARNING, "ddf_convert"):
         assert compiler.ptx(VARIANT, SM90) == compiler.ptx(VARIANT, SM90)
     assert len(compilations) == 2
@@ -117,7 +117,7 @@ def test_slow_compilations_are_announced(
 ) -> None:
     import time
 
-    monkeypatch.setattr(compiler, "_PATIENCE", 0.01)
+    monkeypatch.setattr(notices, "_PATIENCE", 0.01)
     monkeypatch.setattr(compiler, "compile_ptx", lambda variant, capability: time.sleep(0.3) or ".visible .entry k()")
     with caplog.at_level(logging.WARNING, "ddf_convert"):
         compiler.ptx(VARIANT, SM90)
@@ -180,7 +180,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(availability, "_try", lambda device: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     availability.unusable.cache_clear()
-    availability._told.clear()
+    notices._told.clear()
     availability._examined.clear()
     yield
     availability.unusable.cache_clear()

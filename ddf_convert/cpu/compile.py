@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import logging
-import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,9 @@ from typing import Any
 from numba import njit
 from numba.core.caching import FunctionCache, NullCache
 
-_logger = logging.getLogger("ddf_convert")
+from ddf_convert.notices import tell, told_if_slow
+
 _ready: set[tuple[Any, type]] = set()
-_PATIENCE = 1.0  # seconds of silence
 
 
 def _hash_sources() -> str:
@@ -39,9 +37,7 @@ def kernel(function: Callable[..., None]) -> Any:
     try:
         dispatcher._cache = _KernelCache(function)  # type: ignore[no-untyped-call]
     except RuntimeError:  # no folder that can be written to: compile in every process
-        _logger.warning(
-            "ddf_convert: no folder to keep compiled kernels in; set NUMBA_CACHE_DIR to one that can be written to"
-        )
+        tell("no folder to keep compiled kernels in; set NUMBA_CACHE_DIR to one that can be written to")
     return dispatcher
 
 
@@ -53,18 +49,14 @@ def prepare(kernel: Any, arguments: tuple[Any, ...]) -> None:
     key = (kernel, type(arguments[-1]))
     if key in _ready:
         return
-    announcement = threading.Timer(_PATIENCE, _announce, [kernel, arguments[-1]])
-    announcement.daemon = True
-    announcement.start()
-    try:
-        kernel(0, 0, *arguments)
-    except Exception:
-        # A damaged or unreadable cache must not stop anyone; what else is wrong shows again without the cache.
-        folder, kernel._cache = cache_folder(kernel), NullCache()
-        kernel(0, 0, *arguments)
-        _logger.warning("ddf_convert: the kept compiled kernels cannot be used; delete %s", folder)
-    finally:
-        announcement.cancel()
+    with told_if_slow(_announcement(kernel, arguments[-1])):
+        try:
+            kernel(0, 0, *arguments)
+        except Exception:
+            # A damaged or unreadable cache must not stop anyone; what else is wrong shows again without the cache.
+            folder, kernel._cache = cache_folder(kernel), NullCache()
+            kernel(0, 0, *arguments)
+            tell(f"the kept compiled kernels cannot be used; delete {folder}")
     _ready.add(key)
 
 
@@ -74,10 +66,8 @@ def cache_folder(kernel: Any) -> str | None:
     return folder
 
 
-def _announce(kernel: Any, like: Any) -> None:
+def _announcement(kernel: Any, like: Any) -> str:
     stored = {"uint16": "float16", "int16": "bfloat16"}.get(str(like.dtype), str(like.dtype))
     where = kernel.py_func.__module__.rpartition(".")[2]
-    _logger.warning(
-        "ddf_convert: compiling the CPU kernel %s for %s %s maps (once; kept in %s)",
-        *(kernel.py_func.__name__, where, stored, cache_folder(kernel)),
-    )
+    name = kernel.py_func.__name__
+    return f"compiling the CPU kernel {name} for {where} {stored} maps (once; kept in {cache_folder(kernel)})"

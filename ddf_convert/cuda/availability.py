@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-import logging
 from typing import Any
 
 import torch
 from torch import Tensor
 
-_logger = logging.getLogger("ddf_convert")
+from ddf_convert.notices import tell_once
+
 _OLDEST = (7, 5)  # compute capability that the compiler of CUDA 13 still makes code for, and that is tested
 _MEND = "pip install 'numba-cuda[cu{major}]'"
 _examined: set[torch.device] = set()
-_told: set[str] = set()
 
 
 def usable(tensor: Tensor) -> bool:
@@ -29,9 +28,7 @@ def usable(tensor: Tensor) -> bool:
     _examined.add(tensor.device)
     if reason is None:
         return True
-    if reason not in _told:
-        _told.add(reason)
-        _logger.warning("ddf_convert: CUDA tensors take the slower PyTorch reference: %s", reason)
+    tell_once(f"CUDA tensors take the slower PyTorch reference: {reason}")
     return False
 
 

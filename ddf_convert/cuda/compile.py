@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
-import logging
 import os
 import re
 import sys
@@ -18,12 +17,10 @@ from pathlib import Path
 from typing import Any
 
 from ddf_convert.cuda.variants import Variant
+from ddf_convert.notices import tell_once, told_if_slow
 
-_logger = logging.getLogger("ddf_convert")
-_PATIENCE = 1.0  # seconds of silence
 _BFLOAT16 = (8, 0)  # the first architecture that rounds to bfloat16 itself
 _lock = threading.Lock()  # Numba's compiler is not safe to enter twice
-_told: set[str] = set()
 
 Capability = tuple[int, int]
 
@@ -42,14 +39,9 @@ def ptx(variant: Variant, capability: Capability) -> str:
     kept = _read(file)
     if kept is not None:
         return kept
-    announcement = threading.Timer(_PATIENCE, _announce, [variant, file])
-    announcement.daemon = True
-    announcement.start()
-    try:
-        with _lock:
-            made = compile_ptx(variant, capability)
-    finally:
-        announcement.cancel()
+    words = f"compiling the CUDA kernel {variant.name.replace('_', ' ')} (once; kept in {file.parent})"
+    with told_if_slow(words), _lock:
+        made = compile_ptx(variant, capability)
     _write(file, made)
     return made
 
@@ -157,23 +149,11 @@ def _write(file: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):  # where there is a file in the folder's place
             part.unlink()
-        _tell_once(
-            f"ddf_convert: cannot keep compiled CUDA kernels in {file.parent} ({error.strerror});"
+        tell_once(
+            f"cannot keep compiled CUDA kernels in {file.parent} ({error.strerror});"
             " set NUMBA_CACHE_DIR to a folder that can be written to"
         )
 
 
 def _seal(content: bytes) -> bytes:
     return b"// " + hashlib.sha256(content).hexdigest().encode()
-
-
-def _tell_once(message: str) -> None:
-    if message not in _told:
-        _told.add(message)
-        _logger.warning(message)
-
-
-def _announce(variant: Variant, file: Path) -> None:
-    _logger.warning(
-        "ddf_convert: compiling the CUDA kernel %s (once; kept in %s)", variant.name.replace("_", " "), file.parent
-    )

@@ -1,0 +1,36 @@
+"""What the package tells its users unasked, as warnings of the logger ``ddf_convert``."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import threading
+from collections.abc import Iterator
+
+_logger = logging.getLogger("ddf_convert")
+_PATIENCE = 1.0  # seconds of silence
+_told: set[str] = set()
+
+
+def tell(message: str) -> None:
+    """Says it."""
+    _logger.warning("ddf_convert: %s", message)
+
+
+def tell_once(message: str) -> None:
+    """Says it, unless this process has said it before."""
+    if message not in _told:
+        _told.add(message)
+        tell(message)
+
+
+@contextlib.contextmanager
+def told_if_slow(message: str) -> Iterator[None]:
+    """Says it if what stands under it has not ended after a second."""
+    announcement = threading.Timer(_PATIENCE, tell, [message])
+    announcement.daemon = True
+    announcement.start()
+    try:
+        yield
+    finally:
+        announcement.cancel()
