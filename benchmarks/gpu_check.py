@@ -37,13 +37,14 @@ from gpu_parts.speed import compiled, model, op
 from ddf_convert.bench import device as devices
 from ddf_convert.errors import UsageError
 from ddf_convert.files import write_file
+from ddf_convert.machine import describe
 
 GRACE = 45  # seconds past the end after which a hanging kernel is given up
 
 
 def machine(run: Run, record: dict[str, Any]) -> None:
     """Names and versions, and whether CUDA tensors take the kernels."""
-    record["machine"] = devices.describe(run.device)
+    record["machine"] = describe(run.device)
     if run.without_gpu(record, "whether the CUDA kernels are in use"):
         return
     from ddf_convert import cuda

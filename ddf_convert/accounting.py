@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -9,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ddf_convert.fake import check_initialised, fake_copy
+from ddf_convert.copies import Copy, check_initialised, watch_a_run
 
 
 class Cost(BaseModel):
@@ -23,6 +25,9 @@ class Cost(BaseModel):
         activation_bytes: Bytes that autograd keeps for the backward pass, without parameters and buffers. What two
             layers both keep is counted once where both are measured together; so is the sum of layers measured alone
             an estimate for the model, while that of parameters and MACs is exact.
+        latency_ms: Milliseconds of one forward pass, where it was measured, on the machine that the report names; None:
+            not measured. A sum of costs has one where all of its terms do. ``Cost()``, with which a sum starts, is
+            nothing at all and takes none away; any other start says ``latency_ms=0.0``.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -30,20 +35,30 @@ class Cost(BaseModel):
     params: int = 0
     macs: int = 0
     activation_bytes: int = 0
+    latency_ms: float | None = None
 
     def __add__(self, other: Cost) -> Cost:
+        nothing = Cost()
+        if nothing in (self, other):
+            return self if other == nothing else other
+        times = self.latency_ms, other.latency_ms
         return Cost(
             params=self.params + other.params,
             macs=self.macs + other.macs,
             activation_bytes=self.activation_bytes + other.activation_bytes,
+            latency_ms=None if times[0] is None or times[1] is None else times[0] + times[1],
+        )
+
+    def __neg__(self) -> Cost:
+        return Cost(
+            params=-self.params,
+            macs=-self.macs,
+            activation_bytes=-self.activation_bytes,
+            latency_ms=None if self.latency_ms is None else -self.latency_ms,
         )
 
     def __sub__(self, other: Cost) -> Cost:
-        return Cost(
-            params=self.params - other.params,
-            macs=self.macs - other.macs,
-            activation_bytes=self.activation_bytes - other.activation_bytes,
-        )
+        return self + -other
 
 
 def count_parameters(module: nn.Module) -> int:
@@ -56,14 +71,15 @@ def count_parameters(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
 
 
-def measure(module: nn.Module, *inputs: Any) -> Cost:
-    """Costs of one forward pass, from shapes alone: nothing is computed and nothing in the module changes.
+def measure(module: nn.Module, *args: Any, **kwargs: Any) -> Cost:
+    """Costs of one forward pass, from shapes alone where possible: nothing in the module changes.
 
     The pass is that of evaluation mode with gradients on, as if every parameter were trained.
 
     Args:
         module: On any device, the meta device included, of any floating-point dtype.
-        *inputs: What its forward takes, on any device.
+        *args: What its forward takes, on any device.
+        **kwargs: The same by name.
 
     Returns:
         The costs, for the batch as given.
@@ -71,21 +87,43 @@ def measure(module: nn.Module, *inputs: Any) -> Cost:
     Raises:
         UsageError: The module has lazy parameters, or cannot be copied.
     """
-    fake = fake_copy(module, inputs)
-    weights = {_storage(tensor) for tensors in (fake.module.parameters(), fake.module.buffers()) for tensor in tensors}
-    kept: dict[int, Tensor] = {}
+    _, tally = watch_a_run(module, args, kwargs, counting)
+    return tally.cost
 
-    def keep(tensor: Tensor) -> Tensor:
-        kept.setdefault(_storage(tensor), tensor)  # the tensor itself is held, so that no address is used twice
+
+class Tally:
+    """Counts what a copy of a module costs while it runs."""
+
+    def __init__(self, copied: Copy) -> None:
+        self.module = copied.module
+        self._weights = {_storage(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
+        self._kept: dict[int, Tensor] = {}
+        # Attention on the CPU has an operator of its own, which torch's registry of formulas leaves out.
+        attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
+        self.flops = FlopCounterMode(display=False, custom_mapping=attention)
+
+    def keep(self, tensor: Tensor) -> Tensor:
+        """Notes a tensor that autograd keeps; holding it, so that no address is used twice."""
+        self._kept.setdefault(_storage(tensor), tensor)
         return tensor
 
-    # Attention on the CPU has an operator of its own, which torch's registry of formulas leaves out.
-    attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
-    counter = FlopCounterMode(display=False, custom_mapping=attention)
-    with fake.running(), counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        fake.module(*fake.inputs)
-    activations = sum(tensor.untyped_storage().nbytes() for address, tensor in kept.items() if address not in weights)
-    return Cost(params=count_parameters(module), macs=counter.get_total_flops() // 2, activation_bytes=activations)
+    @property
+    def cost(self) -> Cost:
+        """What has run so far."""
+        kept = (tensor for address, tensor in self._kept.items() if address not in self._weights)
+        return Cost(
+            params=count_parameters(self.module),
+            macs=self.flops.get_total_flops() // 2,
+            activation_bytes=sum(tensor.untyped_storage().nbytes() for tensor in kept),
+        )
+
+
+@contextmanager
+def counting(copied: Copy) -> Iterator[Tally]:
+    """A context to run a copy in, which counts what it costs."""
+    tally = Tally(copied)
+    with tally.flops, torch.autograd.graph.saved_tensors_hooks(tally.keep, lambda tensor: tensor):
+        yield tally
 
 
 def _attention_flops(query: Any, key: Any, value: Any, *rest: Any, **options: Any) -> int:

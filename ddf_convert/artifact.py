@@ -18,15 +18,17 @@ import safetensors.torch
 import timm
 import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from ddf_convert.checkpoint import describe_difference, load_checkpoint, state_of
+from ddf_convert.copies import check_initialised, meta_copy
 from ddf_convert.errors import ArtifactError, UsageError
-from ddf_convert.fake import check_initialised, meta_copy
 from ddf_convert.folder import MANIFEST, FileRecord, check_writable, finished, replacing, unfinished
 from ddf_convert.graph.plan import in_one_line
+from ddf_convert.graph.record import first_line
 from ddf_convert.graph.rewrite import Conversion, prepare, recorded, swap
-from ddf_convert.graph.trace import describe, first_line
+from ddf_convert.graph.trace import describe
+from ddf_convert.graph.wrappers import bare
 from ddf_convert.version import __version__
 
 __all__ = [
@@ -123,7 +125,8 @@ def save(
     """Writes a converted model to a folder, whole or not at all; what the folder held before stays until then.
 
     Args:
-        model: A model that ``convert`` returned, with all its parameters and buffers.
+        model: A model that ``convert`` returned, with all its parameters and buffers; of one in an ``nn.DataParallel``
+            what that wraps is saved.
         path: The folder; made if need be.
         source: What timm builds the unconverted model from: a name, or a name and arguments. None finds it out for
             timm models; a model that timm does not rebuild exactly is recorded as the user's own, for :func:`restore`.
@@ -134,6 +137,7 @@ def save(
         ArtifactError: The path is a file, or cannot be written.
         DDFError: Writing failed.
     """
+    model = bare(model)
     check_initialised(model)
     check_writable(path)
     state_of(model)  # only tensors can be saved
@@ -196,13 +200,14 @@ def restore(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         path: The folder.
 
     Returns:
-        The same model.
+        The same model; or its GraphModule, if convolutions that it calls as functions were replaced.
 
     Raises:
         ArtifactError: The folder is not a whole artifact, or it does not fit the model.
     """
     folder = Path(path)
-    return _fill(model, folder, read_manifest(folder))
+    filled = _fill(bare(model), folder, read_manifest(folder))
+    return filled if isinstance(filled, fx.GraphModule) else model
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -250,7 +255,7 @@ def _fill(model: nn.Module, folder: Path, manifest: Manifest) -> nn.Module:
         if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
             raise UsageError("the model is on the meta device and can hold no weights; build it on a real device")
         sketch = meta_copy(model)
-        swap(sketch, prepare(sketch, manifest.conversion.replaced))
+        sketch = swap(sketch, prepare(sketch, manifest.conversion.replaced))
         difference = describe_difference(state_of(sketch), shapes)
         if difference:
             versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
@@ -262,7 +267,7 @@ def _fill(model: nn.Module, folder: Path, manifest: Manifest) -> nn.Module:
         raise ArtifactError(f"{folder}: {error}") from error
     tensors = safetensors.torch.load_file(weights)
     tensors.update({name: tensors[kept] for name, kept in manifest.shared.items()})
-    swap(model, layers)
+    model = swap(model, layers)
     _take_dtypes(model, tensors)
     model.load_state_dict(tensors)
     model.ddf_conversion = manifest.conversion  # type: ignore[assignment]
@@ -354,7 +359,7 @@ def _mismatch(model: nn.Module, conversion: Conversion, source: TimmSource) -> s
     """Why timm's model, converted, would not be this one; None if names, shapes and the printed trees agree."""
     try:
         built = _built_by_timm(source, "meta")
-        swap(built, prepare(built, conversion.replaced))
+        built = swap(built, prepare(built, conversion.replaced))
     except UsageError as error:
         return str(error)
     difference = describe_difference(state_of(built), {name: tuple(t.shape) for name, t in model.state_dict().items()})

@@ -10,8 +10,8 @@ from typing import Any
 import timm.models
 from torch import Tensor, nn
 
+from ddf_convert.copies import meta_copy
 from ddf_convert.errors import UsageError
-from ddf_convert.fake import meta_copy
 
 _SHOWN = 3  # names in an error
 

@@ -20,9 +20,13 @@ from rich.markup import escape
 from ddf_convert.completion import timm_names
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.files import check_file, write_file
+from ddf_convert.options import Combine, CombineOption, Conversion, Heads, SeRatio, spread, takes_conversion
 
 if TYPE_CHECKING:
+    import torch
+
     from ddf_convert.graph import Plan
+    from ddf_convert.inputs import ExampleInput
     from ddf_convert.source import Opened
 
 app = typer.Typer(
@@ -46,21 +50,6 @@ _INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ended
 # torch finds no GPU when nobody asked for one.
 _WORDY = ("torch._subclasses.fake_tensor", "torch.utils.cpp_extension", "huggingface_hub")
 _debug = False  # set by --debug, read where errors are printed
-
-
-class Combine(StrEnum):
-    """How the two filters make one."""
-
-    MUL = "mul"
-    ADD = "add"
-
-
-class Mixing(StrEnum):
-    """When a 1x1 convolution follows."""
-
-    AUTO = "auto"
-    ALWAYS = "always"
-    NEVER = "never"
 
 
 class Dtype(StrEnum):
@@ -116,22 +105,6 @@ InputSize = Annotated[
         show_default=False,
     ),
 ]
-SeRatio = Annotated[float, typer.Option(help="Squeeze of the channel branch, as a fraction of the channels.")]
-CombineOption = Annotated[Combine, typer.Option(help="How the two filters make one.")]
-Heads = Annotated[int, typer.Option(help="Groups of channels with a spatial filter of their own.")]
-MixingOption = Annotated[
-    Mixing, typer.Option(help="A 1x1 convolution after DDF: auto adds it unless 1x1s stand on both sides.")
-]
-Stem = Annotated[bool, typer.Option("--stem", help="Replace convolutions of the image too.")]
-Depthwise = Annotated[bool, typer.Option("--depthwise", help="Replace depthwise convolutions too.")]
-AllowGrowth = Annotated[bool, typer.Option("--allow-growth", help="Replace also where that adds parameters or MACs.")]
-Include = Annotated[
-    list[str] | None,
-    typer.Option(metavar="PATTERN", help="Only these: a name, a glob, or re:PATTERN. Repeatable.", show_default=False),
-]
-Exclude = Annotated[
-    list[str] | None, typer.Option(metavar="PATTERN", help="All but these. Repeatable.", show_default=False)
-]
 Everything = Annotated[bool, typer.Option("--all", help="List every convolution.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.", show_default=False)]
@@ -167,18 +140,16 @@ def _root(
 
 
 @app.command()
+@takes_conversion
 def inspect(
     model: Model,
     input_size: InputSize = None,
-    se_ratio: SeRatio = 0.2,
-    combine: CombineOption = Combine.MUL,
-    heads: Heads = 1,
-    mixing: MixingOption = Mixing.AUTO,
-    stem: Stem = False,
-    depthwise: Depthwise = False,
-    allow_growth: AllowGrowth = False,
-    include: Include = None,
-    exclude: Exclude = None,
+    *,
+    conversion: Conversion,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time the model and every convolution, before and after.")
+    ] = False,
+    device: Device = None,
     everything: Everything = False,
     as_json: AsJson = False,
     html: Html = None,
@@ -187,15 +158,18 @@ def inspect(
     """Show what converting a model would replace and save. Changes nothing, downloads nothing."""
     if html:
         check_file("--html", html)
-    with _busy(f"Looking at {model}"):
+    with _busy(f"{'Timing' if measure else 'Looking at'} {model}"):
+        from ddf_convert.bench.device import choose
         from ddf_convert.source import open_model
 
+        where = choose(device) if measure or device or conversion.config["only_faster"] else None
         opened = open_model(model)
-        plan = _plan(opened, input_size, include, exclude, _options(locals()))
+        plan = _plan(opened, input_size, conversion, where)
     _present(plan, opened.name, as_json, html, everything)
 
 
 @app.command()
+@takes_conversion
 def convert(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)],
@@ -206,15 +180,8 @@ def convert(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the new layers' weights.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the converted model in DIR.")] = False,
-    se_ratio: SeRatio = 0.2,
-    combine: CombineOption = Combine.MUL,
-    heads: Heads = 1,
-    mixing: MixingOption = Mixing.AUTO,
-    stem: Stem = False,
-    depthwise: Depthwise = False,
-    allow_growth: AllowGrowth = False,
-    include: Include = None,
-    exclude: Exclude = None,
+    *,
+    conversion: Conversion,
     everything: Everything = False,
     as_json: AsJson = False,
     html: Html = None,
@@ -247,7 +214,7 @@ def convert(
             say(f"Reading {checkpoint}")
             artifact.load_checkpoint(opened.model, checkpoint)
         say(f"Looking at {model}")
-        plan = _plan(opened, input_size, include, exclude, _options(locals()))
+        plan = _plan(opened, input_size, conversion)
         if not plan.replaced:
             raise UsageError(f"nothing to convert in {model}: `ddf-convert inspect {model}` says why")
         say(f"Replacing {len(plan.replaced)} convolutions")
@@ -333,7 +300,7 @@ def bench_layer(
     kernel_size: KernelSize = 3,
     stride: Annotated[int, typer.Option(min=1)] = 1,
     dilation: Annotated[int, typer.Option(min=1)] = 1,
-    heads: Annotated[int, typer.Option(min=1, help="Groups of channels with a spatial filter of their own.")] = 1,
+    heads: Heads = 1,
     se_ratio: SeRatio = 0.2,
     combine: CombineOption = Combine.MUL,
     batch: Batch = None,
@@ -373,6 +340,7 @@ def bench_layer(
 
 
 @bench.command("model")
+@takes_conversion
 def bench_model(
     model: Model,
     input_size: InputSize = None,
@@ -382,21 +350,13 @@ def bench_model(
     tf32: Tf32 = False,
     seconds: Seconds = 2.0,
     device: Device = None,
-    se_ratio: SeRatio = 0.2,
-    combine: CombineOption = Combine.MUL,
-    heads: Heads = 1,
-    mixing: MixingOption = Mixing.AUTO,
-    stem: Stem = False,
-    depthwise: Depthwise = False,
-    allow_growth: AllowGrowth = False,
-    include: Include = None,
-    exclude: Exclude = None,
+    *,
+    conversion: Conversion,
     json_file: JsonFile = None,
     plot: PlotFile = None,
     debug: Debug = False,
 ) -> None:
     """Images a second before and after conversion, in inference and in training."""
-    options = locals()
     with _measuring(json_file, plot) as say:
         from ddf_convert.bench import model as models
         from ddf_convert.bench.device import choose
@@ -405,7 +365,7 @@ def bench_model(
         where = choose(device)
         say(f"Opening {model}")
         opened = open_model(model, weights=True)
-        plan = _plan(opened, input_size, include, exclude, _options(options))
+        plan = _plan(opened, input_size, conversion)
         if not plan.replaced:
             raise UsageError(f"nothing to convert in {model}: `ddf-convert inspect {model}` says why")
         settings = models.Settings(
@@ -454,29 +414,34 @@ def _present_figures(document: dict[str, Any], json_file: Path | None, plot: Pat
             _out.print(f"{name}: [bold]{escape(str(file))}[/]", soft_wrap=True)
 
 
-def _options(arguments: dict[str, Any]) -> dict[str, Any]:
-    """The fields of ConvertConfig among a command's arguments."""
-    from ddf_convert.graph import ConvertConfig
-
-    return {name: arguments[name] for name in ConvertConfig.model_fields}
-
-
 def _plan(
     opened: Opened,
     input_size: tuple[int, int, int] | None,
-    include: list[str] | None,
-    exclude: list[str] | None,
-    options: dict[str, Any],
+    conversion: Conversion,
+    measure: torch.device | None = None,
 ) -> Plan:
     import torch
 
     from ddf_convert.graph import plan
 
-    size = input_size or opened.input_size
-    if min(size) < 1:
-        raise UsageError(f"--input-size {' '.join(map(str, size))}: every number must be at least 1")
-    image = torch.empty(1, *size, device="meta")
-    return plan(opened.model, image, include=include or None, exclude=exclude or None, **options)
+    config = conversion.config
+    example: ExampleInput
+    if input_size is None and opened.example_input is not None:
+        example = opened.example_input
+    else:
+        size = input_size or opened.input_size
+        if min(size) < 1:
+            raise UsageError(f"--input-size {' '.join(map(str, size))}: every number must be at least 1")
+        example = torch.empty(1, *size, device="meta")
+    options = {name: value for name, value in config.items() if value is not None}
+    return plan(
+        opened.model,
+        example,
+        include=conversion.include,
+        exclude=conversion.exclude,
+        measure=measure or False,
+        **options,
+    )
 
 
 def _present(plan: Plan, name: str, as_json: bool, html: Path | None, everything: bool) -> None:
@@ -532,7 +497,7 @@ def run(arguments: list[str]) -> int:
     global _debug
     _debug = False
     try:
-        code = app(arguments, prog_name="ddf-convert", standalone_mode=False)
+        code = app(_several_kernel_sizes(arguments), prog_name="ddf-convert", standalone_mode=False)
         sys.stdout.flush()
         if code == _INTERRUPTED:  # some versions of typer swallow the KeyboardInterrupt
             raise KeyboardInterrupt
@@ -546,6 +511,11 @@ def run(arguments: list[str]) -> int:
         return 1
     except Exception as error:
         return _report_error(error)
+
+
+def _several_kernel_sizes(arguments: list[str]) -> list[str]:
+    converting = arguments[:1] in (["inspect"], ["convert"]) or arguments[:2] == ["bench", "model"]
+    return spread(arguments) if converting else arguments
 
 
 def _report_error(error: Exception) -> int:

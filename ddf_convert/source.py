@@ -17,7 +17,9 @@ from torch import nn
 
 from ddf_convert.errors import ArtifactError, DDFError, UsageError
 from ddf_convert.graph.plan import suggestion
-from ddf_convert.graph.trace import first_line
+from ddf_convert.graph.record import first_line
+from ddf_convert.graph.wrappers import bare
+from ddf_convert.inputs import ExampleInput
 
 INPUT_SIZE = (3, 224, 224)
 _REMOTE = ("hf-hub:", "hf_hub:", "local-dir:")  # timm's words for models that are configured by files of others
@@ -31,18 +33,21 @@ class Opened:
         name: What the user called it.
         model: In evaluation mode; on the meta device if weights were not asked for and it could be built there.
         input_size: (C, H, W) that it expects.
+        example_input: What to call it with, if whoever built it said so.
     """
 
     name: str
     model: nn.Module
     input_size: tuple[int, int, int]
+    example_input: ExampleInput | None = None
 
 
 def open_model(name: str, weights: bool = False, pretrained: bool = False) -> Opened:
     """Finds and builds a model.
 
     Args:
-        name: A timm name, a folder written by ``save``, or ``package.module:callable``, which returns the model.
+        name: A timm name, a folder written by ``save``, or ``package.module:callable``, which returns the model, or the
+            model and an example input.
         weights: Whether the weights matter; without, timm models are built on the meta device where possible.
         pretrained: Download timm's weights.
 
@@ -138,9 +143,13 @@ def _from_callable(name: str) -> Opened:
         model = found()
     except Exception as error:
         raise UsageError(f"{name}() failed: {type(error).__name__}: {first_line(error)}") from error
+    example = None
+    if isinstance(model, tuple) and len(model) == 2:
+        model, example = model
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name}() returned {type(model).__name__}, not a torch.nn.Module")
-    return Opened(name, model.eval(), _input_size(model))
+    model = bare(model)
+    return Opened(name, model.eval(), _input_size(model), example)
 
 
 def _input_size(model: nn.Module) -> tuple[int, int, int]:

@@ -1,9 +1,16 @@
 """Odd networks: each holds one thing that a planner can get wrong."""
 
+import dataclasses
+import itertools
+import random
+import warnings
+
+import numpy
 import timm.layers
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import prune
 
 
 def conv(inputs=32, outputs=32, **options):
@@ -182,6 +189,13 @@ class OwnForward(nn.Conv2d):
         return self._conv_forward(x, self.weight * 2, self.bias)
 
 
+class OwnStandard(timm.layers.StdConv2d):
+    """The same of a convolution that timm has."""
+
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
 class SameForward(nn.Conv2d):
     """A subclass that only adds an attribute."""
 
@@ -189,14 +203,191 @@ class SameForward(nn.Conv2d):
 
 
 class Untraceable(nn.Module):
-    """Control flow on values."""
+    """Control flow on values, around blocks that have none."""
 
     def __init__(self):
         super().__init__()
-        self.conv = conv(3)
+        self.first, self.blocks, self.conv = nn.Conv2d(3, 32, 1), nn.ModuleList([Inner(), Inner()]), conv()
 
     def forward(self, x):
-        return self.conv(x) if x.mean() > 0 else x
+        x = self.first(x)
+        for block in self.blocks:
+            x = block(x)
+            if x.mean() > 1e9:
+                x = x / 2
+        return self.conv(x)
+
+
+class Inner(nn.Module):
+    """A bottleneck."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv, self.last = nn.Conv2d(32, 32, 1), conv(), nn.Conv2d(32, 32, 1)
+
+    def forward(self, x):
+        return self.last(self.conv(self.first(x)).relu())
+
+
+class AroundUntraceable(nn.Module):
+    """A model whose middle alone cannot be traced; the middle is called twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.middle, self.last = nn.Conv2d(3, 3, 1), Untraceable(), conv()
+
+    def forward(self, x):
+        x = self.middle(self.first(x))
+        return self.last(self.middle(x[:, :3]))
+
+
+class Iterating(nn.Module):
+    """Looks at the size of its input in a loop, which torch.fx cannot follow; runs on shapes alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 32, 1), conv()
+
+    def forward(self, x):
+        x = self.first(x)
+        for _ in range(x.shape[0]):
+            x = self.conv(x)
+        return x
+
+
+class Loop(nn.Module):
+    """Convolutions in a ModuleList, called in a loop."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.convs = nn.Conv2d(3, 32, 1), nn.ModuleList([conv(), conv()])
+
+    def forward(self, x):
+        x = self.first(x)
+        for layer in self.convs:
+            x = x + layer(x)
+        return x
+
+
+class Kernel(nn.Module):
+    """A block that calls F.conv2d with its own parameters."""
+
+    def __init__(self, stride=1):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(32, 32, 3, 3))
+        self.bias = nn.Parameter(torch.randn(32))
+        self.stride = stride
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, self.bias, padding=1, stride=self.stride)
+
+
+class Functions(nn.Module):
+    """Convolutions as functions: of a block that is called twice, of another, with computed and with shared weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.twice, self.once = nn.Conv2d(3, 32, 1), Kernel(), Kernel(stride=2)
+        self.weight = nn.Parameter(torch.randn(32, 32, 3, 3))
+        self.dropout = nn.Dropout()
+
+    def forward(self, x):
+        x = self.once(self.twice(self.twice(self.first(x))))
+        x = F.conv2d(x, self.weight)
+        return self.dropout(F.conv2d(x, weight=self.weight.tanh()) + self.weight.mean())
+
+
+@dataclasses.dataclass
+class Outputs:
+    """What a model can return."""
+
+    feature: torch.Tensor
+    names: list
+
+
+class ManyInputs(nn.Module):
+    """Two tensors, a dict of tensors and a flag come in; what goes out depends on ``kind``."""
+
+    def __init__(self, kind="tuple"):
+        super().__init__()
+        self.kind = kind
+        self.first, self.conv, self.last = nn.Conv2d(3, 32, 1), conv(), nn.Conv2d(32, 8, 1)
+
+    def forward(self, image, mask, *, extra, scale=True):
+        x = self.first(image) * mask
+        x = self.last(self.conv(x + extra["shift"])) if scale else x
+        return {
+            "tuple": (x, mask),
+            "dict": {"feature": x, "mask": mask},
+            "list": [x, [mask, x]],
+            "dataclass": Outputs(x, ["x"]),
+        }[self.kind]
+
+
+class TakesList(nn.Module):
+    """As detectors do: a list of images of several sizes."""
+
+    def __init__(self):
+        super().__init__()
+        self.body = Inner()
+        self.first = nn.Conv2d(3, 32, 1)
+
+    def forward(self, images):
+        return [{"feature": self.body(self.first(image[None]))} for image in images]
+
+
+class TakesDict(nn.Module):
+    """A dict is its one argument."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 32, 1), conv()
+
+    def forward(self, batch):
+        return self.conv(self.first(batch["image"]))
+
+
+class UNet(nn.Module):
+    """A small U-Net: two convolutions at each size, skip connections, bilinear upsampling."""
+
+    def __init__(self, widths=(16, 32, 64)):
+        super().__init__()
+        self.down = nn.ModuleList(double(*pair) for pair in zip((3, *widths), widths, strict=False))
+        self.up = nn.ModuleList(double(low + high, high) for high, low in itertools.pairwise(widths))
+        self.head = nn.Conv2d(widths[0], 2, 1)
+
+    def forward(self, x):
+        features = []
+        for block in self.down:
+            x = block(F.max_pool2d(x, 2) if features else x)
+            features.append(x)
+        for block, skip in zip(reversed(self.up), reversed(features[:-1]), strict=True):
+            x = F.interpolate(x, scale_factor=2.0, mode="bilinear")
+            x = block(torch.cat([x, skip], 1))
+        return self.head(x)
+
+
+def double(inputs, outputs):
+    layers = [(conv(width, outputs), nn.BatchNorm2d(outputs), nn.ReLU()) for width in (inputs, outputs)]
+    return nn.Sequential(*layers[0], *layers[1])
+
+
+class Stateful(nn.Module):
+    """Counts its calls in a buffer, draws random numbers of every kind, and keeps its last feature."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros(()))
+        self.first, self.conv = nn.Conv2d(3, 32, 1), conv()
+        self.last = None
+
+    def forward(self, x):
+        self.calls += 1
+        x = self.first(x) + random.random() + float(numpy.random.rand()) + torch.rand(())
+        if float(x.mean()) > 1e9:
+            return x
+        self.last = self.conv(x)
+        return self.last
 
 
 def hooked():
@@ -213,6 +404,20 @@ def overridden():
     layer = conv()
     layer.forward = lambda x: x
     return layer
+
+
+def old_weight_norm():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.nn.utils.weight_norm(conv())
+
+
+def spectral_norm():
+    return torch.nn.utils.spectral_norm(conv())
+
+
+def pruned():
+    return prune.identity(conv(), "weight")
 
 
 same = timm.layers.create_conv2d(32, 64, 3, stride=2, padding="same")

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from ddf_convert import cli, cuda, ops
-from ddf_convert.bench import bandwidth, device, layer, measure, memory, op, peers, plot, tables, timing
+from ddf_convert import cli, cuda, ops, timing
+from ddf_convert.bench import bandwidth, device, layer, measure, memory, op, peers, plot
 from ddf_convert.bench import model as models
 from ddf_convert.errors import UsageError
+from ddf_convert.report import units
 
 BENCHMARKS = Path(__file__).parent.parent / "benchmarks"
 CPU = torch.device("cpu")
@@ -389,7 +390,7 @@ def test_modules_have_the_workloads_dtype_and_layout():
     ],
 )
 def test_figures_are_written_with_three_digits(value, shown):
-    assert tables.figure(value) == shown
+    assert units.figure(value) == shown
 
 
 def test_settings_made_in_python_are_checked_too():

@@ -142,17 +142,20 @@ def test_tables_fit_80_columns(run: Any, model: str, arguments: tuple[str, ...])
 
 
 def test_options_reach_the_plan(run: Any) -> None:
-    options = ("--se-ratio", 0.25, "--combine", "add", "--heads", 2, "--mixing", "always", "--stem")
-    ran = run(
-        "inspect", "resnet10t", *SMALL, *options, "--depthwise", "--allow-growth", "--exclude", "layer2*", "--json"
-    )
-    found = json.loads(ran.out)
-    expected = {"se_ratio": 0.25, "combine": "add", "heads": 2, "mixing": "always"}
-    assert found["config"] == {**expected, "stem": True, "depthwise": True, "allow_growth": True}
-    assert found["input_size"] == [3, 64, 64]
-    actions = {site["name"]: site["action"] for site in found["sites"]}
-    assert actions["layer2.0.conv1"] == "skip"
-    assert actions["layer1.0.conv1"] == "replace"
+    options = ("--se-ratio", 0.25, "--combine", "add", "--heads", 2, "--mixing", "always", "--stem", "--functional")
+    more = ("--keep-first", 1, "--keep-last", 2, "--target-macs", "1.5M", "--target-params", "200k", "--only-faster")
+    chosen = ("--depthwise", "--allow-growth", "--kernel-size", 3, 5, "--exclude", "layer2*")
+    found = json.loads(run("inspect", "resnet10t", "--input-size", 3, 32, 32, *options, *more, *chosen, "--json").out)
+    assert found["config"] == {
+        **{"se_ratio": 0.25, "combine": "add", "heads": 2, "mixing": "always", "stem": True, "depthwise": True},
+        **{"allow_growth": True, "functional": True, "kernel_size": [3, 5], "keep_first": 1, "keep_last": 2},
+        **{"target_macs": 1_500_000, "target_params": 200_000, "only_faster": True},
+    }
+    assert found["input_size"] == [3, 32, 32]
+    reasons = {site["name"]: site["reason"] for site in found["sites"]}
+    assert reasons["layer2.0.conv1"] == "excluded by 'layer2*'"
+    assert reasons["conv1.3"] == "kept: among the first 1 (keep_first)"
+    assert all(site["before"]["latency_ms"] > 0 for site in found["sites"])
 
 
 def test_include_and_exclude_repeat(run: Any) -> None:

@@ -9,7 +9,7 @@ from torch import nn
 
 from ddf_convert.accounting import measure
 from ddf_convert.errors import UsageError
-from ddf_convert.graph import Action, ConvertConfig, Plan, convert, plan
+from ddf_convert.graph import Action, ConvertConfig, FoundBy, Plan, convert, plan
 from ddf_convert.layers import DDF2d, DDFConv2d
 
 IMAGE = torch.empty(1, 3, 20, 20)
@@ -84,18 +84,46 @@ TABLE = {
     "transposed": (net.around(nn.ConvTranspose2d(32, 32, 3)), "1", SKIP, "transposed", {}),
     "forward of its own": (net.around(net.OwnForward(32, 32, 3)), "1", SKIP, "has a forward of its own", {}),
     "forward of the instance": (net.around(net.overridden()), "1", SKIP, "has a forward of its own", {}),
-    "standardised": (net.around(timm.layers.StdConv2d(32, 32, 3)), "1", SKIP, "StdConv2d standardises its weights", {}),
+    "standardised": (net.around(timm.layers.StdConv2d(32, 32, 3)), "1", MIXED, "nothing else", {}),
+    "standardised, SAME": (net.around(timm.layers.StdConv2dSame(32, 48, 3, stride=2)), "1", MIXED, "32 channels", {}),
+    "scaled and standardised": (net.bottleneck(timm.layers.ScaledStdConv2d(32, 32, 3)), "3", ALONE, "both sides", {}),
+    "scaled and standardised, SAME": (
+        *(net.around(timm.layers.ScaledStdConv2dSame(32, 32, 3, stride=2)), "1", MIXED, "nothing else", {}),
+    ),
+    "standardised, a subclass with a forward of its own": (
+        *(net.around(net.OwnStandard(32, 32, 3)), "1", SKIP, "OwnStandard has a forward of its own", {}),
+    ),
     "parametrised": (net.around(net.parametrised()), "1", SKIP, "its weight is parametrised", {}),
+    "weight_norm as a hook": (
+        *(net.around(net.old_weight_norm()), "1", SKIP, "weights are computed before each call (WeightNorm)", {}),
+    ),
+    "spectral_norm as a hook": (
+        *(net.around(net.spectral_norm()), "1", SKIP, "weights are computed before each call (SpectralNorm)", {}),
+    ),
+    "pruned": (net.around(net.pruned()), "1", SKIP, "weights are computed before each call (Identity)", {}),
     "hooks": (net.around(net.hooked()), "1", SKIP, "has hooks that would be lost", {}),
     "complex": (nn.Sequential(net.conv(3, dtype=torch.complex64)), "0", SKIP, "its weights are torch.complex64", {}),
     "strides differ": (net.around(net.conv(stride=(1, 2))), "1", SKIP, "stride 1x2", {}),
     "paddings differ": (net.around(net.conv(padding=(1, 2))), "1", SKIP, "padding 1x2", {}),
     "dilations differ": (net.around(net.conv(dilation=(1, 2))), "1", SKIP, "dilation 1x2", {}),
-    "functional": (net.Functional(), "conv2d", SKIP, "called as a function", {}),
+    "functional": (net.Functional(), "conv2d()", SKIP, "called as a function: replacing it makes", {}),
+    "functional asked for": (net.Functional(), "conv2d()", MIXED, "3 channels", {"functional": True, "stem": True}),
+    "functional, called twice": (net.Functions(), "twice.conv2d()", MIXED, "nothing else", {"functional": True}),
+    "functional, strided": (net.Functions(), "once.conv2d()", MIXED, "nothing else", {"functional": True}),
+    "functional, used elsewhere": (net.Functions(), "conv2d()", SKIP, "uses elsewhere too", {"functional": True}),
+    "functional, computed": (net.Functions(), "conv2d_1()", SKIP, "pass computes", {"functional": True}),
+    "functional, transposed": (net.SameNames(), "conv_transpose2d()", SKIP, "transposed", {"functional": True}),
+    "in a loop": (net.Loop(), "convs.1", MIXED, "nothing else", {}),
+    "5x5 asked for": (net.around(nn.Conv2d(32, 32, 5)), "1", MIXED, "nothing else", {"kernel_size": (3, 5)}),
+    "7x7, and not 3x3": (net.around(net.conv()), "1", SKIP, "3x3 kernel; DDF replaces 7x7", {"kernel_size": 7}),
+    "replicate padding": (net.around(net.conv(padding_mode="replicate")), "1", MIXED, "nothing else", {}),
+    "circular padding": (net.around(net.conv(padding_mode="circular", stride=2)), "1", MIXED, "nothing else", {}),
+    "untraceable, in a piece": (net.Untraceable(), "blocks.1.conv", ALONE, "both sides", {}),
+    "untraceable, its own": (net.Untraceable(), "conv", MIXED, "nothing else is known to mix", {}),
     "not called": (net.Uncalled(), "unused", SKIP, "not called in the forward pass", {}),
     "tied weights": (net.TiedWeights(), "a", SKIP, "shares its weights with b", {}),
     "weights read directly": (net.ReadDirectly(), "conv", SKIP, "also reads its weights", {}),
-    "the model itself": (nn.Conv2d(3, 32, 3), "conv2d", SKIP, "called as a function", {}),
+    "the model itself": (nn.Conv2d(3, 32, 3), "conv2d()", SKIP, "called as a function", {}),
 }
 
 
@@ -134,7 +162,7 @@ def test_every_convolution_is_listed_once_in_the_order_of_the_forward_pass():
     assert list(plan(net.TwoNames(), IMAGE).names()) == ["first", "a"]
     assert list(plan(net.Uncalled(), IMAGE).names()) == ["used", "unused"]
     assert plan(net.Uncalled(), IMAGE)["unused"].calls == 0
-    assert list(plan(net.Functional(), IMAGE).names()) == ["conv2d"]
+    assert list(plan(net.Functional(), IMAGE).names()) == ["conv2d()"]
     with torch.device("meta"):
         model = timm.create_model("resnet50")
     convolutions = [name for name, module in model.named_modules() if isinstance(module, nn.Conv2d)]
@@ -142,7 +170,7 @@ def test_every_convolution_is_listed_once_in_the_order_of_the_forward_pass():
 
 
 def test_functional_cost_is_that_of_the_module():
-    functional = plan(net.Functional(), IMAGE)["conv2d"]
+    functional = plan(net.Functional(), IMAGE)["conv2d()"]
     module = plan(nn.Sequential(nn.Conv2d(3, 32, 3, stride=2, padding=1, bias=False)), IMAGE)["0"]
     assert functional.before == module.before
     assert functional.stride == module.stride == (2, 2)
@@ -150,7 +178,7 @@ def test_functional_cost_is_that_of_the_module():
 
 def test_functional_calls_and_modules_of_one_name_are_told_apart():
     decided = plan(net.SameNames(), IMAGE)
-    assert list(decided.names()) == ["conv2d()", "conv2d", "conv_transpose2d"]
+    assert list(decided.names()) == ["conv2d()", "conv2d", "conv_transpose2d()"]
     assert decided["conv2d"].action is Action.REPLACE
     whole = measure(net.SameNames(), IMAGE)
     assert sum(site.before.macs for site in decided) == whole.macs
@@ -167,7 +195,9 @@ def test_inside_an_untraced_module():
             return self.conv(x)
 
     site = plan(net.around(Opaque()), IMAGE)["1.conv"]
-    assert "runs inside 1 (Opaque)" in site.reason
+    assert site.action is Action.REPLACE
+    assert site.found_by is FoundBy.PIECES
+    assert site.caution.startswith("inside 1 (Opaque), which is one node for torch.fx")
     assert site.calls == 1
 
 
@@ -263,7 +293,8 @@ ERRORS = {
     "not a regular expression": (chain(), {"include": "re:("}, r"'re:\(' is not a regular expression"),
     "unknown option": (chain(), {"se_ration": 0.5}, "se_ration.*did you mean se_ratio"),
     "bad option": (chain(), {"se_ratio": 0}, "se_ratio: Input should be greater than 0"),
-    "untraceable": (net.Untraceable(), {}, "Untraceable: torch.fx cannot trace .*control flow"),
+    "a size in words": (chain(), {"target_macs": "2.5 giga"}, "target_macs: .*write a number such as 2.5G"),
+    "an even kernel": (chain(), {"kernel_size": 4}, "kernel_size: .*odd sizes from 3 on"),
     "lazy": (nn.Sequential(nn.LazyConv2d(3, 3)), {}, r"0\.weight is lazy"),
 }
 

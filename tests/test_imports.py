@@ -16,7 +16,7 @@ ENTRIES = {"ddf_convert/doctor.py", "ddf_convert/models/launch.py"}  # import it
 
 # Who may import what is not needed by everybody: of the rest of the package nobody has to wait for it, or to have it.
 BELONGS_TO = {
-    "typer": {"cli"},
+    "typer": {"cli", "options"},
     "rich": {"cli", "report", "bench"},
     "matplotlib": {"bench"},
     "numba": {"cpu", "cuda"},

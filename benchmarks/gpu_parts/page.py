@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ddf_convert.bench.peers import OP
-from ddf_convert.bench.tables import figure, percent
+from ddf_convert.bench.tables import percent
+from ddf_convert.report.units import figure
 from gpu_parts.run import complaints
 
 MET = {True: "yes", False: "**no**", None: "not measured"}

@@ -15,7 +15,7 @@ from ddf_convert.bench.measure import Figures, random_leaf
 from ddf_convert.bench.model import Settings, throughput
 from ddf_convert.bench.op import measure
 from ddf_convert.bench.peers import COMPILED, OP, Workload
-from ddf_convert.bench.timing import host_us
+from ddf_convert.timing import host_us
 from gpu_parts.run import Run
 
 SECONDS = 0.08  # for each time

@@ -14,9 +14,10 @@ from ddf_convert.bench import device as devices
 from ddf_convert.bench.measure import Figures, figures, placed, random_leaf
 from ddf_convert.bench.memory import kept_when_freed
 from ddf_convert.bench.op import check_kernel
-from ddf_convert.bench.timing import copies_needed
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.layers import DDF2d, DDFConv2d
+from ddf_convert.machine import describe
+from ddf_convert.timing import copies_needed
 
 BATCH = {"cuda": 32, "cpu": 4}
 
@@ -117,7 +118,7 @@ def run(settings: Settings, say: Callable[[str], object] = lambda words: None) -
         raise DDFError("out of memory: give a smaller --batch or --size") from error
     return {
         "bench": "layer",
-        "machine": devices.describe(settings.device),
+        "machine": describe(settings.device),
         "settings": {**asdict(settings), "device": str(settings.device)},
         "results": results,
     }

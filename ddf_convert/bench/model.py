@@ -14,10 +14,11 @@ from torch.utils import _pytree
 from ddf_convert.bench import device as devices
 from ddf_convert.bench.device import DTYPES, LAYOUTS
 from ddf_convert.bench.memory import kept_when_freed, peak_mib
-from ddf_convert.bench.timing import median_ms
 from ddf_convert.errors import DDFError
 from ddf_convert.graph import Plan, convert
-from ddf_convert.graph.trace import first_line
+from ddf_convert.graph.record import first_line
+from ddf_convert.machine import describe
+from ddf_convert.timing import median_ms
 
 BATCH = {"cuda": 64, "cpu": 4}
 
@@ -85,7 +86,7 @@ def run(
     return {
         "bench": "model",
         "model": name,
-        "machine": devices.describe(settings.device),
+        "machine": describe(settings.device),
         "settings": {**asdict(settings), "device": str(settings.device)},
         "results": results,
     }

@@ -9,10 +9,11 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from ddf_convert.bench.device import called
 from ddf_convert.bench.measure import Figures
 from ddf_convert.bench.peers import DENSE, DEPTHWISE, MODULE, OP
+from ddf_convert.machine import called
 from ddf_convert.report import units
+from ddf_convert.report.units import figure
 
 _TIMES = (("forward, ms", "forward_ms"), ("forward + backward, ms", "forward_backward_ms"))
 
@@ -21,21 +22,6 @@ def tables(document: dict[str, Any]) -> RenderableType:
     """What a ``run`` of this package returned."""
     shown = {"op": _op, "layer": _layer, "model": _model}[document["bench"]]
     return Group(Text(called(document["machine"]), style="bold"), *shown(document))
-
-
-def figure(value: float | None) -> str:
-    """Three figures, or all before the point; a dash for what is unknown."""
-    if value is None:
-        return "-"
-    if value == 0:
-        return "0"
-    return (
-        f"{value:#.3g}".rstrip(".")
-        if 0.001 <= abs(value) < 999.5
-        else f"{value:,.0f}"
-        if value >= 1
-        else f"{value:.1e}"
-    )
 
 
 def percent(value: float | None) -> str:

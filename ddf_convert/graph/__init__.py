@@ -1,6 +1,6 @@
 """From a model to its converted self: trace it, find the convolutions, plan, rewrite."""
 
-from ddf_convert.graph.plan import Action, ConvertConfig, Plan, Replacement, Site
+from ddf_convert.graph.plan import Action, ConvertConfig, FoundBy, Plan, Replacement, Site
 from ddf_convert.graph.planner import plan
 from ddf_convert.graph.rewrite import Conversion, Replaced, convert, recorded
 
@@ -8,6 +8,7 @@ __all__ = [
     "Action",
     "Conversion",
     "ConvertConfig",
+    "FoundBy",
     "Plan",
     "Replaced",
     "Replacement",

@@ -6,21 +6,23 @@ from typing import Any
 
 import torch
 from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import nn
 from torch.nn.utils import parametrize
 
 from ddf_convert.graph.plan import ConvertConfig, Replacement
+from ddf_convert.graph.record import Call
 from ddf_convert.layers import DDF2d, DDFConv2d
 from ddf_convert.ops import DTYPES
 
-KERNEL_SIZE = 3
-
-_WHY_SUBCLASSES_DIFFER = {
-    "StdConv2d": "standardises its weights",
-    "StdConv2dSame": "standardises its weights",
-    "ScaledStdConv2d": "standardises its weights",
-    "ScaledStdConv2dSame": "standardises its weights",
-    "CondConv2d": "mixes several kernels for each image",
+# Convolutions whose forward is known to be that of Conv2d but for the weights; and what is special about the weights.
+_KNOWN = {
+    nn.Conv2d.forward: "",
+    Conv2dSame.forward: "",
+    StdConv2d.forward: "standardises its weights",
+    StdConv2dSame.forward: "standardises its weights",
+    ScaledStdConv2d.forward: "standardises and scales its weights",
+    ScaledStdConv2dSame.forward: "standardises and scales its weights",
 }
 
 
@@ -52,17 +54,16 @@ def obstacle(module: nn.Module) -> str | None:
         return "transposed convolution; DDF replaces ordinary ones"
     if not isinstance(module, nn.Conv2d):
         return f"{type(module).__name__} is not a 2D convolution"
-    size = "x".join(map(str, module.kernel_size))
-    if module.kernel_size != (KERNEL_SIZE, KERNEL_SIZE):
-        return f"{size} kernel; DDF replaces {KERNEL_SIZE}x{KERNEL_SIZE}"
     if parametrize.is_parametrized(module):
         return f"its {' and '.join(module.parametrizations)} is parametrised"  # type: ignore[arg-type]
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):  # the old weight_norm and spectral_norm, pruning
+            return f"its weights are computed before each call ({type(hook).__name__})"
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks):
         return "has hooks that would be lost"
-    if "forward" in vars(module) or type(module).forward not in (nn.Conv2d.forward, Conv2dSame.forward):
-        name = type(module).__name__
-        return f"{name} {_WHY_SUBCLASSES_DIFFER.get(name, 'has a forward of its own')}"
+    if "forward" in vars(module) or type(module).forward not in _KNOWN:
+        return f"{type(module).__name__} has a forward of its own"
     if module.weight.dtype not in DTYPES:
         return f"its weights are {module.weight.dtype}; DDF takes float32, float64, float16 or bfloat16"
     for option in ("stride", "padding", "dilation"):
@@ -70,6 +71,34 @@ def obstacle(module: nn.Module) -> str | None:
         if not isinstance(value, str) and value[0] != value[1]:
             return f"{option} {value[0]}x{value[1]}; DDF has one {option} for both sides"
     return None
+
+
+def caution(conv: nn.Conv2d) -> str:
+    """What of a convolution the DDF layer does not take over; empty if nothing."""
+    special = _KNOWN.get(type(conv).forward)
+    return f"{type(conv).__name__} {special}, which what takes its place does not" if special else ""
+
+
+def stand_in(call: Call) -> nn.Conv2d | nn.ConvTranspose2d:
+    """The module that does what a functional call does, without weights.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: There is none: the arguments are computed, or odd.
+    """
+    function = call.function
+    assert function is not None
+    first, second, *kernel_size = function.weight
+    groups = function.options["groups"]
+    arguments: dict[str, Any] = {
+        "kernel_size": tuple(kernel_size),
+        **function.options,
+        "bias": function.bias,
+        "device": "meta",
+        "dtype": function.dtype,
+    }
+    if function.transposed:
+        return nn.ConvTranspose2d(first, second * groups, **arguments)
+    return nn.Conv2d(second * groups, first, **arguments)
 
 
 def replacement_for(conv: nn.Conv2d, config: ConvertConfig, mix: bool) -> Replacement:
@@ -99,16 +128,18 @@ def replacement_for(conv: nn.Conv2d, config: ConvertConfig, mix: bool) -> Replac
 def geometry(conv: nn.Conv2d) -> dict[str, int | str]:
     """Kernel, stride, padding, dilation and padding mode in DDF2d's terms."""
     dilation = conv.dilation[0]
+    kernel_size = conv.kernel_size[0]
     padding: int | str
-    if isinstance(conv, Conv2dSame):
-        padding = "same"  # TensorFlow's, which depends on the input's size; it always pads with zeros
+    if isinstance(conv, Conv2dSame) or getattr(conv, "same_pad", False):
+        padding = "same"  # TensorFlow's, which depends on the input's size
     elif isinstance(conv.padding, str):
-        padding = dilation * (KERNEL_SIZE - 1) // 2 if conv.padding == "same" else 0
+        padding = dilation * (kernel_size - 1) // 2 if conv.padding == "same" else 0
     else:
         padding = conv.padding[0]
-    mode = "zeros" if isinstance(conv, Conv2dSame) else conv.padding_mode
+    # Only Conv2d's own forward looks at the mode.
+    mode = conv.padding_mode if type(conv).forward is nn.Conv2d.forward else "zeros"
     return {
-        "kernel_size": conv.kernel_size[0],
+        "kernel_size": kernel_size,
         "stride": conv.stride[0],
         "padding": padding,
         "dilation": dilation,

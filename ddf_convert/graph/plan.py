@@ -3,14 +3,39 @@
 from __future__ import annotations
 
 import difflib
+import math
+import re
 from collections.abc import Iterable, Iterator
 from enum import StrEnum
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 
 from ddf_convert.accounting import Cost
 from ddf_convert.errors import UsageError
+
+_MULTIPLES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
+
+
+def _number(value: Any) -> Any:
+    """A count as people write it, "2.5G", as a number; anything else as it is."""
+    if isinstance(value, str):
+        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kKMmGgTt]?)\s*", value)
+        if not found:
+            raise ValueError(f"write a number such as 2.5G, 12M or 300k, not {value!r}")
+        unit = found[2].upper().replace("K", "k")
+        return round(float(found[1]) * _MULTIPLES.get(unit, 1))
+    return round(value) if isinstance(value, float) and math.isfinite(value) else value
+
+
+def _sizes(value: Any) -> Any:
+    return (value,) if isinstance(value, int) else value
+
+
+def _odd(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    if not sizes or any(size < 3 or size % 2 == 0 for size in sizes):
+        raise ValueError("DDF has kernels of odd sizes from 3 on")
+    return tuple(sorted(set(sizes)))
 
 
 class ConvertConfig(BaseModel):
@@ -25,6 +50,15 @@ class ConvertConfig(BaseModel):
         stem: Replace convolutions of few input channels too.
         depthwise: Replace depthwise convolutions too, though DDF adds parameters to them.
         allow_growth: Replace convolutions also where that adds parameters or MACs.
+        functional: Replace convolutions that are called as functions with weights of the model's own, too; the
+            converted model is then a torch.fx GraphModule.
+        kernel_size: Sizes K of the K x K convolutions to look at; one number or several.
+        keep_first: Leave alone so many of the convolutions that would be replaced, the first ones of the forward pass.
+        keep_last: The same for the last ones.
+        target_macs: Replace no more convolutions than bring the model down to so many MACs; a number, or "2.5G".
+        target_params: The same for parameters; "12M".
+        only_faster: Time every convolution and what would take its place on this machine, and leave alone what would
+            not get faster.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,6 +70,13 @@ class ConvertConfig(BaseModel):
     stem: bool = False
     depthwise: bool = False
     allow_growth: bool = False
+    functional: bool = False
+    kernel_size: Annotated[tuple[int, ...], BeforeValidator(_sizes), AfterValidator(_odd)] = (3,)
+    keep_first: int = Field(default=0, ge=0)
+    keep_last: int = Field(default=0, ge=0)
+    target_macs: Annotated[int, BeforeValidator(_number), Field(gt=0)] | None = None
+    target_params: Annotated[int, BeforeValidator(_number), Field(gt=0)] | None = None
+    only_faster: bool = False
 
 
 class Action(StrEnum):
@@ -43,6 +84,14 @@ class Action(StrEnum):
 
     REPLACE = "replace"
     SKIP = "skip"
+
+
+class FoundBy(StrEnum):
+    """How a convolution was found: what is known of it is less from one to the next."""
+
+    FX = "fx"  # in the torch.fx graph of the whole model
+    PIECES = "fx, piecewise"  # in the graph of a part of the model
+    HOOKS = "hooks"  # by running the model
 
 
 class Replacement(BaseModel):
@@ -63,7 +112,8 @@ class Site(BaseModel):
     """One convolution of the model and the decision about it.
 
     Attributes:
-        name: Path of the module, as in ``model.get_submodule``; for a functional call, the fx node's name.
+        name: Path of the module, as in ``model.get_submodule``; for a functional call, the path of the module whose
+            forward makes it, and ``conv2d()``.
         kind: "dense 3x3", "depthwise 3x3", "grouped 3x3", "pointwise 1x1", "dense 7x7", "functional", ...
         in_channels: C of the input.
         out_channels: C of the output.
@@ -73,6 +123,8 @@ class Site(BaseModel):
         calls: How often one forward pass calls it.
         action: Replace it or leave it alone.
         reason: Why, in words for a user.
+        found_by: How it was found.
+        caution: What is less certain for it, in words; empty where nothing is.
         replacement: What takes its place, for every convolution that could be replaced (also while skipped).
         before: Cost of the convolution, over all its calls.
         after: Cost of what takes its place; equal to ``before`` while it is skipped.
@@ -91,6 +143,8 @@ class Site(BaseModel):
     calls: int = 1
     action: Action
     reason: str
+    found_by: FoundBy = FoundBy.FX
+    caution: str = ""
     replacement: Replacement | None = None
     before: Cost
     after: Cost
@@ -120,6 +174,8 @@ class Plan(BaseModel):
         config: The options that led to it.
         before: Cost of the whole model.
         sites: Every convolution.
+        notes: What there is to say of the plan as a whole: what could not be traced or reached.
+        machine: What the times among the costs were measured on; None where there are none.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -129,10 +185,12 @@ class Plan(BaseModel):
     config: ConvertConfig
     before: Cost
     sites: list[Site]
+    notes: list[str] = []
+    machine: str | None = None
 
     @property
     def after(self) -> Cost:
-        """Cost of the whole model once the plan is applied."""
+        """Cost of the whole model once the plan is applied; its latency, like its activations, is an estimate."""
         total = self.before
         for site in self.replaced:
             total = total - site.before + site.after

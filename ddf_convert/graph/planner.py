@@ -8,13 +8,22 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddf_convert.accounting import Cost, count_parameters, measure
-from ddf_convert.graph.build import build, is_depthwise, kind_of, obstacle, replacement_for
-from ddf_convert.graph.plan import Action, ConvertConfig, Plan, Site, make_config
+from ddf_convert import accounting
+from ddf_convert.accounting import Cost, count_parameters
+from ddf_convert.copies import real_copy
+from ddf_convert.graph.budget import apply_budgets
+from ddf_convert.graph.build import build, caution, is_depthwise, kind_of, obstacle, replacement_for, stand_in
+from ddf_convert.graph.plan import Action, ConvertConfig, FoundBy, Plan, Site, make_config
+from ddf_convert.graph.record import Recording, record
 from ddf_convert.graph.select import Patterns, Selector
 from ddf_convert.graph.sites import Convolution, find_convolutions
-from ddf_convert.graph.trace import ExampleInput, as_inputs, describe, trace
+from ddf_convert.graph.trace import Traced, describe, trace
+from ddf_convert.graph.wrappers import bare
+from ddf_convert.inputs import ExampleInput, as_arguments, first_size
+from ddf_convert.latency import device_of, forward_ms
 from ddf_convert.layers import DDFConv2d
+from ddf_convert.machine import called
+from ddf_convert.machine import describe as describe_machine
 
 Filter = Callable[[str, nn.Module], bool]
 
@@ -28,61 +37,129 @@ def plan(
     include: Patterns = None,
     exclude: Patterns = None,
     filter_fn: Filter | None = None,
+    measure: bool | torch.device | str = False,
     **options: Any,
 ) -> Plan:
     """Decides what becomes of every convolution of a model; the model stays as it is.
 
+    The model is looked at on shapes alone, on any device (the meta device too: weights are never read). Only a model
+    whose forward depends on values, such as a detector, is run on the example input itself, as a copy.
+
     Args:
-        model: Any module that torch.fx can trace, on any device (the meta device too: weights are never read).
-        example_input: (B, C, H, W), or a tuple of arguments for forward; only its shape matters.
+        model: Any module. What torch.fx cannot trace is traced piece by piece, or found by running the model; each site
+            says which (``found_by``), and what is less certain for it (``caution``).
+        example_input: (B, C, H, W); or a tuple of arguments for forward, or a dict of them by name; only shapes matter.
         config: How to convert.
         include: Names, globs or ``re:`` patterns of the convolutions to look at; None for all.
         exclude: The same for those to leave alone; it wins over ``include``.
-        filter_fn: Called with the name and the module of each that could be replaced; False leaves it alone.
+        filter_fn: Called with the name and the module of each that could be replaced and is not excluded; False leaves
+            it alone.
+        measure: Also time the model, and every convolution and what could take its place: on the model's device (the
+            CPU for the meta device), or the one given.
         **options: Single fields of the config, e.g. ``se_ratio=0.5``.
 
     Returns:
         A decision and a reason for every 2D convolution. It can be edited, and is applied by ``convert``.
 
     Raises:
-        UsageError: The model cannot be traced or does not accept the input, a pattern matches nothing, or an option
+        UsageError: The model does not accept the input or cannot be looked at, a pattern matches nothing, or an option
             is wrong.
+        DDFError: What is to be timed does not run.
     """
     config = make_config(config, options)
-    traced = trace(model, example_input)
-    convolutions = find_convolutions(model, traced)
+    model = bare(model)
+    args, kwargs = as_arguments(model, example_input)
+    recording = record(model, args, kwargs, describe(model))
+    traced = trace(model, recording)
+    convolutions = find_convolutions(model, recording, traced)
+    stopwatch = _Stopwatch(model, measure) if measure or config.only_faster else None
     planner = _Planner(
-        config, Selector("include", include, convolutions), Selector("exclude", exclude, convolutions), filter_fn
+        config,
+        Selector("include", include, convolutions),
+        Selector("exclude", exclude, convolutions),
+        filter_fn,
+        _Costs(stopwatch),
     )
     sites = [planner.decide(convolution) for convolution in convolutions]
-    inputs = as_inputs(example_input)
-    first = next((tuple(value.shape[1:]) for value in inputs if isinstance(value, torch.Tensor)), ())
-    return Plan(model=describe(model), input_size=first, config=config, before=measure(model, *inputs), sites=sites)
+    before = recording.cost
+    if stopwatch:
+        before = before.model_copy(update={"latency_ms": stopwatch.ms(model, *args, kwargs=kwargs)})
+    notes = [*_notes(recording, traced, sites), *apply_budgets(sites, config, before)]
+    return Plan(
+        model=describe(model),
+        input_size=first_size(args, kwargs),
+        config=config,
+        before=before,
+        sites=sites,
+        notes=notes,
+        machine=stopwatch.machine if stopwatch else None,
+    )
+
+
+def _notes(recording: Recording, traced: Traced, sites: list[Site]) -> list[str]:
+    """What there is to say of the whole model, so that it need not be said of each of its convolutions."""
+    notes = []
+    if "" in traced.untraced:
+        ways = {
+            FoundBy.PIECES: "in pieces that it can trace",
+            FoundBy.HOOKS: "by running the model",
+        }
+        counts = [(words, sum(site.found_by is found_by for site in sites)) for found_by, words in ways.items()]
+        found = ", ".join(f"{number} {words}" for words, number in counts if number) or "none"
+        notes.append(f"The model as a whole {traced.untraced['']}. Convolutions found: {found}")
+    if recording.on_values:
+        notes.append("The forward pass depends on values: what it calls, and the shapes, are those of one run")
+    return notes
+
+
+class _Stopwatch:
+    """Times modules on one device."""
+
+    def __init__(self, model: nn.Module, device: bool | torch.device | str) -> None:
+        own = device_of(model)
+        default = torch.device("cpu") if own.type == "meta" else own
+        self.device = default if isinstance(device, bool) else torch.device(device)
+        self.machine = called(describe_machine(self.device))
+
+    def ms(self, module: nn.Module, *args: Any, kwargs: dict[str, Any] | None = None) -> float:
+        """Milliseconds of one forward pass; the module can be on any device, the meta device included."""
+        return forward_ms(real_copy(module).module.to(self.device), *args, kwargs=kwargs)
 
 
 class _Planner:
     """The table of decisions, row by row."""
 
-    def __init__(self, config: ConvertConfig, include: Selector, exclude: Selector, filter_fn: Filter | None) -> None:
+    def __init__(
+        self,
+        config: ConvertConfig,
+        include: Selector,
+        exclude: Selector,
+        filter_fn: Filter | None,
+        costs: _Costs,
+    ) -> None:
         self.config = config
         self.include = include
         self.exclude = exclude
         self.filter_fn = filter_fn
-        self.costs = _Costs()
+        self.costs = costs
 
     def decide(self, convolution: Convolution) -> Site:
-        if convolution.module is None:
-            return _functional(convolution)
-        site = self._undecided(convolution, convolution.module)
-        site.reason = self._structure(convolution, convolution.module) or ""
-        if site.reason or not isinstance(convolution.module, nn.Conv2d):
+        module = convolution.module
+        if module is None:
+            try:
+                module = stand_in(convolution.calls[0])
+            except (ValueError, TypeError, RuntimeError):
+                return _unusual(convolution)
+        site = self._undecided(convolution, module)
+        site.reason = self._structure(convolution, module) or ""
+        if site.reason or not isinstance(module, nn.Conv2d):
             return site
-        conv = convolution.module
-        mix, why = self._mixing(convolution, conv)
-        site.replacement = replacement_for(conv, self.config, mix)
-        layer = build(site.replacement, device="meta").to(conv.weight.dtype)
+        mix, why = self._mixing(convolution, module)
+        site.caution = "; ".join(filter(None, (convolution.caution, caution(module))))
+        site.replacement = replacement_for(module, self.config, mix)
+        layer = build(site.replacement, device="meta").to(module.weight.dtype)
         site.replacement_cost = self.costs.over_all_calls(layer, convolution)
-        refusal = self._unselected(convolution, conv) or self._unprofitable(site, conv)
+        refusal = self._unselected(convolution, module) or self._unprofitable(site, module)
         if refusal:
             site.reason = refusal
         else:
@@ -91,12 +168,16 @@ class _Planner:
 
     def _undecided(self, convolution: Convolution, module: nn.Module) -> Site:
         before = self.costs.over_all_calls(module, convolution)
+        kind = kind_of(module)
+        function = convolution.calls[0].function if convolution.calls else None
+        if function is not None:
+            before, kind = before.model_copy(update={"params": function.params}), f"functional {kind}"
         first = convolution.calls[0] if convolution.calls else None
         shown: Any = module
         stride = shown.ddf.stride if isinstance(module, DDFConv2d) else shown.stride
         return Site(
             name=convolution.name,
-            kind=kind_of(module),
+            kind=kind,
             in_channels=shown.in_channels,
             out_channels=shown.out_channels,
             stride=stride if isinstance(stride, tuple) else (stride, stride),
@@ -105,6 +186,7 @@ class _Planner:
             calls=len(convolution.calls),
             action=Action.SKIP,
             reason="",
+            found_by=convolution.found_by,
             before=before,
             after=before,
         )
@@ -114,18 +196,36 @@ class _Planner:
         reason = obstacle(module)
         if reason is not None or not isinstance(module, nn.Conv2d):
             return reason
+        sizes = self.config.kernel_size
+        if module.kernel_size not in [(size, size) for size in sizes]:
+            listed = ", ".join(f"{size}x{size}" for size in sizes)
+            return f"{'x'.join(map(str, module.kernel_size))} kernel; DDF replaces {listed}"
         if not convolution.calls:
             return "not called in the forward pass"
-        if convolution.enclosing is not None:
-            return f"runs inside {convolution.enclosing}, which torch.fx does not look into"
         if convolution.shared_with is not None:
             return f"shares its weights with {convolution.shared_with}"
         if convolution.used_directly:
             return "the forward pass also reads its weights directly"
+        if convolution.module is None and (reason := self._functional(convolution)):
+            return reason
         if self.config.mixing == "never" and module.in_channels != module.out_channels:
             return f"mixing is off, and DDF alone cannot turn {module.in_channels} channels into {module.out_channels}"
         if module.in_channels % self.config.heads:
             return f"{self.config.heads} heads do not divide its {module.in_channels} channels"
+        return None
+
+    def _functional(self, convolution: Convolution) -> str | None:
+        """What stands in the way of a convolution that is called as a function."""
+        function = convolution.calls[0].function
+        assert function is not None
+        if function.computed:
+            return "called as a function, with weights that the forward pass computes"
+        if convolution.used_elsewhere:
+            return "called as a function, with weights that the forward pass uses elsewhere too"
+        if convolution.found_by is not FoundBy.FX:
+            return "called as a function, out of torch.fx's sight"
+        if not self.config.functional:
+            return "called as a function: replacing it makes the model a GraphModule (functional=True replaces it)"
         return None
 
     def _mixing(self, convolution: Convolution, conv: nn.Conv2d) -> tuple[bool, str]:
@@ -141,6 +241,8 @@ class _Planner:
             return False, "DDF alone: a depthwise convolution mixes no channels either"
         if convolution.bottleneck:
             return False, "bottleneck: 1x1 convolutions on both sides mix channels"
+        if convolution.found_by is not FoundBy.FX:
+            return True, f"{one_by_one}: nothing else is known to mix channels"
         return True, f"{one_by_one}: nothing else mixes channels"
 
     def _unselected(self, convolution: Convolution, conv: nn.Conv2d) -> str | None:
@@ -179,54 +281,47 @@ class _Planner:
         return f"would not save: its {' and '.join(grown)} (allow_growth=True replaces it)"
 
 
-def _functional(convolution: Convolution) -> Site:
-    """A convolution called as a function: its cost follows from its arguments."""
+def _unusual(convolution: Convolution) -> Site:
+    """A functional call that no module could make: only its shapes are known."""
     call = convolution.calls[0]
-    node = call.node
-    weight: Any = node.args[1] if len(node.args) > 1 else node.kwargs["weight"]
-    weight = weight.meta["value"] if hasattr(weight, "meta") else weight
-    stride: Any = node.args[3] if len(node.args) > 3 else node.kwargs.get("stride", 1)
-    owned = [other.meta["value"] for other in node.all_input_nodes if other.op == "get_attr"]
-    out_channels = call.output_shape[-3]
-    spread = call.input_shape if node.target is torch.conv_transpose2d else call.output_shape
-    before = Cost(
-        params=sum(value.numel() for value in owned if isinstance(value, nn.Parameter)),
-        macs=torch.Size(spread).numel() * weight[0].numel(),
-        activation_bytes=torch.Size(call.input_shape).numel() * weight.element_size(),
-    )
     return Site(
         name=convolution.name,
         kind="functional",
         in_channels=call.input_shape[-3],
-        out_channels=out_channels,
-        stride=(stride[0], stride[-1]) if isinstance(stride, tuple | list) else (stride, stride),
+        out_channels=call.output_shape[-3],
+        stride=(0, 0),
         input_shape=call.input_shape,
         output_shape=call.output_shape,
         calls=len(convolution.calls),
         action=Action.SKIP,
-        reason="called as a function, has no module to swap",
-        before=before,
-        after=before,
+        reason="called as a function, with arguments that no module takes",
+        found_by=convolution.found_by,
+        before=Cost(),
+        after=Cost(),
     )
 
 
 class _Costs:
     """Costs of layers over all the calls of a convolution. Equal layers, of which models have many, run once."""
 
-    def __init__(self) -> None:
+    def __init__(self, stopwatch: _Stopwatch | None) -> None:
+        self._stopwatch = stopwatch
         self._measured: dict[tuple[Any, ...], Cost] = {}
 
     def over_all_calls(self, module: nn.Module, convolution: Convolution) -> Cost:
-        """Parameters once; MACs and activations for each call, at its shape."""
-        total = Cost(params=count_parameters(module))
+        """Parameters once; MACs, activations and time for each call, at its shape."""
+        total = Cost(params=count_parameters(module), latency_ms=0.0 if self._stopwatch else None)
         for call in convolution.calls:
-            once = self._of_one_call(module, call.input_shape)
-            total += Cost(macs=once.macs, activation_bytes=once.activation_bytes)
+            total += self._of_one_call(module, call.input_shape).model_copy(update={"params": 0})
         return total
 
     def _of_one_call(self, module: nn.Module, shape: tuple[int, ...]) -> Cost:
         dtype = next(module.parameters()).dtype
         key = (type(module), repr(module), dtype, shape)  # the text shows every argument of these classes
         if key not in self._measured:
-            self._measured[key] = measure(module, torch.empty(shape, dtype=dtype, device="meta"))
+            image = torch.empty(shape, dtype=dtype, device="meta")
+            cost = accounting.measure(module, image)
+            if self._stopwatch:
+                cost = cost.model_copy(update={"latency_ms": self._stopwatch.ms(module, image)})
+            self._measured[key] = cost
         return self._measured[key]

@@ -3,26 +3,30 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import fx, nn
 
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.build import build, kind_of, obstacle
+from ddf_convert.graph.functional import functional_convolutions, replace_functions
 from ddf_convert.graph.plan import ConvertConfig, Plan, Replacement, suggestion
 from ddf_convert.graph.planner import plan as make_plan
+from ddf_convert.graph.record import first_line
 from ddf_convert.graph.sites import module_names
-from ddf_convert.graph.trace import ExampleInput, build_graph, describe, first_line
+from ddf_convert.graph.trace import build_graph, describe
+from ddf_convert.graph.wrappers import bare
+from ddf_convert.inputs import ExampleInput
 
 
 class Replaced(BaseModel):
     """One convolution that was replaced.
 
     Attributes:
-        names: Every path at which it was registered.
+        names: Every path at which it was registered; for one that was called as a function, its name in the plan.
         replacement: What took its place.
     """
 
@@ -30,6 +34,11 @@ class Replaced(BaseModel):
 
     names: tuple[str, ...] = Field(min_length=1)
     replacement: Replacement
+
+    @property
+    def functional(self) -> bool:
+        """Whether it was called as a function."""
+        return self.names[0].endswith("()")
 
 
 class Conversion(BaseModel):
@@ -60,6 +69,8 @@ def convert(
     """Applies a plan to a model, or plans and applies in one step.
 
     The model keeps its class, its methods and the names of its other parameters; the modules are swapped in the tree.
+    Only where a convolution that is called as a function is replaced (``functional=True``) does a torch.fx GraphModule
+    take the model's place: in it, ``self.training`` has the value that it has now wherever the forward pass reads it.
     New layers take the device, dtype, training mode and requires_grad of the convolution. They are drawn from
     torch's CPU generator, whose state is left as it was. The record of what was done is ``model.ddf_conversion``.
 
@@ -72,7 +83,7 @@ def convert(
         **options: As for ``plan``; only without a plan.
 
     Returns:
-        The converted copy, or the model itself if ``inplace``.
+        The converted copy, or the model itself if ``inplace``; in an ``nn.DataParallel`` if the model is.
 
     Raises:
         UsageError: The plan does not fit the model, or cannot be made. The model is then as it was.
@@ -84,33 +95,40 @@ def convert(
     elif example_input is not None or options:
         given = [*options, *(["example_input"] if example_input is not None else [])]
         raise UsageError(f"convert was given a plan and also {', '.join(given)}: those belong to plan()")
-    paths = {names[0]: names for _, names in module_names(model)}
+    inner = bare(model)
+    paths = {names[0]: names for _, names in module_names(inner)}
     steps = [
         Replaced(names=paths.get(site.name, (site.name,)), replacement=site.replacement)
         for site in plan.replaced
         if site.replacement is not None
     ]
-    before = recorded(model)
+    before = recorded(inner)
     conversion = Conversion(
-        source=before.source if before else describe(model),
+        source=before.source if before else describe(inner),
         replaced=(*(before.replaced if before else ()), *steps),
         configs=(*(before.configs if before else ()), plan.config),
     )
-    layers = prepare(model, steps)
+    if inplace and any(step.functional for step in steps):
+        raise UsageError(
+            "convolutions that are called as functions cannot be replaced in place: the model becomes a GraphModule;"
+            " leave inplace out, or skip them in the plan"
+        )
+    layers = prepare(inner, steps)
     if not inplace:
         model = _copied(model)
-    swap(model, layers)
-    model.ddf_conversion = conversion  # type: ignore[assignment]
-    if not as_graph:
+        inner = bare(model)
+    converted = swap(inner, layers)
+    if as_graph and not isinstance(converted, fx.GraphModule):
+        converted = build_graph(converted, describe(inner))
+    inner.ddf_conversion = converted.ddf_conversion = conversion  # type: ignore[assignment]
+    if converted is inner:
         return model
-    graph_module = build_graph(model, None, describe(model))
-    graph_module.ddf_conversion = conversion  # type: ignore[assignment]
-    return graph_module
+    return type(model)(converted) if model is not inner else converted
 
 
 def recorded(model: nn.Module) -> Conversion | None:
     """The record of a model's conversion, if it was converted."""
-    conversion = getattr(model, "ddf_conversion", None)
+    conversion = getattr(bare(model), "ddf_conversion", None)
     return conversion if isinstance(conversion, Conversion) else None
 
 
@@ -123,23 +141,31 @@ def prepare(model: nn.Module, steps: Sequence[Replaced]) -> dict[str, nn.Module]
     Raises:
         UsageError: A step does not fit: no such module, another kind of module, other channels.
     """
+    found = dict(model.named_modules(remove_duplicate=False))
+    if any(step.functional for step in steps):
+        found |= functional_convolutions(model)
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-        return {step.names[0]: _built(_checked(model, step), step) for step in steps}
+        return {step.names[0]: _built(_checked(model, found, step), step) for step in steps}
 
 
-def swap(model: nn.Module, layers: dict[str, nn.Module]) -> None:
-    """Puts new layers in the places of old modules, wherever those are registered in the tree."""
-    new = {id(model.get_submodule(name)): layer for name, layer in layers.items()}
+def swap(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
+    """Puts new layers in the places of old modules, wherever those are registered in the tree.
+
+    Returns:
+        The model; or, where convolutions that are called as functions are replaced, the GraphModule for it.
+    """
+    functions = {name: layer for name, layer in layers.items() if name.endswith("()")}
+    new = {id(model.get_submodule(name)): layer for name, layer in layers.items() if name not in functions}
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if id(child) in new:
                 parent._modules[key] = new[id(child)]
+    return replace_functions(model, functions) if functions else model
 
 
-def _checked(model: nn.Module, step: Replaced) -> nn.Conv2d:
+def _checked(model: nn.Module, modules: Mapping[str, nn.Module], step: Replaced) -> nn.Conv2d:
     """The convolution that a step replaces, once it is sure that it can."""
     options = step.replacement.options
-    modules = dict(model.named_modules(remove_duplicate=False))
     missing = [name for name in step.names if name not in modules]
     if missing:
         raise UsageError(
@@ -183,7 +209,8 @@ def _built(conv: nn.Conv2d, step: Replaced) -> nn.Module:
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        return copy.deepcopy(model)
+        with torch.inference_mode(False):  # or the copy could not be trained
+            return copy.deepcopy(model)
     except Exception as error:
         raise UsageError(
             f"{type(model).__name__} cannot be copied: {error}; convert it in place with inplace=True"

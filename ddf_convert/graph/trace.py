@@ -1,71 +1,93 @@
-"""Tracing: the model's torch.fx graph, with the shapes at every node and every call of a convolution."""
+"""Tracing: torch.fx graphs of a model, whole or piece by piece, with the (fake) value of every node."""
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass
+from collections import Counter, deque
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from timm.layers._fx import get_notrace_functions, get_notrace_modules
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
+from ddf_convert.copies import fake_copy, unchanged_random_states
 from ddf_convert.errors import UsageError
-from ddf_convert.fake import FakeCopy, fake_copy
 from ddf_convert.graph.channelwise import is_channelwise
-from ddf_convert.layers import DDF2d, DDFConv2d
+from ddf_convert.graph.record import CONVOLUTIONS, FUNCTIONS, Entry, Recording, first_line, function_name
 
-CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, DDF2d, DDFConv2d)
-
-ExampleInput = Tensor | tuple[Any, ...] | list[Any]
-
-
-@dataclass(frozen=True)
-class Call:
-    """One call of a convolution during the forward pass.
-
-    Attributes:
-        name: The module's path; for a functional call the fx node's name, with "()" where a module has that name too.
-        node: The fx node that was running: the call itself, or that of an untraced module which holds the convolution.
-        input_shape: (B, C, H, W).
-        output_shape: (B, C, H, W).
-    """
-
-    name: str
-    node: fx.Node
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
+VALUE = "value"  # of a node's meta: its fake result
+_PACKED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 
 @dataclass(frozen=True)
-class Traced:
-    """A model's graph and what its forward pass did with the example input.
+class Piece:
+    """A module that was traced, and how.
 
     Attributes:
-        graph_module: Over a weightless copy of the model; each node's ``meta["value"]`` is its (fake) result.
-        calls: Every call of a convolution, in order.
+        path: Of the module; "" is the whole model.
+        graph_module: Its graph, over a weightless copy. ``meta["value"]`` of a node is its fake result, if known.
+        nodes: The calls of convolutions in it, by the convolution's name in the model.
+        entries: How often the module is called.
     """
 
+    path: str
     graph_module: fx.GraphModule
-    calls: tuple[Call, ...]
+    nodes: dict[str, list[fx.Node]]
+    entries: int
+
+
+@dataclass
+class Traced:
+    """A model's graphs.
+
+    Attributes:
+        pieces: That of the whole model alone where torch.fx can trace it; else those of the pieces that it can.
+        untraced: Why not, for each module that torch.fx could not trace or does not look into, by its path.
+    """
+
+    pieces: list[Piece] = field(default_factory=list)
+    untraced: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def whole(self) -> Piece | None:
+        """The graph of the whole model, if it could be traced (some of its modules may be one node each)."""
+        return next((piece for piece in self.pieces if not piece.path), None)
+
+    def why_untraced(self, name: str) -> tuple[str, str]:
+        """The innermost untraced module that holds a convolution, and the reason; two empty texts if none does."""
+        path = name
+        while path:
+            path = path.rpartition(".")[0]
+            if path in self.untraced:
+                return path, self.untraced[path]
+        return "", ""
 
 
 class Tracer(fx.Tracer):
-    """torch.fx's tracer with timm's own leaves, the convolutions, and the modules that leave channels unmixed."""
+    """torch.fx's tracer with timm's own leaves, the convolutions, and the modules that leave channels unmixed.
 
-    def __init__(self) -> None:
+    Args:
+        leaves: More modules that become one node.
+    """
+
+    def __init__(self, leaves: tuple[nn.Module, ...] = ()) -> None:
         super().__init__(autowrap_functions=tuple(get_notrace_functions()))  # type: ignore[no-untyped-call]
-        self._leaves = tuple(get_notrace_modules())  # type: ignore[no-untyped-call]
+        self._kinds = tuple(get_notrace_modules())  # type: ignore[no-untyped-call]
+        self._leaves = {id(leaf) for leaf in leaves}
+        self.running: list[nn.Module] = []  # what was being traced, the innermost last; stays so after an error
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the graph shows this module as one node."""
-        leaf = type(m) in self._leaves or isinstance(m, CONVOLUTIONS) or is_channelwise(m)
+        leaf = id(m) in self._leaves or type(m) in self._kinds or isinstance(m, CONVOLUTIONS) or is_channelwise(m)
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
-
-def as_inputs(example_input: ExampleInput) -> tuple[Any, ...]:
-    """The positional arguments of forward: a tensor alone, or a tuple or list of arguments."""
-    return tuple(example_input) if isinstance(example_input, tuple | list) else (example_input,)
+    def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Traces a call of a module."""
+        self.running.append(m)
+        result = super().call_module(m, forward, args, kwargs)
+        self.running.pop()
+        return result
 
 
 def describe(model: nn.Module) -> str:
@@ -75,116 +97,182 @@ def describe(model: nn.Module) -> str:
     return architecture if isinstance(architecture, str) and architecture else type(model).__name__
 
 
-def trace(model: nn.Module, example_input: ExampleInput) -> Traced:
-    """Traces a model and runs its graph on shapes alone; its weights are neither read nor copied.
+@unchanged_random_states()
+def trace(model: nn.Module, recording: Recording) -> Traced:
+    """Traces a model that was recorded: whole, else piece by piece.
+
+    A module whose own forward cannot be traced becomes one node in the graph around it; its children that hold
+    convolutions are traced by themselves. So are the modules that timm tells torch.fx not to look into.
 
     Args:
-        model: Any module that torch.fx can trace.
-        example_input: (B, C, H, W), or a tuple of arguments for forward.
-
-    Raises:
-        UsageError: torch.fx cannot trace the model, or the model does not accept the input.
+        model: The model; it stays as it is.
+        recording: Of one run.
     """
-    inputs = as_inputs(example_input)
-    fake = fake_copy(model, inputs)
-    graph_module = build_graph(fake.module, len(inputs), describe(model))
-    recorder = _Recorder(graph_module, fake)
-    return Traced(graph_module, recorder.record(describe(model)))
+    traced = Traced()
+    copied = recording.copied
+    if recording.on_values:
+        try:
+            copied = fake_copy(model, mode=recording.mode)
+        except UsageError as error:
+            traced.untraced[""] = str(error)
+            return traced
+    root = copied.module
+    paths = {id(module): path for path, module in root.named_modules()}
+    waiting = deque([""])
+    while waiting:
+        path = waiting.popleft()
+        module, entries = root.get_submodule(path), recording.entries.get(path, [])
+        if not entries:
+            continue
+        graph_module, opaque = _graph_of(module, entries[0])
+        opaque_paths = {paths[id(part)]: reason for part, reason in opaque}
+        traced.untraced |= opaque_paths
+        for part in opaque_paths:
+            waiting.extend(_called_below(part, root, recording))
+        if graph_module is not None:
+            _propagate(graph_module, module, path, recording)
+            traced.pieces.append(Piece(path, graph_module, convolutions_in(graph_module, path), len(entries)))
+            for leaf in _unopened(graph_module, path, recording):
+                if leaf not in opaque_paths:
+                    traced.untraced.setdefault(leaf, "is one node for torch.fx")
+                    waiting.append(leaf)
+    return traced
 
 
-def build_graph(module: nn.Module, inputs: int | None, name: str) -> fx.GraphModule:
-    """The fx GraphModule of a module.
+@unchanged_random_states()
+def build_graph(module: nn.Module, name: str) -> fx.GraphModule:
+    """The fx GraphModule of a whole module; arguments that have a default are fixed to it.
 
     Args:
         module: The module; the GraphModule shares its parts.
-        inputs: How many positional arguments vary; the others are fixed to their defaults. None: those that have no
-            default.
-        name: What to call the model in errors.
+        name: What to call it in errors.
 
     Raises:
         UsageError: torch.fx cannot trace the module.
     """
-    parameters = [
-        parameter
-        for parameter in inspect.signature(module.forward).parameters.values()
-        if parameter.kind not in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
-    ]
-    # An optional argument that is not given must be its default to "if mask is None", not a symbol that never is.
-    fixed = {
-        parameter.name: parameter.default
-        for position, parameter in enumerate(parameters)
-        if (inputs is None or position >= inputs)
-        and (parameter.default is None or isinstance(parameter.default, bool | int | float | str))
-    }
-    tracer = Tracer()
     try:
-        graph = tracer.trace(module, concrete_args=fixed or None)
+        return _graph(module, Tracer(), None)
     except Exception as error:  # forward is the user's code on symbolic values: anything can come out of it
         raise UsageError(
             f"{name}: torch.fx cannot trace the forward pass: {first_line(error)}."
             " Data-dependent control flow has to go, or be moved into a function marked with torch.fx.wrap"
         ) from error
+
+
+def _graph(module: nn.Module, tracer: Tracer, entry: Entry | None) -> fx.GraphModule:
+    """The graph of a module, as it is called in ``entry`` if there is one: flags and numbers are fixed.
+
+    An optional argument that is not given must be its default to "if mask is None", not a symbol that never is.
+    """
+    parameters = inspect.signature(module.forward).parameters.values()
+    values = {parameter.name: parameter.default for parameter in parameters} | _arguments(module, entry)
+    packed = {parameter.name for parameter in parameters if parameter.kind in _PACKED}
+    fixed = {
+        name: value
+        for name, value in values.items()
+        if name not in packed and (value is None or isinstance(value, bool | int | float | str))
+    }
+    graph = tracer.trace(module, concrete_args=fixed or None)
     return fx.GraphModule(tracer.root, graph, type(module).__name__)
 
 
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without the full stop."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+def _graph_of(module: nn.Module, entry: Entry) -> tuple[fx.GraphModule | None, list[tuple[nn.Module, str]]]:
+    """The graph of a module, if its own forward can be traced; and the modules below that cannot, with the reasons."""
+    opaque: dict[nn.Module, str] = {}
+    while True:
+        tracer = Tracer(tuple(opaque))
+        try:
+            return _graph(module, tracer, entry), list(opaque.items())
+        except Exception as error:
+            reason = f"torch.fx cannot trace ({first_line(error)})"
+        # An opaque module fails only for what it is called with: the forward that calls it is to blame.
+        culprit = next((part for part in reversed(tracer.running) if part not in opaque), module)
+        if culprit is module:
+            return None, [(module, reason)]
+        # Blocks of one kind fail alike: each would cost a trace of its own.
+        ours = type(culprit).__module__.partition(".")[0] != "torch"
+        alike = [part for part in module.modules() if part is culprit or (ours and type(part) is type(culprit))]
+        opaque |= {part: reason for part in alike if part is not module and part not in opaque}
 
 
-class _Recorder(fx.Interpreter):
-    """Runs a graph on fake tensors and notes the value of every node and every call of a convolution."""
+def _arguments(module: nn.Module, entry: Entry | None) -> dict[str, Any]:
+    """What a call gives, by the names and in the order of the signature; nothing if it does not fit the signature."""
+    if entry is None:
+        return {}
+    try:
+        bound = inspect.signature(module.forward).bind(*entry.args, **entry.kwargs)
+    except TypeError:
+        return {}
+    bound.apply_defaults()
+    return bound.arguments
 
-    def __init__(self, graph_module: fx.GraphModule, fake: FakeCopy) -> None:
+
+def _called_below(path: str, root: nn.Module, recording: Recording) -> Iterator[str]:
+    """The nearest modules below one that were called and hold convolutions: those of a ModuleList, which is not."""
+    for name, child in root.get_submodule(path).named_children():
+        below = f"{path}.{name}" if path else name
+        if below in recording.entries:
+            yield below
+        elif not isinstance(child, CONVOLUTIONS):
+            yield from _called_below(below, root, recording)
+
+
+def _unopened(graph_module: fx.GraphModule, path: str, recording: Recording) -> Iterator[str]:
+    """Modules that are one node and hold convolutions."""
+    targets = dict.fromkeys(str(node.target) for node in graph_module.graph.nodes if node.op == "call_module")
+    for target in targets:
+        below = f"{path}.{target}" if path else target
+        if below in recording.entries:
+            yield below
+
+
+def convolutions_in(graph_module: fx.GraphModule, path: str) -> dict[str, list[fx.Node]]:
+    """The nodes that call convolutions, by the names that the recording has for them."""
+    found: dict[str, list[fx.Node]] = {}
+    called: dict[str, Counter[str]] = {}
+    for node in graph_module.graph.nodes:
+        if node.op == "call_module" and isinstance(graph_module.get_submodule(node.target), CONVOLUTIONS):
+            found.setdefault(f"{path}.{node.target}" if path else node.target, []).append(node)
+        elif node.op == "call_function" and node.target in FUNCTIONS:
+            # Each call of a module has a key of its own in the stack ("block", "block@1", ...).
+            key, owner = next(reversed([(k, v[0]) for k, v in node.meta.get("nn_module_stack", {}).items()]), ("", ""))
+            owner = ".".join(part for part in (path, owner) if part)
+            name = function_name(owner, node.target, called.setdefault(key, Counter()))
+            found.setdefault(name, []).append(node)
+    return found
+
+
+def _propagate(graph_module: fx.GraphModule, module: nn.Module, path: str, recording: Recording) -> None:
+    """Gives every node its value, as far as the graph runs on fake tensors."""
+    entry = recording.entries[path][0]
+    packed = {name for name, each in inspect.signature(module.forward).parameters.items() if each.kind in _PACKED}
+    given = [value for name, value in _arguments(module, entry).items() if name not in packed]
+    propagator = _Propagator(graph_module, path, recording)
+    try:
+        with recording.mode:
+            propagator.run(*given)
+    except Exception:  # what depends on values ends here: of the nodes after it nothing is known
+        return
+
+
+class _Propagator(fx.Interpreter):
+    """Runs a graph on fake tensors; of a module that holds convolutions it takes the output that was recorded."""
+
+    def __init__(self, graph_module: fx.GraphModule, path: str, recording: Recording) -> None:
         super().__init__(graph_module)
         self.extra_traceback = False
-        self._fake = fake
-        self._paths = {path for path, _ in fake.module.named_modules()}
-        self._calls: list[Call] = []
-        self._node = next(iter(graph_module.graph.nodes))
-
-    def record(self, name: str) -> tuple[Call, ...]:
-        hooks = [
-            part.register_forward_hook(lambda part, args, output, path=path: self._note(path, args[0], output))
-            for path, part in self._fake.module.named_modules()
-            if path and isinstance(part, CONVOLUTIONS)
-        ]
-        try:
-            with self._fake.running():
-                self.run(*self._fake.inputs)
-        except Exception as error:
-            raise self._refusal(name, error) from error
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return tuple(self._calls)
+        self._path = path
+        self._entries = recording.entries
+        self._called: Counter[str] = Counter()
 
     def run_node(self, n: fx.Node) -> Any:
-        self._node = n
         value = super().run_node(n)
-        n.meta["value"] = value
-        if n.op == "call_function" and n.target in (torch.conv2d, torch.conv_transpose2d):
-            input = n.args[0] if n.args else n.kwargs["input"]
-            name = f"{n.name}()" if n.name in self._paths else n.name
-            self._note(name, self.env[input] if isinstance(input, fx.Node) else input, value)
+        n.meta[VALUE] = value
         return value
 
-    def _note(self, name: str, input: Any, output: Any) -> None:
-        if isinstance(input, Tensor) and isinstance(output, Tensor):
-            self._calls.append(Call(name, self._node, tuple(input.shape), tuple(output.shape)))
-
-    def _refusal(self, name: str, error: Exception) -> UsageError:
-        sizes = " and ".join("x".join(map(str, i.shape[1:])) for i in self._fake.inputs if isinstance(i, Tensor))
-        place, advice = str(self._node.target), "try a larger --input-size"
-        if self._node.op == "call_module":
-            module = self.fetch_attr(str(self._node.target))
-            place += f" ({type(module).__name__})"
-            given = [self.env[node] for node in self._node.all_input_nodes]
-            if isinstance(module, nn.Conv2d) and isinstance(given[0], Tensor) and given[0].dim() == 4:
-                channels = given[0].shape[1]
-                if given[0].dtype != module.weight.dtype:
-                    advice = f"it takes {module.weight.dtype} and was given {given[0].dtype}"
-                elif channels != module.in_channels:
-                    advice = f"it takes {module.in_channels} channels and was given {channels}"
-        return UsageError(f"{name} does not accept an input of {sizes}: {place} failed: {first_line(error)}; {advice}")
+    def call_module(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        path = f"{self._path}.{target}" if self._path else str(target)
+        if path not in self._entries:
+            return super().call_module(target, args, kwargs)
+        self._called[path] += 1
+        return self._entries[path][min(self._called[path], len(self._entries[path])) - 1].output

@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.benchmark import Timer
 
 _CYCLES_PER_SECOND = 2e9  # no less than a GPU's clock: a slower one waits longer, which does no harm
 _CACHES = 4  # the copies' size, in L2 caches
@@ -64,6 +63,8 @@ def median_ms(call: Callable[[], object], device: torch.device, seconds: float, 
         hide_host: On a GPU, let the host get ahead first. Without it a call takes what a program sees.
     """
     if device.type != "cuda":
+        from torch.utils.benchmark import Timer  # looks for compilers when it is imported
+
         timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
         return float(timer.blocked_autorange(min_run_time=seconds).median) * 1e3
     with torch.cuda.device(device):

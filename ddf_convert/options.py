@@ -1,0 +1,128 @@
+"""The options that say how to convert, shared by the commands that plan a conversion."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Any
+
+import typer
+
+
+class Combine(StrEnum):
+    """How the two filters make one."""
+
+    MUL = "mul"
+    ADD = "add"
+
+
+class Mixing(StrEnum):
+    """When a 1x1 convolution follows."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+SeRatio = Annotated[float, typer.Option(help="Squeeze of the channel branch, as a fraction of the channels.")]
+CombineOption = Annotated[Combine, typer.Option(help="How the two filters make one.")]
+Heads = Annotated[int, typer.Option(help="Groups of channels with a spatial filter of their own.")]
+
+
+@dataclass(frozen=True)
+class Conversion:
+    """What the options of a command said.
+
+    Attributes:
+        include: Patterns.
+        exclude: Patterns.
+        config: Fields of ConvertConfig.
+    """
+
+    include: list[str] | None
+    exclude: list[str] | None
+    config: dict[str, Any]
+
+
+def takes_conversion(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options below in the place of its parameter ``conversion``, a :class:`Conversion`."""
+    own = inspect.signature(command, eval_str=True).parameters.values()
+    options = {
+        name: option.replace(kind=inspect.Parameter.KEYWORD_ONLY)
+        for name, option in inspect.signature(_options, eval_str=True).parameters.items()
+    }
+
+    @functools.wraps(command)
+    def with_options(**arguments: Any) -> None:
+        config = {name: arguments.pop(name) for name in options}
+        conversion = Conversion(config.pop("include") or None, config.pop("exclude") or None, config)
+        command(**arguments, conversion=conversion)
+
+    parameters = [
+        *(each for each in own if each.kind is not inspect.Parameter.KEYWORD_ONLY),
+        *options.values(),
+        *(each for each in own if each.kind is inspect.Parameter.KEYWORD_ONLY and each.name != "conversion"),
+    ]
+    with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+    with_options.__annotations__ = {each.name: each.annotation for each in parameters}
+    return with_options
+
+
+def spread(arguments: Sequence[str], option: str = "--kernel-size") -> list[str]:
+    """``--kernel-size 3 5`` as ``--kernel-size 3 --kernel-size 5``, which is how the parser takes several values."""
+    found: list[str] = []
+    repeating = False
+    for argument in arguments:
+        if repeating and argument.isdecimal() and found[-1] != option:
+            found.append(option)
+        repeating = argument == option or (repeating and argument.isdecimal())
+        found.append(argument)
+    return found
+
+
+def _option(help: str, *names: str, **settings: Any) -> Any:
+    return typer.Option(*names, help=help, rich_help_panel="How to convert", **settings)
+
+
+def _options(
+    include: Annotated[
+        list[str] | None,
+        _option("Only these: a name, a glob, or re:PATTERN. Repeatable.", metavar="PATTERN", show_default=False),
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, _option("All but these. Repeatable.", metavar="PATTERN", show_default=False)
+    ] = None,
+    kernel_size: Annotated[
+        list[int] | None,
+        _option("Sizes of the convolutions to replace: 3 5 7.", metavar="K ...", show_default="3"),
+    ] = None,
+    stem: Annotated[bool, _option("Replace convolutions of the image too.", "--stem")] = False,
+    depthwise: Annotated[bool, _option("Replace depthwise convolutions too.", "--depthwise")] = False,
+    functional: Annotated[
+        bool, _option("Replace F.conv2d calls too; the model becomes a GraphModule.", "--functional")
+    ] = False,
+    allow_growth: Annotated[
+        bool, _option("Replace also where that adds parameters or MACs.", "--allow-growth")
+    ] = False,
+    keep_first: Annotated[int, _option("Leave the first N alone.", metavar="N")] = 0,
+    keep_last: Annotated[int, _option("Leave the last N alone.", metavar="N")] = 0,
+    target_macs: Annotated[
+        str | None, _option("Replace as few as bring the model to so many MACs: 2.5G.", metavar="N", show_default=False)
+    ] = None,
+    target_params: Annotated[
+        str | None, _option("The same for parameters: 12M.", metavar="N", show_default=False)
+    ] = None,
+    only_faster: Annotated[
+        bool, _option("Time every convolution here; leave alone what gets no faster.", "--only-faster")
+    ] = False,
+    mixing: Annotated[
+        Mixing, _option("A 1x1 convolution after DDF: auto adds it unless 1x1s stand on both sides.")
+    ] = Mixing.AUTO,
+    se_ratio: Annotated[float, _option("Squeeze of the channel branch, as a fraction of the channels.")] = 0.2,
+    combine: Annotated[Combine, _option("How the two filters make one.")] = Combine.MUL,
+    heads: Annotated[int, _option("Groups of channels with a spatial filter of their own.")] = 1,
+) -> None:
+    """The options, and what they are by default."""

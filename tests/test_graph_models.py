@@ -1,0 +1,231 @@
+"""Kinds of models: what goes in and comes out, what torch.fx cannot follow, wrappers; and that nothing is harmed."""
+
+import copy
+import random
+import warnings
+
+import networks as net
+import numpy
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree
+
+from ddf_convert.accounting import measure
+from ddf_convert.copies import real_copy
+from ddf_convert.errors import UsageError
+from ddf_convert.graph import Action, FoundBy, convert, plan, recorded
+from ddf_convert.layers import DDF2d, DDFConv2d
+
+IMAGE = torch.randn(1, 3, 20, 20)
+MASK, SHIFT = torch.rand(1, 1, 20, 20), torch.randn(1, 32, 1, 1)
+NAMED = {"image": IMAGE, "mask": MASK, "extra": {"shift": SHIFT}}
+FX, PIECES, HOOKS = FoundBy.FX, FoundBy.PIECES, FoundBy.HOOKS
+
+# name: (model, example input, site, how it is found, whether 1x1 convolutions mix around it)
+MODELS = {
+    "several inputs, tuple out": (net.ManyInputs(), NAMED, "conv", FX, False),
+    "dict out": (net.ManyInputs("dict"), NAMED, "conv", FX, False),
+    "list out": (net.ManyInputs("list"), NAMED, "conv", FX, False),
+    "dataclass out": (net.ManyInputs("dataclass"), NAMED, "conv", FX, False),
+    "a flag given": (net.ManyInputs(), {**NAMED, "scale": True}, "conv", FX, False),
+    "a dict as the one argument": (net.TakesDict(), {"image": IMAGE}, "conv", FX, False),
+    "a dict in a tuple": (net.TakesDict(), ({"image": IMAGE},), "conv", FX, False),
+    "a list of images": (net.TakesList(), ([IMAGE[0], IMAGE[0, :, :9]],), "body.conv", PIECES, True),
+    "an optional argument": (net.Optional(), (IMAGE, MASK), "conv", FX, False),
+    "control flow on values, a block": (net.Untraceable(), IMAGE, "blocks.0.conv", PIECES, True),
+    "control flow on values, its own": (net.Untraceable(), IMAGE, "conv", HOOKS, False),
+    "an untraceable middle, outside": (net.AroundUntraceable(), IMAGE, "last", FX, False),
+    "an untraceable middle, a block": (net.AroundUntraceable(), IMAGE, "middle.blocks.1.conv", PIECES, True),
+    "a loop over a size": (net.Iterating(), torch.randn(2, 3, 20, 20), "conv", HOOKS, False),
+    "a loop over modules": (net.Loop(), IMAGE, "convs.0", FX, False),
+    "state and randomness": (net.Stateful(), IMAGE, "conv", HOOKS, False),
+    "on the meta device": (net.Untraceable().to("meta"), IMAGE, "blocks.0.conv", PIECES, True),
+    "in bfloat16": (net.Untraceable().bfloat16(), IMAGE.bfloat16(), "conv", HOOKS, False),
+    "in float16": (net.Loop().half(), IMAGE.half(), "convs.0", FX, False),
+    "in DataParallel": (nn.DataParallel(net.Loop()), IMAGE, "convs.0", FX, False),
+}
+
+
+def called(model, example):
+    if isinstance(example, dict) and "mask" in example:
+        return model(**example)
+    return model(*example) if isinstance(example, tuple) else model(example)
+
+
+def shapes(outputs):
+    outputs = vars(outputs) if isinstance(outputs, net.Outputs) else outputs
+    return _pytree.tree_map(lambda leaf: leaf.shape if isinstance(leaf, torch.Tensor) else leaf, outputs)
+
+
+@pytest.mark.parametrize("case", MODELS)
+def test_sites_are_found_and_replaced(case):
+    model, example, name, found_by, mixed = MODELS[case]
+    decided = plan(model, example)
+    site = decided[name]
+    assert (site.action, site.found_by) == (Action.REPLACE, found_by)
+    assert bool(site.caution) == (found_by is not FX)
+    assert site.replacement.layer == ("DDF2d" if mixed else "DDFConv2d")
+    converted = convert(model, decided)
+    assert type(converted) is type(model)
+    inner = converted.module if isinstance(model, nn.DataParallel) else converted
+    assert isinstance(inner.get_submodule(name), DDF2d | DDFConv2d)
+    before, after = (real_copy(module).module for module in (model, converted))  # the meta one gets weights
+    assert shapes(called(before, example)) == shapes(called(after, example))
+    arguments = (example,) if isinstance(example, torch.Tensor) else example if isinstance(example, tuple) else ()
+    named = example if isinstance(example, dict) and "mask" in example else {}
+    if arguments or named:
+        cost = measure(converted, *arguments, **named)
+        assert (cost.params, cost.macs) == (decided.after.params, decided.after.macs)
+
+
+def test_cautions_and_notes_name_the_place_and_the_reason():
+    decided = plan(net.AroundUntraceable(), IMAGE)
+    assert decided["middle.conv"].calls == 2
+    assert decided["middle.conv"].caution == (
+        "inside middle (Untraceable), which torch.fx cannot trace (symbolically traced variables cannot be used as"
+        " inputs to control flow): of its neighbours nothing is known"
+    )
+    assert decided.notes == ["The forward pass depends on values: what it calls, and the shapes, are those of one run"]
+    (whole,) = plan(net.Iterating(), IMAGE).notes
+    assert whole.startswith("The model as a whole torch.fx cannot trace (")
+    assert whole.endswith("Convolutions found: 2 by running the model")
+    assert plan(net.Loop(), IMAGE).notes == []
+
+
+def test_how_sites_were_found_survives_json():
+    decided = plan(net.Untraceable(), IMAGE)
+    assert type(decided).from_json(decided.to_json()) == decided
+
+
+def states():
+    numbers = numpy.random.get_state()
+    return random.getstate(), numbers[0], numbers[1].tolist(), *numbers[2:], torch.get_rng_state().tolist()
+
+
+def test_planning_a_model_that_has_to_run_harms_nothing():
+    model = net.Stateful().train()
+    model.first.requires_grad_(False)
+    seen = []
+    model.first.register_forward_hook(lambda module, args, output: seen.append(output))
+    model.first.register_forward_pre_hook(lambda module, args: seen.append(args))
+    state = copy.deepcopy(model.state_dict())
+    random_states = states()
+    converted = convert(model, plan(model, IMAGE))
+    assert states() == random_states
+    assert seen == []
+    assert model.calls == 0
+    assert model.last is None
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert model.training
+    assert not model.first.weight.requires_grad
+    converted(IMAGE)
+    assert len(seen) == 2
+
+
+def test_a_hook_that_belongs_to_the_model_is_kept():
+    """As in timm's FeatureHookNet: the model's output is what its own hook collected."""
+
+    class Collecting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body = net.Loop()
+            self.collected = []
+            self.body.convs[0].register_forward_hook(self.collect)
+
+        def collect(self, module, args, output):
+            self.collected.append(output)
+
+        def forward(self, x):
+            self.collected.clear()
+            self.body(x)
+            return torch.cat(self.collected)
+
+    model = Collecting()
+    decided = plan(model, IMAGE)
+    assert decided["body.convs.0"].reason == "has hooks that would be lost"
+    assert decided["body.convs.1"].action is Action.REPLACE
+    assert model.collected == []
+    assert convert(model, decided)(IMAGE).shape == (1, 32, 20, 20)
+
+
+def test_functional_sites_make_a_graph_module():
+    model = net.Functions().eval()
+    decided = plan(model, IMAGE, functional=True)
+    assert [site.name for site in decided.replaced] == ["twice.conv2d()", "once.conv2d()"]
+    converted = convert(model, decided)
+    assert isinstance(converted, torch.fx.GraphModule)
+    assert isinstance(converted.twice.ddf_conv2d, DDFConv2d)
+    assert "twice.weight" not in dict(converted.named_parameters())
+    assert converted(IMAGE).shape == model(IMAGE).shape
+    cost = measure(converted, IMAGE)
+    assert (cost.params, cost.macs) == (decided.after.params, decided.after.macs)
+    assert [step.names for step in recorded(converted).replaced] == [("twice.conv2d()",), ("once.conv2d()",)]
+    with pytest.raises(UsageError, match="cannot be replaced in place"):
+        convert(model, decided, inplace=True)
+    assert recorded(model) is None
+    decided["twice.conv2d()"].skip()
+    assert "twice.weight" in dict(convert(model, decided).named_parameters())
+
+
+def scripted():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(net.conv())
+
+
+class Boom(net.Loop):
+    def forward(self, x):
+        raise RuntimeError("boom\nand more")
+
+
+REFUSED = {
+    "a ScriptModule": (scripted, IMAGE, "a ScriptModule has no Python modules to replace: convert the model first"),
+    "compiled": (
+        lambda: torch.compile(net.Loop(), backend="eager"),
+        IMAGE,
+        r"OptimizedModule: convert its \._orig_mod",
+    ),
+    "no module": (lambda: print, IMAGE, "expected a torch.nn.Module, got builtin"),
+    "raises": (Boom, IMAGE, r"Boom does not accept an input of 3x20x20: its forward \(Boom\) failed: boom; "),
+    "an argument is missing": (net.ManyInputs, IMAGE, "ManyInputs does not accept .*missing .*'mask'"),
+    "an argument too many": (net.Loop, (IMAGE, IMAGE), "Loop does not accept .*positional arguments"),
+    "a lazy convolution": (lambda: nn.Sequential(nn.LazyConv2d(8, 3)), IMAGE, "0.weight is lazy and has no shape yet"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_with_one_clear_line(case):
+    make, example, words = REFUSED[case]
+    with pytest.raises(UsageError, match=words) as caught:
+        plan(make(), example)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_lazy_convolution_that_ran_is_one_like_any_other():
+    model = nn.Sequential(nn.Conv2d(3, 32, 1), nn.LazyConv2d(32, 3))
+    model(IMAGE)
+    assert plan(model, IMAGE)["1"].action is Action.REPLACE
+
+
+def test_a_script_module_within_is_left_alone():
+    model = nn.Sequential(net.conv(3), scripted_relu(), nn.Conv2d(32, 32, 3))
+    decided = plan(model, IMAGE)
+    assert decided["2"].action is Action.REPLACE
+    assert convert(model, decided)(IMAGE).shape == model(IMAGE).shape
+
+
+def scripted_relu():
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)
+        return torch.jit.script(nn.ReLU())
+
+
+def test_a_converted_model_says_so_and_is_safe_to_convert():
+    once = convert(net.Loop(), example_input=IMAGE)
+    decided = plan(once, IMAGE)
+    assert decided["convs.0"].reason == "already a DDF layer"
+    assert decided.replaced == []
+    twice = convert(once, decided)
+    assert recorded(twice).replaced == recorded(once).replaced
+    assert all(torch.equal(value, twice.state_dict()[name]) for name, value in once.state_dict().items())
