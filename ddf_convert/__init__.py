@@ -10,20 +10,24 @@ if "_DDF_CONVERT_COMPLETE" not in os.environ:
     from ddf_convert import layers, models, ops
     from ddf_convert.accounting import Cost, count_parameters, measure
     from ddf_convert.artifact import load, restore, save
-    from ddf_convert.graph import Action, Conversion, ConvertConfig, Plan, Replacement, Site, convert, plan
+    from ddf_convert.graph import Action, Conversion, ConvertConfig, FoundBy, Plan, Replacement, Site, convert, plan
+    from ddf_convert.report import Comparison, compare
 
 __all__ = [
     "Action",
     "ArtifactError",
+    "Comparison",
     "Conversion",
     "ConvertConfig",
     "Cost",
     "DDFError",
+    "FoundBy",
     "Plan",
     "Replacement",
     "Site",
     "UsageError",
     "__version__",
+    "compare",
     "convert",
     "count_parameters",
     "layers",

@@ -26,7 +26,8 @@ from ddf_convert.errors import ArtifactError, UsageError
 from ddf_convert.folder import MANIFEST, FileRecord, check_writable, finished, replacing, unfinished
 from ddf_convert.graph.plan import in_one_line
 from ddf_convert.graph.record import first_line
-from ddf_convert.graph.rewrite import Conversion, prepare, recorded, swap
+from ddf_convert.graph.rewrite import Conversion, recorded
+from ddf_convert.graph.swap import prepare, swap
 from ddf_convert.graph.trace import describe
 from ddf_convert.graph.wrappers import bare
 from ddf_convert.version import __version__

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 import random
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from types import MethodType
+from types import MethodType, ModuleType
 from typing import Any, TypeVar
 
 import numpy
@@ -45,13 +46,9 @@ class Copy:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A context to run the copy in: gradients on, whatever the caller's own modes are; random states stay.
-
-        What the model warns of belongs to the runs that the user asks for.
-        """
+        """A context to run the copy in: gradients on, whatever the caller's own modes are; random states stay."""
         with ExitStack() as stack:
-            stack.enter_context(warnings.catch_warnings())
-            warnings.simplefilter("ignore")
+            stack.enter_context(_quiet())
             stack.enter_context(unchanged_random_states())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -89,8 +86,6 @@ def watch_a_run(
     """
     try:
         return _watched(fake_copy(module, args, kwargs), watch)
-    except UsageError:
-        raise
     except Exception:  # fake tensors refuse what depends on values in many ways; any other fault will recur
         return _watched(real_copy(module, args, kwargs), watch)
 
@@ -123,7 +118,7 @@ def fake_copy(
         UsageError: The module has parameters that are not initialised, or cannot be copied.
     """
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
-    with mode:
+    with _quiet(), mode:
         copied = _copy(module, lambda tensor: _imitate(tensor, "cpu"))
     return Copy(_in_evaluation(copied), in_mode(mode, args), in_mode(mode, kwargs or {}), mode)
 
@@ -226,7 +221,9 @@ def _filled(tensor: Tensor) -> Tensor:
         return tensor
     filled = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
     # Ones for buffers: running variances divide. Parameters are small, so that sums over channels stay finite.
-    return filled.normal_(std=0.02) if isinstance(tensor, nn.Parameter) else filled.fill_(1)
+    if isinstance(tensor, nn.Parameter) and filled.is_floating_point():
+        return filled.normal_(std=0.02, generator=torch.Generator().manual_seed(0))
+    return filled.fill_(1)
 
 
 def _as_parameter(tensor: Tensor) -> nn.Parameter:
@@ -234,10 +231,39 @@ def _as_parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def _tensors(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors kept as plain attributes (as weight_norm keeps the weight that it computes)."""
+    """Parameters, buffers, and tensors anywhere in attributes: a detector's anchors, the weight of weight_norm."""
+    seen: set[int] = set()
     for part in module.modules():
-        for values in (part._parameters, part._buffers, vars(part)):
-            yield from (value for value in values.values() if isinstance(value, Tensor))
+        yield from (
+            tensor for each in (part._parameters, part._buffers) for tensor in each.values() if tensor is not None
+        )
+        yield from _tensors_in(vars(part), seen)
+
+
+def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
+    if isinstance(value, Tensor):
+        yield value
+    elif id(value) in seen or isinstance(value, nn.Module | type | ModuleType):
+        return
+    else:
+        seen.add(id(value))
+        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple | set) else ()
+        for item in (*inner, *getattr(value, "__dict__", {}).values()):
+            yield from _tensors_in(item, seen)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """What models warn of belongs to the runs that users ask for; and torch logs at length what fake tensors refuse."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)
 
 
 def _hooks(module: nn.Module) -> Iterator[OrderedDict[int, Any]]:

@@ -43,15 +43,18 @@ def readme() -> list[tuple[str, str]]:
 
 
 def programs() -> list[tuple[str, str]]:
-    """Each Python program and the output that stands under it."""
-    blocks = readme()
-    return [(code, blocks[place + 1][1]) for place, (language, code) in enumerate(blocks) if language == "python"]
+    """Each Python program of a page and the output that stands under it."""
+    found = []
+    for page in PAGES:
+        blocks = FENCED.findall(page.read_text(encoding="utf-8"))
+        found += [(code, blocks[place + 1][1]) for place, (language, code) in enumerate(blocks) if language == "python"]
+    return found
 
 
 @pytest.mark.parametrize(("code", "output"), programs())
-def test_the_readmes_programs_print_what_it_says(code, output, tmp_path, monkeypatch, capsys):
+def test_programs_print_what_their_page_says(code, output, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    exec(compile(code, "README.md", "exec"), {"__name__": "__main__"})
+    exec(compile(code, "page.md", "exec"), {"__name__": "__main__"})
     assert capsys.readouterr().out == output
 
 

@@ -5,19 +5,30 @@ from __future__ import annotations
 import json
 import re
 from html.parser import HTMLParser
+from typing import Any
 
 import pytest
 from rich.console import Console
 
 from ddf_convert.accounting import Cost
 from ddf_convert.graph import Action, ConvertConfig, Plan, Replacement, Site
-from ddf_convert.report import page, report, units
-from ddf_convert.report.groups import counted, left_alone, others
+from ddf_convert.graph.plan import FoundBy, Timed
+from ddf_convert.report import Comparison, page, report, units
+from ddf_convert.report.groups import changed, counted, left_alone, others
 from ddf_convert.report.tables import plan_tables
 
 
-def site(name: str, kind: str = "dense 3x3", reason: str = "", replaced: bool = False, calls: int = 1) -> Site:
-    before, after = Cost(params=36_864, macs=115_605_504, activation_bytes=800), Cost(params=9_000, macs=3_600_000)
+def site(
+    name: str,
+    kind: str = "dense 3x3",
+    reason: str = "",
+    replaced: bool = False,
+    calls: int = 1,
+    ms: tuple[float | None, float | None] = (None, None),
+    **more: Any,
+) -> Site:
+    before = Cost(params=36_864, macs=115_605_504, activation_bytes=800, latency_ms=ms[0])
+    after = Cost(params=9_000, macs=3_600_000, latency_ms=ms[1])
     options = {"in_channels": 64}
     return Site(
         name=name,
@@ -33,12 +44,14 @@ def site(name: str, kind: str = "dense 3x3", reason: str = "", replaced: bool = 
         replacement=Replacement(layer="DDF2d", options=options) if replaced else None,
         before=before,
         after=after if replaced else before,
+        **more,
     )
 
 
-def plan(*sites: Site, model: str = "net") -> Plan:
-    before = Cost(params=25_557_032, macs=4_089_184_256, activation_bytes=85_000_000)
-    return Plan(model=model, input_size=(3, 224, 224), config=ConvertConfig(), before=before, sites=list(sites))
+def plan(*sites: Site, model: str = "net", ms: float | None = None, **more: Any) -> Plan:
+    before = Cost(params=25_557_032, macs=4_089_184_256, activation_bytes=85_000_000, latency_ms=ms)
+    config = ConvertConfig()
+    return Plan(model=model, input_size=(3, 224, 224), config=config, before=before, sites=list(sites), **more)
 
 
 ODD = plan(
@@ -77,6 +90,8 @@ ODD = plan(
         (units.size(1023), "1023 B"),
         (units.size(1024), "1.00 KiB"),
         (units.size(1023 * 1024 + 900), "1.00 MiB"),
+        (units.milliseconds(33.14), "33.1 ms"),
+        (units.figure(0.0123456), "0.0123"),
         (units.change(25_557_032, 16_843_748), "-34.1 %"),
         (units.change(100, 137), "+37.0 %"),
         (units.change(100, 100), "none"),
@@ -85,6 +100,24 @@ ODD = plan(
 )
 def test_numbers_in_words(written: str, expected: str) -> None:
     assert written == expected
+
+
+@pytest.mark.parametrize(
+    ("axis", "greatest", "expected"),
+    [
+        (units.count_axis, 118e6, ["0", "50 M", "100 M"]),
+        (units.count_axis, 999, ["0", "200", "400", "600", "800"]),
+        (units.count_axis, 0, ["0"]),
+        (units.size_axis, 3.1 * 2**20, ["0", "1 MiB", "2 MiB", "3 MiB"]),
+        (units.size_axis, 1024, ["0", "0.2 KiB", "0.4 KiB", "0.6 KiB", "0.8 KiB", "1 KiB"]),
+        (units.milliseconds_axis, 0.9, ["0", "0.2 ms", "0.4 ms", "0.6 ms", "0.8 ms"]),
+        (units.milliseconds_axis, 2500, ["0", "500 ms", "1000 ms", "1500 ms", "2000 ms", "2500 ms"]),
+    ],
+)
+def test_axes_have_a_few_round_numbers(axis: Any, greatest: float, expected: list[str]) -> None:
+    ticks = axis(greatest)
+    assert [text for _, text in ticks] == expected
+    assert all(0 <= number <= greatest for number, _ in ticks)
 
 
 def test_the_report_is_json_whose_sites_add_up_to_its_totals() -> None:
@@ -101,14 +134,28 @@ def test_the_report_is_json_whose_sites_add_up_to_its_totals() -> None:
     assert report(ODD)["model"] == "odd"
 
 
+TIMED = plan(
+    site("layer1.0.conv1", reason="DDF + 1x1: nothing else mixes channels", replaced=True, ms=(5.25, 1.125)),
+    site("layer1.0.conv2", reason="DDF + 1x1: nothing else mixes channels", replaced=True, ms=(2.0, 3.0)),
+    site("layer2.0.conv1", "pointwise 1x1", "1x1 kernel; DDF replaces 3x3", ms=(0.5, 0.5)),
+    site("layer2.0.conv2", reason="is odd", ms=(1.0, 1.0), found_by=FoundBy.HOOKS),
+    site("layer2.0.conv3", replaced=True, ms=(4.0, 4.0), found_by=FoundBy.PIECES, caution="may be looked at elsewhere"),
+    ms=20.0,
+    timed=Timed(machine="an abacus", replaced=("somebody", "else"), after_ms=1.0),
+    notes=["The model as a whole is odd"],
+)
+
+
 def test_every_convolution_is_in_exactly_one_group() -> None:
-    groups = [ODD.replaced, left_alone(ODD), others(ODD)]
-    assert [[site.name for site in group] for group in groups[1:]] == [
+    shown = Comparison.of(ODD)
+    groups = [changed(shown), left_alone(shown), others(shown)]
+    assert [layer.name for layer in groups[0]] == [site.name for site in ODD.replaced]
+    assert [[layer.name for layer in group] for group in groups[1:]] == [
         ["stem", "depthwise", "conv2d"],
         ["one", "two", "wide", "done"],
     ]
-    assert sorted(site.name for group in groups for site in group) == sorted(ODD.names())
-    assert counted(others(ODD)) == "2 of 1x1, 1 of 1x7, 1 DDF"
+    assert sorted(layer.name for group in groups for layer in group) == sorted(ODD.names())
+    assert counted(groups[2]) == "2 of 1x1, 1 of 1x7, 1 DDF"
 
 
 def printed(plan: Plan, width: int = 80, everything: bool = False) -> str:
@@ -122,7 +169,7 @@ def printed(plan: Plan, width: int = 80, everything: bool = False) -> str:
 @pytest.mark.parametrize("everything", [False, True])
 def test_tables_keep_to_the_width(width: int, everything: bool) -> None:
     text = printed(ODD, width, everything)
-    assert max(map(len, text.splitlines())) <= width
+    assert max(map(len, (text + printed(TIMED, width, everything)).splitlines())) <= width
     assert "stem=True" not in text
     assert ("already a DDF layer" in " ".join(text.split())) == everything
 
@@ -142,6 +189,37 @@ def test_tables_say_what_matters() -> None:
     ):
         assert expected in text
     assert "multiply-accumulates" in text
+
+
+def test_tables_say_what_was_not_measured() -> None:
+    text = " ".join(printed(ODD).split())
+    assert "latency - - not measured" in text
+    assert "fewer MACs are not by themselves faster: --measure" in text
+    assert " ms" not in text
+
+
+def test_tables_of_a_timed_plan() -> None:
+    lines = printed(TIMED).splitlines()
+    text = " ".join(" ".join(lines).split())
+    assert "latency 20.0 ms 16.9 ms -15.6 %" in text
+    assert "on an abacus" in text
+    assert "The latency after is an estimate" in text
+    assert "The model as a whole is odd" in text
+    assert "More than before: latency of 1, out of 3 convolutions replaced" in text
+    assert next(line.split() for line in lines if line.startswith("layer1.0.conv2"))[-3:] == ["2.00", "->", "3.00"]
+    assert "may be looked at elsewhere (1)" in text
+    assert "found piece by piece: torch.fx cannot trace the whole model (1)" in text
+    assert "not measured" not in text
+
+
+def test_the_converted_models_own_time_is_shown_while_the_plan_is_as_it_was_timed() -> None:
+    timed = TIMED.model_copy(deep=True)
+    timed.timed = Timed(machine="an abacus", replaced=tuple(site.name for site in timed.replaced), after_ms=5.0)
+    text = " ".join(printed(timed).split())
+    assert "latency 20.0 ms 5.00 ms -75.0 %" in text
+    assert "estimate" not in text
+    timed.replaced[0].skip()
+    assert "estimate" in printed(timed)
 
 
 @pytest.mark.parametrize(
@@ -194,6 +272,59 @@ def test_the_page_stands_alone_and_names_every_site() -> None:
         assert name in found.text
     for expected in ("asked", "3 of 10 convolutions", "25.56 M", "36.9 k", "called 3 times"):
         assert expected in found.text
+
+
+def test_the_page_of_an_untimed_plan_says_so_and_how_to_measure() -> None:
+    text = Tags(page(ODD)).text
+    assert "fewer MACs are not by themselves faster: --measure" in " ".join(text.split())
+    assert "Latencynot measured" in text
+    assert "0 ms" not in text
+
+
+def test_the_page_of_a_timed_plan() -> None:
+    found = Tags(page(TIMED))
+    for expected in (
+        "16.9 ms",
+        "20.0 ms",
+        "an abacus",
+        "The latency after is an estimate",
+        "The model as a whole is odd",
+        "More than before: latency of 1, out of 3 convolutions replaced",
+        "may be looked at elsewhere",
+        "found piece by piece",
+        "layer1.0.conv2: 2.00 ms → 3.00 ms",
+    ):
+        assert expected in found.text
+    assert "not measured" not in found.text
+
+
+def test_charts_have_a_bar_for_every_layer_before_and_after() -> None:
+    html = page(TIMED)
+    charts = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(charts) == 4
+    for chart in charts:
+        assert chart.count("<title>") == len(TIMED)
+        assert chart.count('class="before"') == len(TIMED)
+    latency = charts[3]
+    assert latency.count('class="grown"') == 1  # the one layer that got slower
+    assert latency.count('class="after"') == len(TIMED) - 1
+    heights = [float(height) for height in re.findall(r'height="([\d.]+)"', latency)]
+    assert heights[0] == max(heights) == pytest.approx(100 / 1.04, abs=0.01)
+    assert heights[1] == pytest.approx(heights[0] * 1.125 / 5.25, abs=0.01)
+    assert html.count(">layer1</span>") == html.count(">layer2</span>") == 4
+    assert "5 ms" in html
+
+
+def test_the_page_of_a_large_network_names_its_parts_and_folds_long_lists() -> None:
+    names = [f"backbone.{part}.{number}" for part in ("stem", "body", "head") for number in range(60)]
+    html = page(plan(*(site(name, reason="not today") for name in names)))
+    found = Tags(html)
+    for name in names:
+        assert name in found.text
+    for part in ("stem", "body", "head"):
+        assert html.count(f">{part}</span>") == 3  # once for each of the charts, of which that of latency is missing
+    assert "180 dense 3x3: not today" in found.text
+    assert "One by one" in found.text
 
 
 @pytest.mark.parametrize("evil", ["<script>alert(1)</script>", '"><img src=x onerror=alert(1)>', "a & b {c} %s"])

@@ -2,7 +2,8 @@
 
 from ddf_convert.graph.plan import Action, ConvertConfig, FoundBy, Plan, Replacement, Site
 from ddf_convert.graph.planner import plan
-from ddf_convert.graph.rewrite import Conversion, Replaced, convert, recorded
+from ddf_convert.graph.rewrite import Conversion, convert, recorded
+from ddf_convert.graph.swap import Replaced
 
 __all__ = [
     "Action",

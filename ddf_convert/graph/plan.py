@@ -165,6 +165,22 @@ class Site(BaseModel):
         self.action, self.reason, self.after = Action.REPLACE, reason, self.replacement_cost
 
 
+class Timed(BaseModel):
+    """What a plan's times belong to.
+
+    Attributes:
+        machine: What they were measured on, in words.
+        replaced: The names of the sites that were replaced when the converted model was timed.
+        after_ms: Milliseconds of one forward pass of it; None if nothing was replaced or it was not timed.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    machine: str
+    replaced: tuple[str, ...]
+    after_ms: float | None
+
+
 class Plan(BaseModel):
     """The decisions about every convolution of one model, in the order of its forward pass.
 
@@ -175,7 +191,7 @@ class Plan(BaseModel):
         before: Cost of the whole model.
         sites: Every convolution.
         notes: What there is to say of the plan as a whole: what could not be traced or reached.
-        machine: What the times among the costs were measured on; None where there are none.
+        timed: What was timed, if anything was.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -186,15 +202,30 @@ class Plan(BaseModel):
     before: Cost
     sites: list[Site]
     notes: list[str] = []
-    machine: str | None = None
+    timed: Timed | None = None
 
     @property
     def after(self) -> Cost:
-        """Cost of the whole model once the plan is applied; its latency, like its activations, is an estimate."""
+        """Cost of the whole model once the plan is applied. Its activations are an estimate; so is its latency, where
+        the plan is no longer as it was when it was timed (``timed_whole``).
+        """
         total = self.before
         for site in self.replaced:
             total = total - site.before + site.after
-        return total
+        return (
+            total.model_copy(update={"latency_ms": self.timed.after_ms}) if self.timed_whole and self.timed else total
+        )
+
+    @property
+    def timed_whole(self) -> bool:
+        """Whether the converted model was timed as the plan stands now."""
+        timed = self.timed
+        return bool(timed and timed.after_ms and timed.replaced == tuple(site.name for site in self.replaced))
+
+    @property
+    def machine(self) -> str | None:
+        """What the times among the costs were measured on; None where there are none."""
+        return self.timed.machine if self.timed else None
 
     @property
     def replaced(self) -> list[Site]:

@@ -8,22 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from ddf_convert import accounting
-from ddf_convert.accounting import Cost, count_parameters
-from ddf_convert.copies import real_copy
+from ddf_convert.accounting import Cost
 from ddf_convert.graph.budget import apply_budgets
 from ddf_convert.graph.build import build, caution, is_depthwise, kind_of, obstacle, replacement_for, stand_in
-from ddf_convert.graph.plan import Action, ConvertConfig, FoundBy, Plan, Site, make_config
+from ddf_convert.graph.costs import Costs, Stopwatch
+from ddf_convert.graph.plan import Action, ConvertConfig, FoundBy, Plan, Site, Timed, make_config
 from ddf_convert.graph.record import Recording, record
 from ddf_convert.graph.select import Patterns, Selector
 from ddf_convert.graph.sites import Convolution, find_convolutions
+from ddf_convert.graph.swap import steps_of
 from ddf_convert.graph.trace import Traced, describe, trace
 from ddf_convert.graph.wrappers import bare
 from ddf_convert.inputs import ExampleInput, as_arguments, first_size
-from ddf_convert.latency import device_of, forward_ms
 from ddf_convert.layers import DDFConv2d
-from ddf_convert.machine import called
-from ddf_convert.machine import describe as describe_machine
 
 Filter = Callable[[str, nn.Module], bool]
 
@@ -66,25 +63,55 @@ def plan(
             is wrong.
         DDFError: What is to be timed does not run.
     """
-    config = make_config(config, options)
+    return _plan(model, example_input, make_config(config, options), include, exclude, filter_fn, measure, measure)
+
+
+def as_it_stands(model: nn.Module, example_input: ExampleInput, measure: bool = False) -> Plan:
+    """The plan of a model whose ``before`` is what matters: what could take a convolution's place is not timed.
+
+    Args:
+        model: As for :func:`plan`.
+        example_input: As for :func:`plan`.
+        measure: Time the model and every convolution, on the model's device.
+    """
+    return _plan(model, example_input, ConvertConfig(), None, None, None, measure, False)
+
+
+def _plan(
+    model: nn.Module,
+    example_input: ExampleInput,
+    config: ConvertConfig,
+    include: Patterns,
+    exclude: Patterns,
+    filter_fn: Filter | None,
+    measure: bool | torch.device | str,
+    measure_replacements: bool | torch.device | str,
+) -> Plan:
     model = bare(model)
     args, kwargs = as_arguments(model, example_input)
     recording = record(model, args, kwargs, describe(model))
     traced = trace(model, recording)
     convolutions = find_convolutions(model, recording, traced)
-    stopwatch = _Stopwatch(model, measure) if measure or config.only_faster else None
+    stopwatch = Stopwatch(model, measure) if measure or config.only_faster else None
+    measure_replacements = measure_replacements or config.only_faster
+    costs = Costs(stopwatch)
     planner = _Planner(
         config,
         Selector("include", include, convolutions),
         Selector("exclude", exclude, convolutions),
         filter_fn,
-        _Costs(stopwatch),
+        costs,
+        costs if measure_replacements else Costs(None),
     )
     sites = [planner.decide(convolution) for convolution in convolutions]
-    before = recording.cost
+    before, timed = recording.cost, None
     if stopwatch:
-        before = before.model_copy(update={"latency_ms": stopwatch.ms(model, *args, kwargs=kwargs)})
+        before = before.model_copy(update={"latency_ms": stopwatch.ms(model, *args, **kwargs)})
     notes = [*_notes(recording, traced, sites), *apply_budgets(sites, config, before)]
+    if stopwatch:
+        steps = steps_of(sites, model)
+        after = stopwatch.ms_converted(model, steps, *args, **kwargs) if measure_replacements and steps else None
+        timed = Timed(machine=stopwatch.machine, replaced=tuple(step.names[0] for step in steps), after_ms=after)
     return Plan(
         model=describe(model),
         input_size=first_size(args, kwargs),
@@ -92,7 +119,7 @@ def plan(
         before=before,
         sites=sites,
         notes=notes,
-        machine=stopwatch.machine if stopwatch else None,
+        timed=timed,
     )
 
 
@@ -112,20 +139,6 @@ def _notes(recording: Recording, traced: Traced, sites: list[Site]) -> list[str]
     return notes
 
 
-class _Stopwatch:
-    """Times modules on one device."""
-
-    def __init__(self, model: nn.Module, device: bool | torch.device | str) -> None:
-        own = device_of(model)
-        default = torch.device("cpu") if own.type == "meta" else own
-        self.device = default if isinstance(device, bool) else torch.device(device)
-        self.machine = called(describe_machine(self.device))
-
-    def ms(self, module: nn.Module, *args: Any, kwargs: dict[str, Any] | None = None) -> float:
-        """Milliseconds of one forward pass; the module can be on any device, the meta device included."""
-        return forward_ms(real_copy(module).module.to(self.device), *args, kwargs=kwargs)
-
-
 class _Planner:
     """The table of decisions, row by row."""
 
@@ -135,13 +148,15 @@ class _Planner:
         include: Selector,
         exclude: Selector,
         filter_fn: Filter | None,
-        costs: _Costs,
+        costs: Costs,
+        costs_of_replacements: Costs,
     ) -> None:
         self.config = config
         self.include = include
         self.exclude = exclude
         self.filter_fn = filter_fn
         self.costs = costs
+        self.costs_of_replacements = costs_of_replacements
 
     def decide(self, convolution: Convolution) -> Site:
         module = convolution.module
@@ -158,7 +173,7 @@ class _Planner:
         site.caution = "; ".join(filter(None, (convolution.caution, caution(module))))
         site.replacement = replacement_for(module, self.config, mix)
         layer = build(site.replacement, device="meta").to(module.weight.dtype)
-        site.replacement_cost = self.costs.over_all_calls(layer, convolution)
+        site.replacement_cost = self.costs_of_replacements.over_all_calls(layer, convolution)
         refusal = self._unselected(convolution, module) or self._unprofitable(site, module)
         if refusal:
             site.reason = refusal
@@ -299,29 +314,3 @@ def _unusual(convolution: Convolution) -> Site:
         before=Cost(),
         after=Cost(),
     )
-
-
-class _Costs:
-    """Costs of layers over all the calls of a convolution. Equal layers, of which models have many, run once."""
-
-    def __init__(self, stopwatch: _Stopwatch | None) -> None:
-        self._stopwatch = stopwatch
-        self._measured: dict[tuple[Any, ...], Cost] = {}
-
-    def over_all_calls(self, module: nn.Module, convolution: Convolution) -> Cost:
-        """Parameters once; MACs, activations and time for each call, at its shape."""
-        total = Cost(params=count_parameters(module), latency_ms=0.0 if self._stopwatch else None)
-        for call in convolution.calls:
-            total += self._of_one_call(module, call.input_shape).model_copy(update={"params": 0})
-        return total
-
-    def _of_one_call(self, module: nn.Module, shape: tuple[int, ...]) -> Cost:
-        dtype = next(module.parameters()).dtype
-        key = (type(module), repr(module), dtype, shape)  # the text shows every argument of these classes
-        if key not in self._measured:
-            image = torch.empty(shape, dtype=dtype, device="meta")
-            cost = accounting.measure(module, image)
-            if self._stopwatch:
-                cost = cost.model_copy(update={"latency_ms": self._stopwatch.ms(module, image)})
-            self._measured[key] = cost
-        return self._measured[key]

@@ -184,7 +184,7 @@ def _graph_of(module: nn.Module, entry: Entry) -> tuple[fx.GraphModule | None, l
         try:
             return _graph(module, tracer, entry), list(opaque.items())
         except Exception as error:
-            reason = f"torch.fx cannot trace ({first_line(error)})"
+            reason = f"torch.fx cannot trace ({first_line(error).partition('. ')[0]})"
         # An opaque module fails only for what it is called with: the forward that calls it is to blame.
         culprit = next((part for part in reversed(tracer.running) if part not in opaque), module)
         if culprit is module:

@@ -18,9 +18,9 @@ from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
 from ddf_convert.errors import UsageError
-from ddf_convert.graph.build import obstacle, replacement_for
+from ddf_convert.graph.build import replacement_for
 from ddf_convert.graph.plan import ConvertConfig
-from ddf_convert.graph.rewrite import Replaced, prepare, swap
+from ddf_convert.graph.swap import Replaced, prepare, swap
 
 Combine = Literal["mul", "add"]
 
@@ -63,7 +63,7 @@ def _with_ddf(combine: Combine, se_ratio: float, **arguments: Any) -> nn.Module:
     steps = [
         Replaced(names=(name,), replacement=replacement_for(module, config, mix=arguments["block"] is BasicBlock))
         for name, module in model.named_modules()
-        if name.startswith("layer") and isinstance(module, nn.Conv2d) and obstacle(module) is None
+        if name.startswith("layer") and isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
     ]
     swap(model, prepare(model, steps))
     return model

@@ -1,42 +1,105 @@
-"""Which of a plan's convolutions a reader wants to see one by one, and which are only counted."""
+"""Which of a comparison's layers a reader wants to see one by one, which are only counted, and what to say of them."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 
-from ddf_convert.graph.plan import Action, Plan, Site
+from ddf_convert.graph.plan import FoundBy
+from ddf_convert.report.comparison import Comparison, Layer
+from ddf_convert.report.measures import MEASURES, Measure
 
-
-def becomes(site: Site) -> str:
-    """What takes the convolution's place, in a word or two."""
-    if site.replacement is None:
-        return "-"
-    if site.replacement.layer == "DDF2d":
-        return "DDF"
-    return "DDF + 1x1" if site.replacement.options.get("groups", 1) == 1 else "DDF + grouped 1x1"
-
-
-def left_alone(plan: Plan) -> list[Site]:
-    """The skipped convolutions that one might have expected to see replaced: the 3x3 and the functional ones."""
-    return [site for site in plan.sites if site.action is Action.SKIP and not _expected(site)]
+_FOUND_BY = {
+    FoundBy.PIECES: "found piece by piece: torch.fx cannot trace the whole model",
+    FoundBy.HOOKS: "found by running the model",
+}
 
 
-def others(plan: Plan) -> list[Site]:
-    """The other skipped convolutions: of other kernel sizes, and DDF layers."""
-    return [site for site in plan.sites if site.action is Action.SKIP and _expected(site)]
+def changed(comparison: Comparison) -> list[Layer]:
+    """What both models have, in different forms."""
+    return [layer for layer in comparison.layers if layer.before and layer.after and layer.changed]
 
 
-def counted(sites: list[Site]) -> str:
+def only_before(comparison: Comparison) -> list[Layer]:
+    """What the model after no longer has."""
+    return [layer for layer in comparison.layers if layer.after is None]
+
+
+def only_after(comparison: Comparison) -> list[Layer]:
+    """What the model before did not have."""
+    return [layer for layer in comparison.layers if layer.before is None]
+
+
+def left_alone(comparison: Comparison) -> list[Layer]:
+    """What one might have expected to see replaced: of the sizes that DDF replaces, and the functional ones."""
+    return [layer for layer in comparison.layers if not layer.changed and not _expected(layer, comparison)]
+
+
+def others(comparison: Comparison) -> list[Layer]:
+    """The other unchanged ones: of other kernel sizes, and DDF layers."""
+    return [layer for layer in comparison.layers if not layer.changed and _expected(layer, comparison)]
+
+
+def counted(layers: Sequence[Layer]) -> str:
     """``"36 of 1x1, 1 of 7x7"``, the most frequent first."""
-    kernels = Counter(_kernel(site) for site in sites)
-    return ", ".join(f"{number} {kernel}" for kernel, number in kernels.most_common())
+    sizes = ((_size(layer), layer.kind) for layer in layers)
+    return ", ".join(f"{n} {what}" for what, n in Counter(f"of {s}" if s else kind for s, kind in sizes).most_common())
 
 
-def _kernel(site: Site) -> str:
-    size = re.search(r"\d+x\d+$", site.kind)
-    return f"of {size.group()}" if size else site.kind
+def headline(comparison: Comparison) -> str:
+    """``"16 of 53 convolutions replaced"``."""
+    if not comparison.layers:
+        return "no convolutions"
+    words = f"{len(changed(comparison))} of {number(comparison.layers)} {verb(comparison)}"
+    sides = (("only before", only_before(comparison)), ("only after", only_after(comparison)))
+    return ", ".join([words, *(f"{len(layers)} {where}" for where, layers in sides if layers)])
 
 
-def _expected(site: Site) -> bool:
-    return site.kind == "DDF" or (_kernel(site).startswith("of ") and not site.kind.endswith("3x3"))
+def verb(comparison: Comparison) -> str:
+    """What happened to the changed ones."""
+    ddf = all((layer.kind_after or "").startswith("DDF") for layer in changed(comparison))
+    return "replaced" if ddf else "changed"
+
+
+def number(layers: Sequence[Layer], other: bool = False) -> str:
+    """``"1 convolution"``, ``"2 other convolutions"``."""
+    noun = "convolution" if len(layers) == 1 else "convolutions"
+    return f"{len(layers)} {'other ' if other else ''}{noun}"
+
+
+def becomes(layer: Layer) -> str:
+    """What takes a changed layer's place, in a word or two."""
+    after = layer.kind_after or ""
+    return after if after.startswith("DDF") else f"{layer.kind_before} -> {after}"
+
+
+def found(layer: Layer) -> str:
+    """How it was found, if not as usual."""
+    return _FOUND_BY.get(layer.found_by, "")
+
+
+def grew(layer: Layer, measure: Measure) -> bool:
+    """Whether a change made something greater."""
+    before, after = measure.of(layer.before), measure.of(layer.after)
+    return layer.changed and before is not None and after is not None and after > before
+
+
+def grown(comparison: Comparison) -> str:
+    """What is greater after than before in single layers: gains elsewhere must not hide it. Empty if nothing is."""
+    counts = ((measure.name, sum(grew(layer, measure) for layer in comparison.layers)) for measure in MEASURES)
+    words = [f"{name} of {count}" for name, count in counts if count]
+    if not words:
+        return ""
+    return f"More than before: {', '.join(words)}, out of {number(changed(comparison))} {verb(comparison)}"
+
+
+def _size(layer: Layer) -> str | None:
+    size = re.fullmatch(r"\w+ (\d+x\d+)", layer.kind)
+    return size[1] if size else None
+
+
+def _expected(layer: Layer, comparison: Comparison) -> bool:
+    sizes = {f"{size}x{size}" for config in comparison.configs for size in config.kernel_size} or {"3x3"}
+    size = _size(layer)
+    return layer.kind.startswith("DDF") or (size is not None and size not in sizes)

@@ -1,17 +1,21 @@
-"""A plan as one HTML page that needs nothing beside itself: no script, no font, no image from elsewhere."""
+"""A comparison as one HTML page that needs nothing beside itself: no script, no font, no image from elsewhere."""
 
 from __future__ import annotations
 
+import re
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
 
 import timm
 import torch
 
-from ddf_convert.accounting import Cost
-from ddf_convert.graph.plan import Plan, Site
-from ddf_convert.report import units
-from ddf_convert.report.groups import becomes, counted, left_alone, others
+from ddf_convert.graph.plan import Plan
+from ddf_convert.report import groups, units
+from ddf_convert.report.chart import chart, is_long
+from ddf_convert.report.comparison import Comparison, Layer
+from ddf_convert.report.measures import MEASURES, Measure
 from ddf_convert.version import __version__
 
 _PAGE = """<!doctype html>
@@ -31,146 +35,214 @@ _PAGE = """<!doctype html>
 </body>
 </html>
 """
+_OPTION, _WHOLE = re.compile(r"--[\w-]+"), r'<span class="whole">\g<0></span>'  # not broken after its hyphens
+_MANY = 40  # rows, that not everybody wants to scroll past
+_KEY = (
+    '<p class="soft key"><span><i class="before"></i>before</span><span><i class="after"></i>after</span>'
+    '<span><i class="grown"></i>after, where it is greater</span></p>'
+)
 
 
 def page(plan: Plan, model: str | None = None) -> str:
-    """The page: totals, every replaced convolution before and after, every other one with the reason.
+    """The page of what a plan would do.
 
     Args:
         plan: The plan.
         model: What to call the model; the plan's own words if None.
     """
-    name = model or plan.model
-    body = "\n".join((_head(plan, name), _cards(plan), _replaced(plan), _left_alone(plan), _others(plan)))
+    return comparison_page(Comparison.of(plan, model))
+
+
+def comparison_page(comparison: Comparison) -> str:
+    """The page: totals, charts, every replaced convolution before and after, every other one with the reason."""
+    sections = (_head, _cards, _notes, _charts, _changed, _one_sided, _left_alone, _others)
+    body = "\n".join(part for section in sections if (part := section(comparison)))
     style = resources.files("ddf_convert.report").joinpath("page.css").read_text(encoding="utf-8")
-    title = f"{name}: decoupled dynamic filters"
-    return _PAGE.format(title=escape(title), style=style, body=body, footer=_footer(plan))
+    title = f"{comparison.model}: decoupled dynamic filters"
+    return _PAGE.format(title=escape(title), style=style, body=body, footer=_footer(comparison))
 
 
-def _head(plan: Plan, name: str) -> str:
-    sizes = "&thinsp;&times;&thinsp;".join(map(str, plan.input_size))
+def _head(comparison: Comparison) -> str:
+    replaced = groups.changed(comparison) and groups.verb(comparison) == "replaced"
+    ddf = " with decoupled dynamic filters" if replaced else ""
+    sizes = "&thinsp;&times;&thinsp;".join(map(str, comparison.input_size))
     return (
-        f"<h1>{escape(name)} with decoupled dynamic filters</h1>\n"
-        f'<p class="soft">{len(plan.replaced)} of {len(plan.sites)} convolutions replaced.'
-        f' All numbers are for one <span class="size">{sizes}</span> input.</p>'
+        f"<h1>{escape(comparison.model)}{ddf}</h1>\n"
+        f'<p class="soft">{groups.headline(comparison)}.'
+        f' All numbers are for one <span class="whole">{sizes}</span> input.</p>'
     )
 
 
-def _cards(plan: Plan) -> str:
-    before, after = plan.before, plan.after
-    cards = (
-        _card(
-            "Parameters",
-            before.params,
-            after.params,
-            units.count(before.params),
-            units.count(after.params, before.params),
-        ),
-        _card("MACs", before.macs, after.macs, units.count(before.macs), units.count(after.macs, before.macs)),
-        _card(
-            "Activations",
-            before.activation_bytes,
-            after.activation_bytes,
-            units.size(before.activation_bytes),
-            units.size(after.activation_bytes),
-        ),
+def _cards(comparison: Comparison) -> str:
+    cards = (_card(measure, measure.of(comparison.before), measure.of(comparison.after)) for measure in MEASURES)
+    return f'<div class="cards">{"".join(cards)}</div>'
+
+
+def _card(measure: Measure, before: float | None, after: float | None) -> str:
+    if before is None or after is None:
+        value = '<div class="value soft">not measured</div>'
+    elif before == after:
+        value = f'<div class="value">{measure.total(after, 0)}</div><div class="soft">no change</div>'
+    else:
+        direction = "less" if after < before else "more"
+        change = units.change(before, after).replace("-", "&minus;")
+        value = (
+            f'<div class="value"><span class="whole">{measure.total(after, before)}</span>'
+            f' <span class="change whole {direction}">{change}</span></div>'
+            f'<div class="soft">from {measure.total(before, 0)}</div>{_bars(before, after, max(before, after))}'
+        )
+    return f'<div class="card"><h3>{measure.heading}</h3>{value}</div>'
+
+
+def _notes(comparison: Comparison) -> str:
+    grown = groups.grown(comparison)
+    machine = f" Latency is the median of one forward pass on {comparison.machine}." if comparison.machine else ""
+    notes = "".join(f"<li>{_OPTION.sub(_WHOLE, escape(note))}</li>" for note in comparison.notes)
+    parts = (
+        f'<p class="more">{escape(grown)}</p>' if grown else "",
+        f'<ul class="notes">{notes}</ul>' if notes else "",
+        f'<p class="soft">{units.NOTE}{escape(machine)}</p>',
     )
-    return f'<div class="cards">{"".join(cards)}</div>\n<p class="soft">{units.NOTE}</p>'
+    return "\n".join(part for part in parts if part)
 
 
-def _card(heading: str, before: int, after: int, old: str, new: str) -> str:
-    direction = "less" if after < before else "more" if after > before else "soft"
+def _charts(comparison: Comparison) -> str:
+    if not comparison.layers:
+        return ""
+    charts = "\n".join(_chart(measure, comparison.layers) for measure in MEASURES)
+    long = " long" if is_long(comparison.layers) else ""
     return (
-        f'<div class="card"><h3>{heading}</h3>'
-        f'<div class="value"><span class="old">{old} &rarr;</span> {new}</div>'
-        f'<div class="{direction}">{_change(before, after)}</div>{_bars(before, after, max(before, after))}</div>'
+        f'<h2>Along the depth</h2>\n<p class="soft">Every convolution, in the order of the forward pass.</p>{_KEY}\n'
+        f'<div class="charts{long}">\n{charts}\n</div>'
     )
 
 
-def _replaced(plan: Plan) -> str:
-    sites = plan.replaced
-    if not sites:
+def _chart(measure: Measure, layers: Sequence[Layer]) -> str:
+    drawn = '<p class="soft">not measured: fewer MACs are not by themselves faster</p>'
+    if _known(measure, layers):
+        drawn = chart(layers, measure)
+    return f'<figure class="chart"><figcaption>{measure.heading}</figcaption>\n{drawn}</figure>'
+
+
+def _changed(comparison: Comparison) -> str:
+    layers = groups.changed(comparison)
+    if not layers:
         return "<h2>No convolution is replaced</h2>"
+    shown = [measure for measure in MEASURES if _known(measure, layers)]
     # One scale for each column, so that the bars can be compared down the page.
-    widest = Cost(
-        params=max(max(site.before.params, site.after.params) for site in sites),
-        macs=max(max(site.before.macs, site.after.macs) for site in sites),
-    )
+    widest = {
+        measure: max(measure.of(cost) or 0 for layer in layers for cost in (layer.before, layer.after))
+        for measure in shown
+    }
+    shared = set.intersection(*(set(_words(layer)) for layer in layers))
+    above = "".join(f'<p class="soft">{escape(text)}</p>' for text in _words(layers[0]) if text in shared)
     rows = "\n".join(
-        f"<tr><td>{_named(site)}</td>"
-        f'<td><strong>{becomes(site)}</strong><br><span class="soft">{escape(_why(site))}</span></td>'
-        f"{_cost('Parameters', site.before.params, site.after.params, widest.params)}"
-        f"{_cost('MACs', site.before.macs, site.after.macs, widest.macs)}</tr>"
-        for site in sites
+        f"<tr><td>{_named(layer)}</td>"
+        f"<td><strong>{escape(groups.becomes(layer))}</strong>{_why(layer, shared)}</td>"
+        f"{''.join(_cost(layer, measure, widest[measure]) for measure in shown)}</tr>"
+        for layer in layers
     )
-    key = (
-        '<p class="soft key"><span style="background:var(--before)"></span>before'
-        '<span class="second" style="background:var(--after)"></span>after</p>'
-    )
-    return f"<h2>Replaced: {len(sites)}</h2>{key}\n" + _table(("Convolution", "Becomes", "Parameters", "MACs"), rows)
+    heads = ("Convolution", "Becomes", *(measure.heading for measure in shown))
+    return f"<h2>{groups.verb(comparison).capitalize()}: {len(layers)}</h2>{above}{_KEY}\n{_table(heads, rows)}"
 
 
-def _why(site: Site) -> str:
-    """The reason without what stands above it already."""
-    return site.reason.removeprefix(f"{becomes(site)}: ").removeprefix("DDF alone: ")
+def _words(layer: Layer) -> dict[str, str]:
+    """The reason without what stands above it already, and what is to be kept in mind; each with its style."""
+    reason = layer.reason.removeprefix(f"{groups.becomes(layer)}: ").removeprefix("DDF alone: ")
+    words = {reason: "soft", layer.caution: "more", groups.found(layer): "soft"}
+    return {text: style for text, style in words.items() if text}
 
 
-def _left_alone(plan: Plan) -> str:
-    sites = left_alone(plan)
-    return f"<h2>Left alone: {len(sites)}</h2>\n{_reasons(sites)}" if sites else ""
+def _why(layer: Layer, shared: set[str]) -> str:
+    """What is to be said of this layer and not of all."""
+    words = _words(layer).items()
+    return "".join(f'<br><span class="{style}">{escape(text)}</span>' for text, style in words if text not in shared)
 
 
-def _others(plan: Plan) -> str:
-    sites = others(plan)
-    if not sites:
+def _one_sided(comparison: Comparison) -> str:
+    sides = (("before", groups.only_before(comparison)), ("after", groups.only_after(comparison)))
+    return "\n".join(f"<h2>Only {where}: {len(layers)}</h2>\n{_plain(layers)}" for where, layers in sides if layers)
+
+
+def _left_alone(comparison: Comparison) -> str:
+    layers = groups.left_alone(comparison)
+    if not layers:
+        return ""
+    table = _plain(layers)
+    if len(layers) > _MANY:
+        reasons = Counter(f"{layer.kind}: {layer.reason}" for layer in layers).most_common()
+        items = "".join(f"<li>{number} {escape(reason)}</li>" for reason, number in reasons)
+        table = f'<ul class="notes">{items}</ul>\n<details><summary>One by one</summary>\n{table}</details>'
+    return f"<h2>Left alone: {len(layers)}</h2>\n{table}"
+
+
+def _others(comparison: Comparison) -> str:
+    layers = groups.others(comparison)
+    if not layers:
         return ""
     return (
-        f"<details><summary>Other convolutions left alone: {len(sites)} ({escape(counted(sites))})</summary>\n"
-        f"{_reasons(sites)}</details>"
+        f"<details><summary>Other convolutions left alone: {len(layers)} ({escape(groups.counted(layers))})</summary>\n"
+        f"{_plain(layers)}</details>"
     )
 
 
-def _reasons(sites: list[Site]) -> str:
+def _plain(layers: list[Layer]) -> str:
+    """Layers that cost the same before and after, or that only one of the models has."""
+    shown = [measure for measure in MEASURES if _known(measure, layers)]
+    why = any(layer.reason for layer in layers)
     rows = "\n".join(
-        f'<tr><td>{_named(site)}</td><td class="kind">{escape(site.kind)}</td><td>{escape(site.reason)}</td>'
-        f'<td class="number" data-head="Parameters">{units.short(site.before.params)}</td>'
-        f'<td class="number" data-head="MACs">{units.short(site.before.macs)}</td></tr>'
-        for site in sites
+        f'<tr><td>{_named(layer)}</td><td class="kind">{escape(layer.kind)}</td>'
+        f"{f'<td>{escape(layer.reason)}</td>' if why else ''}"
+        f"{''.join(_number(layer, measure) for measure in shown)}</tr>"
+        for layer in layers
     )
-    return _table(("Convolution", "Kind", "Why", "Parameters", "MACs"), rows)
+    return _table(("Convolution", "Kind", *(["Why"] if why else []), *(measure.heading for measure in shown)), rows)
 
 
-def _table(heads: tuple[str, ...], rows: str) -> str:
+def _known(measure: Measure, layers: Sequence[Layer]) -> bool:
+    return any(measure.of(cost) is not None for layer in layers for cost in (layer.before, layer.after))
+
+
+def _table(heads: Iterable[str], rows: str) -> str:
     cells = "".join(f"<th>{head}</th>" for head in heads)
     return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
 
 
-def _named(site: Site) -> str:
-    calls = f' <span class="soft">called {site.calls} times</span>' if site.calls > 1 else ""
+def _named(layer: Layer) -> str:
+    calls = f' <span class="soft">called {layer.calls} times</span>' if layer.calls > 1 else ""
     # A path may be broken after a dot or an underscore, and nowhere else.
-    name = escape(site.name).replace(".", ".<wbr>").replace("_", "_<wbr>")
+    name = escape(layer.name).replace(".", ".<wbr>").replace("_", "_<wbr>")
     return f"<code>{name}</code>{calls}"
 
 
-def _cost(head: str, before: int, after: int, widest: int) -> str:
-    numbers = f"{units.short(before)} &rarr; {units.short(after)}"
-    return f'<td class="cost" data-head="{head}">{numbers}{_bars(before, after, widest)}</td>'
-
-
-def _bars(before: int, after: int, widest: int) -> str:
-    return "".join(
-        f'<div class="bar {name}" style="width:{100 * value / max(widest, 1):.1f}%"></div>'
-        for name, value in (("before", before), ("after", after))
-    )
-
-
-def _change(before: int, after: int) -> str:
-    return "no change" if before == after else units.change(before, after).replace("-", "&minus;")
-
-
-def _footer(plan: Plan) -> str:
-    options = ", ".join(f"{name} {value}" for name, value in plan.config.model_dump(mode="json").items())
+def _cost(layer: Layer, measure: Measure, widest: float) -> str:
+    before, after = measure.of(layer.before), measure.of(layer.after)
+    if before is None or after is None:
+        return f'<td class="cost soft" data-head="{measure.heading}">not measured</td>'
+    new = measure.short(after)
+    shown = f'<span class="more">{new}</span>' if groups.grew(layer, measure) else new
     return (
-        f"ddf_convert {__version__}, torch {escape(torch.__version__)}, timm {escape(timm.__version__)}."
-        f" Options: {escape(options)}."
+        f'<td class="cost" data-head="{measure.heading}"><span>{measure.short(before)} &rarr;</span>'
+        f" <span>{shown}</span>{_bars(before, after, widest)}</td>"
     )
+
+
+def _number(layer: Layer, measure: Measure) -> str:
+    number = measure.of(layer.before or layer.after)
+    return f'<td class="number" data-head="{measure.heading}">{"" if number is None else measure.short(number)}</td>'
+
+
+def _bars(before: float, after: float, widest: float) -> str:
+    return "".join(
+        f'<div class="bar {name}" style="width:{100 * value / (widest or 1):.1f}%"></div>'
+        for name, value in (("before", before), ("grown" if after > before else "after", after))
+    )
+
+
+def _footer(comparison: Comparison) -> str:
+    made_by = f"ddf_convert {__version__}, torch {escape(torch.__version__)}, timm {escape(timm.__version__)}."
+    options = (
+        ", ".join(f"{name} {value}" for name, value in config.model_dump(mode="json").items())
+        for config in comparison.configs
+    )
+    return made_by + "".join(f" Options: {escape(words)}." for words in options)

@@ -23,9 +23,10 @@ def report(plan: Plan, model: str | None = None) -> dict[str, Any]:
 
     Returns:
         ``model``; ``input_size`` (C, H, W); ``before`` and ``after``, each with ``params``, ``macs``
-        (multiply-accumulates of one forward pass of the example input) and ``activation_bytes`` (kept for the backward
-        pass); ``sites``, every convolution with ``name``, ``kind``, ``action``, ``reason``, shapes, ``calls``,
-        ``replacement``, ``before`` and ``after``; and the ``config`` and ``versions`` that led to it.
+        (multiply-accumulates of one forward pass of the example input), ``activation_bytes`` (kept for the backward
+        pass) and ``latency_ms`` (None where it was not measured, else on ``machine``); ``sites``, every convolution
+        with ``name``, ``kind``, ``action``, ``reason``, shapes, ``calls``, ``replacement``, ``before`` and ``after``;
+        ``notes``; and the ``config`` and ``versions`` that led to it.
     """
     return {
         "format": "ddf_convert report",
@@ -33,13 +34,20 @@ def report(plan: Plan, model: str | None = None) -> dict[str, Any]:
         "model": model or plan.model,
         "input_size": list(plan.input_size),
         "config": plan.config.model_dump(mode="json"),
-        "versions": {
-            "ddf_convert": __version__,
-            "torch": torch.__version__,
-            "timm": timm.__version__,
-            "python": platform.python_version(),
-        },
+        "versions": versions(),
+        "machine": plan.machine,
         "before": plan.before.model_dump(),
         "after": plan.after.model_dump(),
         "sites": [site.model_dump(mode="json", exclude={"replacement_cost"}) for site in plan.sites],
+        "notes": plan.notes,
+    }
+
+
+def versions() -> dict[str, str]:
+    """Of what counted and measured."""
+    return {
+        "ddf_convert": __version__,
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "python": platform.python_version(),
     }

@@ -1,121 +1,149 @@
-"""A plan as tables for a terminal of 80 columns or more."""
+"""A comparison as tables for a terminal of 80 columns or more."""
 
 from __future__ import annotations
 
+import io
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from rich.box import SIMPLE_HEAD
-from rich.console import Group, RenderableType
+from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from ddf_convert.accounting import Cost
 from ddf_convert.doctor import Check, State
-from ddf_convert.graph.plan import Plan, Site
-from ddf_convert.report import units
-from ddf_convert.report.groups import becomes, counted, left_alone, others
+from ddf_convert.graph.plan import Plan
+from ddf_convert.report import groups, units
+from ddf_convert.report.comparison import Comparison, Layer
+from ddf_convert.report.measures import LATENCY, MACS, MEASURES, PARAMETERS, Measure
 
+_COLUMNS = 80
 # How the planner ends a reason that one option overrules, in the words of the Python interface.
 _HINT = re.compile(r" \((\w+)=True replaces it\)$")
 
 
 def plan_tables(plan: Plan, model: str | None = None, everything: bool = False) -> RenderableType:
-    """The whole plan: totals, the convolutions replaced, those left alone with the reason, and the rest counted.
+    """The whole plan, as :func:`tables` shows what it would do.
 
     Args:
         plan: The plan.
         model: What to call the model; the plan's own words if None.
+        everything: List one by one what is otherwise counted.
+    """
+    return tables(Comparison.of(plan, model), everything)
+
+
+def tables(comparison: Comparison, everything: bool = False) -> RenderableType:
+    """Totals, the convolutions replaced, those left alone with the reason, and the rest counted.
+
+    Args:
+        comparison: What to show.
         everything: List the rest one by one too.
     """
-    parts: list[RenderableType] = [summary(plan, model), Text(f"\n{units.NOTE}", style="dim")]
-    replaced, skipped, rest = plan.replaced, left_alone(plan), others(plan)
-    if replaced:
-        parts += [_heading(replaced, "replaced"), _replaced(replaced), *_reasons(replaced)]
+    changed, skipped, rest = groups.changed(comparison), groups.left_alone(comparison), groups.others(comparison)
+    parts: list[RenderableType] = [_head(comparison), Text(), _totals(comparison), Text(), *_notes(comparison)]
+    if changed:
+        parts += [_heading(changed, groups.verb(comparison)), _costs(changed, "becomes", groups.becomes)]
+        parts += _reasons(changed)
+    for where, layers in (("before", groups.only_before(comparison)), ("after", groups.only_after(comparison))):
+        if layers:
+            parts += [_heading(layers, f"only {where}"), _costs(layers, "kind", lambda layer: layer.kind)]
     if skipped:
         parts += [_heading(skipped, "left alone"), _left_alone(skipped), *_flags(skipped)]
     if rest:
-        heading = _heading(rest, "left alone", other=bool(replaced or skipped))
+        heading = _heading(rest, "left alone", other=bool(changed or skipped))
         parts += (
-            [heading, _left_alone(rest)] if everything else [heading.append(f": {counted(rest)}", style="not bold")]
+            [heading, _left_alone(rest)]
+            if everything
+            else [heading.append(f": {groups.counted(rest)}", style="not bold")]
         )
     return Group(*parts)
 
 
-def summary(plan: Plan, model: str | None = None) -> RenderableType:
-    """Parameters, MACs and activations of the whole model, before and after."""
-    sizes = "x".join(map(str, plan.input_size))
-    done = f"{len(plan.replaced)} of {_number(plan.sites)} replaced" if plan.sites else "no convolutions"
-    heading = Text.assemble((model or plan.model, "bold"), f", one {sizes} input: {done}")
-    return Group(heading, Text(), totals(plan.before, plan.after))
+def as_text(comparison: Comparison) -> str:
+    """The tables without colours."""
+    console = Console(file=io.StringIO(), width=_COLUMNS, color_system=None)
+    with console.capture() as capture:
+        console.print(tables(comparison))
+    return "\n".join(line.rstrip() for line in capture.get().splitlines())
 
 
-def totals(before: Cost, after: Cost) -> Table:
-    """Two costs and the change between them."""
+def _head(comparison: Comparison) -> Text:
+    sizes = "x".join(map(str, comparison.input_size))
+    return Text.assemble((comparison.model, "bold"), f", one {sizes} input: {groups.headline(comparison)}")
+
+
+def _totals(comparison: Comparison) -> Table:
+    """The whole model, and the change."""
     table = _table(Column("", no_wrap=True), *(_right(name) for name in ("before", "after", "change")))
-
-    def row(name: str, old: int, new: int, old_text: str, new_text: str) -> None:
-        style = "green" if new < old else "yellow" if new > old else ""
-        table.add_row(name, old_text, new_text, Text(units.change(old, new), style=style))
-
-    for name, old, new in (("parameters", before.params, after.params), ("MACs", before.macs, after.macs)):
-        row(name, old, new, units.count(old), units.count(new, old))
-    old, new = before.activation_bytes, after.activation_bytes
-    row("activations", old, new, units.size(old), units.size(new))
+    for measure in MEASURES:
+        old, new = measure.of(comparison.before), measure.of(comparison.after)
+        if old is None or new is None:
+            table.add_row(measure.name, "-", "-", Text("not measured", style="dim"))
+            continue
+        change = Text(units.change(old, new), style="green" if new < old else "yellow" if new > old else "")
+        table.add_row(measure.name, measure.total(old, 0), measure.total(new, old), change)
     return table
 
 
-def _replaced(sites: list[Site]) -> Table:
-    table = _table(
-        Column("name", overflow="fold", style="bold"),
-        Column("becomes"),
-        _right("parameters"),
-        _right("MACs"),
-    )
-    for site in sites:
-        old, new = site.before, site.after
-        table.add_row(
-            _called(site),
-            becomes(site),
-            f"{units.short(old.params)} -> {units.short(new.params)}",
-            f"{units.short(old.macs)} -> {units.short(new.macs)}",
-        )
+def _notes(comparison: Comparison) -> Iterable[Text]:
+    yield Text(units.NOTE, style="dim")
+    if comparison.machine:
+        yield Text(f"Latency: median of one forward pass on {comparison.machine}.", style="dim")
+    yield from (Text(note) for note in comparison.notes)
+    if grown := groups.grown(comparison):
+        yield Text(grown, style="yellow")
+
+
+def _costs(layers: list[Layer], title: str, words: Callable[[Layer], str]) -> Table:
+    """What each is, and what it costs: before and after, where it is in both."""
+    timed = any(LATENCY.of(cost) is not None for layer in layers for cost in (layer.before, layer.after))
+    shown = (PARAMETERS, MACS, LATENCY) if timed else (PARAMETERS, MACS)
+    columns = ("ms" if measure is LATENCY else measure.name for measure in shown)
+    table = _table(Column("name", overflow="fold", style="bold"), Column(title), *map(_right, columns))
+    for layer in layers:
+        table.add_row(_called(layer), words(layer), *(_change(layer, measure) for measure in shown))
     return table
 
 
-def _reasons(sites: list[Site]) -> Iterable[Text]:
+def _change(layer: Layer, measure: Measure) -> Text:
+    written = units.figure if measure is LATENCY else measure.short
+    costs = (measure.of(cost) for cost in (layer.before, layer.after) if cost)
+    numbers = ("-" if cost is None else written(cost) for cost in costs)
+    return Text(" -> ".join(numbers), style="yellow" if groups.grew(layer, measure) else "")
+
+
+def _reasons(layers: list[Layer]) -> Iterable[Text]:
     """Each reason once: most replaced convolutions have the same."""
-    for reason, number in Counter(site.reason for site in sites).most_common():
+    for reason, number in Counter(layer.reason for layer in layers if layer.reason).most_common():
         yield Text(f"{reason} ({number})", style="dim")
+    for words in (lambda layer: layer.caution, groups.found):
+        for caution, number in Counter(found for layer in layers if (found := words(layer))).most_common():
+            yield Text(f"{caution} ({number})", style="yellow")
 
 
-def _left_alone(sites: list[Site]) -> Table:
+def _left_alone(layers: list[Layer]) -> Table:
     table = _table(Column("name", overflow="fold", style="bold", max_width=32), Column("kind"), Column("reason"))
-    for site in sites:
-        table.add_row(_called(site), site.kind, Text(_HINT.sub("", site.reason)))
+    for layer in layers:
+        table.add_row(_called(layer), layer.kind, Text(_HINT.sub("", layer.reason)))
     return table
 
 
-def _flags(sites: list[Site]) -> Iterable[Text]:
+def _flags(layers: list[Layer]) -> Iterable[Text]:
     """The options that would replace some of the convolutions, each once, as the command line spells them."""
-    hints = Counter(found[1] for site in sites if (found := _HINT.search(site.reason)))
+    hints = Counter(found[1] for layer in layers if (found := _HINT.search(layer.reason)))
     if hints:
         flags = ", ".join(f"--{option.replace('_', '-')} ({number})" for option, number in hints.most_common())
         yield Text(f"To replace these too: {flags}", style="dim")
 
 
-def _called(site: Site) -> Text:
-    return Text(site.name if site.calls < 2 else f"{site.name} (called {site.calls} times)")
+def _called(layer: Layer) -> Text:
+    return Text(layer.name if layer.calls < 2 else f"{layer.name} (called {layer.calls} times)")
 
 
-def _heading(sites: list[Site], what: str, other: bool = False) -> Text:
-    return Text(f"\n{_number(sites, other)} {what}", style="bold")
-
-
-def _number(sites: list[Site], other: bool = False) -> str:
-    noun = "convolution" if len(sites) == 1 else "convolutions"
-    return f"{len(sites)} {'other ' if other else ''}{noun}"
+def _heading(layers: list[Layer], what: str, other: bool = False) -> Text:
+    return Text(f"\n{groups.number(layers, other)} {what}", style="bold")
 
 
 def _right(name: str) -> Column:
