@@ -331,7 +331,10 @@ def _source(model: nn.Module, conversion: Conversion, asked: TimmSource | str | 
         source = _guess(model, describe(model))
         if source is not None and _mismatch(model, conversion, source) is None:
             return source
-        return OwnSource.model_validate({"class": f"{type(model).__module__}.{type(model).__qualname__}"})
+        # A GraphModule is a class of its own each time: the name of what it was made of says more.
+        graph = isinstance(model, fx.GraphModule)
+        name = conversion.source if graph else f"{type(model).__module__}.{type(model).__qualname__}"
+        return OwnSource.model_validate({"class": name})
     source = asked if isinstance(asked, TimmSource) else _guess(model, asked)
     reason = f"timm has no model {asked!r}" if source is None else _mismatch(model, conversion, source)
     if source is None or reason is not None:

@@ -218,7 +218,7 @@ def convert(
         if not plan.replaced:
             raise UsageError(f"nothing to convert in {model}: `ddf-convert inspect {model}` says why")
         say(f"Replacing {len(plan.replaced)} convolutions")
-        converted = apply(opened.model, plan, inplace=True)
+        converted = apply(opened.model, plan, inplace=not plan.functional)
         say(f"Saving {output}")
         manifest = artifact.save(converted, output, report=report(plan, opened.name))
     _present(plan, opened.name, as_json, html, everything)

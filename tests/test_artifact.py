@@ -609,3 +609,26 @@ def test_the_plan_is_not_needed_to_load(saved, monkeypatch):
     with pytest.raises(AssertionError):
         plan(timm.create_model(SMALL), IMAGE)
     load(saved)
+
+
+def test_a_graph_module_is_restored_from_the_model_that_it_was(tmp_path):
+    image = torch.randn(1, 3, 20, 20)
+    graph = convert(net.Functions(), example_input=image, functional=True).eval()
+    manifest = save(graph, tmp_path / "functions")
+    assert manifest.source.model_class == "Functions"
+    fresh = net.Functions()
+    again = restore(fresh, tmp_path / "functions").eval()
+    assert isinstance(again, torch.fx.GraphModule)
+    assert torch.equal(again(image), graph(image))
+    with pytest.raises(ArtifactError, match=r"does not fit Loop: it has no twice\.conv2d\(\)"):
+        restore(net.Loop(), tmp_path / "functions")
+
+
+def test_what_data_parallel_wraps_is_saved_and_restored(tmp_path):
+    image = torch.randn(1, 3, 20, 20)
+    wrapped = convert(nn.DataParallel(net.Loop()), example_input=image).eval()
+    save(wrapped, tmp_path / "loop")
+    for fresh in (net.Loop(), nn.DataParallel(net.Loop())):
+        again = restore(fresh, tmp_path / "loop").eval()
+        assert again is fresh
+        assert torch.equal(again(image), wrapped(image))

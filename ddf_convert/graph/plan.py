@@ -217,6 +217,11 @@ class Plan(BaseModel):
         )
 
     @property
+    def functional(self) -> bool:
+        """Whether convolutions that are called as functions are replaced, so that the model becomes a GraphModule."""
+        return any(site.kind.startswith("functional") for site in self.replaced)
+
+    @property
     def timed_whole(self) -> bool:
         """Whether the converted model was timed as the plan stands now."""
         timed = self.timed
@@ -296,7 +301,10 @@ def make_config(config: ConvertConfig | None, options: dict[str, Any]) -> Conver
 
 def in_one_line(error: ValidationError) -> str:
     """What pydantic found wrong, the first few points of it."""
-    points = [f"{'.'.join(map(str, item['loc'])) or 'text'}: {item['msg']}" for item in error.errors()]
+    points = [
+        f"{'.'.join(map(str, item['loc'])) or 'text'}: {item['msg'].removeprefix('Value error, ')}"
+        for item in error.errors()
+    ]
     return "; ".join(points[:3]) + (f"; and {len(points) - 3} more" if len(points) > 3 else "")
 
 

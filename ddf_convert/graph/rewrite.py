@@ -80,7 +80,7 @@ def convert(
         replaced=(*(before.replaced if before else ()), *steps),
         configs=(*(before.configs if before else ()), plan.config),
     )
-    if inplace and any(step.functional for step in steps):
+    if inplace and plan.functional:
         raise UsageError(
             "convolutions that are called as functions cannot be replaced in place: the model becomes a GraphModule;"
             " leave inplace out, or skip them in the plan"

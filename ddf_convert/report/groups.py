@@ -6,14 +6,8 @@ import re
 from collections import Counter
 from collections.abc import Sequence
 
-from ddf_convert.graph.plan import FoundBy
 from ddf_convert.report.comparison import Comparison, Layer
 from ddf_convert.report.measures import MEASURES, Measure
-
-_FOUND_BY = {
-    FoundBy.PIECES: "found piece by piece: torch.fx cannot trace the whole model",
-    FoundBy.HOOKS: "found by running the model",
-}
 
 
 def changed(comparison: Comparison) -> list[Layer]:
@@ -72,11 +66,6 @@ def becomes(layer: Layer) -> str:
     """What takes a changed layer's place, in a word or two."""
     after = layer.kind_after or ""
     return after if after.startswith("DDF") else f"{layer.kind_before} -> {after}"
-
-
-def found(layer: Layer) -> str:
-    """How it was found, if not as usual."""
-    return _FOUND_BY.get(layer.found_by, "")
 
 
 def grew(layer: Layer, measure: Measure) -> bool:

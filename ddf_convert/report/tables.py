@@ -118,9 +118,8 @@ def _reasons(layers: list[Layer]) -> Iterable[Text]:
     """Each reason once: most replaced convolutions have the same."""
     for reason, number in Counter(layer.reason for layer in layers if layer.reason).most_common():
         yield Text(f"{reason} ({number})", style="dim")
-    for words in (lambda layer: layer.caution, groups.found):
-        for caution, number in Counter(found for layer in layers if (found := words(layer))).most_common():
-            yield Text(f"{caution} ({number})", style="yellow")
+    for caution, number in Counter(layer.caution for layer in layers if layer.caution).most_common():
+        yield Text(f"{caution} ({number})", style="yellow")
 
 
 def _left_alone(layers: list[Layer]) -> Table:
