@@ -445,15 +445,16 @@ def _plan(
 
 
 def _present(plan: Plan, name: str, as_json: bool, html: Path | None, everything: bool) -> None:
-    from ddf_convert.report import page, report
-    from ddf_convert.report.tables import plan_tables
+    from ddf_convert.report import Comparison, report
+    from ddf_convert.report.tables import tables
 
+    comparison = Comparison.of(plan, name)
     if html:
-        write_file(html, page(plan, name))
+        comparison.to_html(html)
     if as_json:
         _print_json(report(plan, name))
         return
-    _out.print(plan_tables(plan, name, everything))
+    _out.print(tables(comparison, everything))
     if html:
         _out.print(f"\nPage: [bold]{escape(str(html))}[/]", soft_wrap=True)
 

@@ -13,9 +13,8 @@ from rich.console import Console
 from ddf_convert.accounting import Cost
 from ddf_convert.graph import Action, ConvertConfig, Plan, Replacement, Site
 from ddf_convert.graph.plan import FoundBy, Timed
-from ddf_convert.report import Comparison, page, report, units
+from ddf_convert.report import Comparison, html, report, tables, units
 from ddf_convert.report.groups import changed, counted, left_alone, others
-from ddf_convert.report.tables import plan_tables
 
 
 def site(
@@ -158,10 +157,14 @@ def test_every_convolution_is_in_exactly_one_group() -> None:
     assert counted(groups[2]) == "2 of 1x1, 1 of 1x7, 1 DDF"
 
 
+def page(plan: Plan, model: str | None = None) -> str:
+    return html.page(Comparison.of(plan, model))
+
+
 def printed(plan: Plan, width: int = 80, everything: bool = False) -> str:
     console = Console(width=width, color_system=None)
     with console.capture() as capture:
-        console.print(plan_tables(plan, everything=everything))
+        console.print(tables.tables(Comparison.of(plan), everything))
     return capture.get()
 
 

@@ -1,7 +1,6 @@
 """What a conversion saves, for people and for programs: terminal tables, JSON, one HTML page."""
 
 from ddf_convert.report.comparison import Comparison, Layer, compare
-from ddf_convert.report.html import page
 from ddf_convert.report.model import report
 
-__all__ = ["Comparison", "Layer", "compare", "page", "report"]
+__all__ = ["Comparison", "Layer", "compare", "report"]

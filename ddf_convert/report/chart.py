@@ -9,11 +9,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from html import escape
 from itertools import groupby
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from ddf_convert.report.comparison import Layer
 from ddf_convert.report.groups import grew
 from ddf_convert.report.measures import Measure
+
+if TYPE_CHECKING:
+    from ddf_convert.report.comparison import Layer
 
 _HEIGHT = 100
 _HEADROOM = 1.04

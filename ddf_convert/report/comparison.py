@@ -136,10 +136,10 @@ class Comparison:
         Raises:
             UsageError: It cannot be written.
         """
-        from ddf_convert.report.html import comparison_page
+        from ddf_convert.report.html import page
 
         check_file("to_html:", Path(path))
-        write_file(Path(path), comparison_page(self))
+        write_file(Path(path), page(self))
 
     def __str__(self) -> str:
         from ddf_convert.report.tables import as_text

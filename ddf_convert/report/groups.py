@@ -5,9 +5,12 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from ddf_convert.report.comparison import Comparison, Layer
 from ddf_convert.report.measures import MEASURES, Measure
+
+if TYPE_CHECKING:
+    from ddf_convert.report.comparison import Comparison, Layer
 
 
 def changed(comparison: Comparison) -> list[Layer]:

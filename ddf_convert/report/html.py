@@ -7,16 +7,18 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from html import escape
 from importlib import resources
+from typing import TYPE_CHECKING
 
 import timm
 import torch
 
-from ddf_convert.graph.plan import Plan
 from ddf_convert.report import groups, units
 from ddf_convert.report.chart import chart, is_long
-from ddf_convert.report.comparison import Comparison, Layer
 from ddf_convert.report.measures import MEASURES, Measure
 from ddf_convert.version import __version__
+
+if TYPE_CHECKING:
+    from ddf_convert.report.comparison import Comparison, Layer
 
 _PAGE = """<!doctype html>
 <html lang="en">
@@ -43,17 +45,7 @@ _KEY = (
 )
 
 
-def page(plan: Plan, model: str | None = None) -> str:
-    """The page of what a plan would do.
-
-    Args:
-        plan: The plan.
-        model: What to call the model; the plan's own words if None.
-    """
-    return comparison_page(Comparison.of(plan, model))
-
-
-def comparison_page(comparison: Comparison) -> str:
+def page(comparison: Comparison) -> str:
     """The page: totals, charts, every replaced convolution before and after, every other one with the reason."""
     sections = (_head, _cards, _notes, _charts, _changed, _one_sided, _left_alone, _others)
     body = "\n".join(part for section in sections if (part := section(comparison)))

@@ -6,6 +6,7 @@ import io
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console, Group, RenderableType
@@ -13,25 +14,15 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from ddf_convert.doctor import Check, State
-from ddf_convert.graph.plan import Plan
 from ddf_convert.report import groups, units
-from ddf_convert.report.comparison import Comparison, Layer
 from ddf_convert.report.measures import LATENCY, MACS, MEASURES, PARAMETERS, Measure
+
+if TYPE_CHECKING:
+    from ddf_convert.report.comparison import Comparison, Layer
 
 _COLUMNS = 80
 # How the planner ends a reason that one option overrules, in the words of the Python interface.
 _HINT = re.compile(r" \((\w+)=True replaces it\)$")
-
-
-def plan_tables(plan: Plan, model: str | None = None, everything: bool = False) -> RenderableType:
-    """The whole plan, as :func:`tables` shows what it would do.
-
-    Args:
-        plan: The plan.
-        model: What to call the model; the plan's own words if None.
-        everything: List one by one what is otherwise counted.
-    """
-    return tables(Comparison.of(plan, model), everything)
 
 
 def tables(comparison: Comparison, everything: bool = False) -> RenderableType:
