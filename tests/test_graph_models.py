@@ -188,7 +188,11 @@ REFUSED = {
     ),
     "no module": (lambda: print, IMAGE, "expected a torch.nn.Module, got builtin"),
     "raises": (Boom, IMAGE, r"Boom does not accept an input of 3x20x20: its forward \(Boom\) failed: boom; "),
-    "an argument is missing": (net.ManyInputs, IMAGE, "ManyInputs does not accept .*missing .*'mask'"),
+    "an argument is missing": (
+        net.ManyInputs,
+        IMAGE,
+        "ManyInputs does not accept .*missing .*'mask'.* or a dict of them by name",
+    ),
     "an argument too many": (net.Loop, (IMAGE, IMAGE), "Loop does not accept .*positional arguments"),
     "a lazy convolution": (lambda: nn.Sequential(nn.LazyConv2d(8, 3)), IMAGE, "0.weight is lazy and has no shape yet"),
 }

@@ -269,6 +269,8 @@ class _Recorder(TorchFunctionMode):
         if self._running:
             failed = self._running[-1]
             place = f"{failed.path or 'its forward'} ({type(failed.module).__name__}) failed: "
+            if not failed.path and isinstance(error, TypeError):
+                advice = "the example input is a tuple of all arguments of forward, or a dict of them by name"
             input = failed.args[0] if failed.args else None
             if isinstance(failed.module, nn.Conv2d) and isinstance(input, Tensor) and input.dim() == 4:
                 channels = input.shape[1]

@@ -118,12 +118,13 @@ def trace(model: nn.Module, recording: Recording) -> Traced:
             return traced
     root = copied.module
     paths = {id(module): path for path, module in root.named_modules()}
-    waiting = deque([""])
+    waiting, seen = deque([""]), set()
     while waiting:
         path = waiting.popleft()
         module, entries = root.get_submodule(path), recording.entries.get(path, [])
-        if not entries:
+        if not entries or path in seen:
             continue
+        seen.add(path)
         graph_module, opaque = _graph_of(module, entries[0])
         opaque_paths = {paths[id(part)]: reason for part, reason in opaque}
         traced.untraced |= opaque_paths
