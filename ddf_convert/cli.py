@@ -92,7 +92,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="MODEL",
-        help="A timm model, a converted folder, or package.module:callable that returns a model.",
+        help="A timm model, a converted folder, or package.module:callable, which returns a model (or a model and an"
+        " example input).",
         autocompletion=timm_names,
         show_default=False,
     ),

@@ -37,6 +37,18 @@ class Net(nn.Module):
 def fails():
     raise RuntimeError("first line\\nsecond line")
 
+class Odd(Net):  # two inputs, and a convolution that is called as a function
+
+    def __init__(self):
+        super().__init__()
+        self.kernel = nn.Parameter(torch.randn(64, 64, 3, 3))
+
+    def forward(self, image, mask):
+        return {"feature": nn.functional.conv2d(super().forward(image), self.kernel) * mask}
+
+def odd():
+    return Odd(), {"image": torch.randn(1, 3, 20, 20), "mask": torch.rand(1, 1, 8, 8)}
+
 number = 5
 built = nn.Identity()
 """
@@ -258,6 +270,18 @@ def test_a_model_of_ones_own_is_saved_for_restore(run: Any, folder: Path) -> Non
     ran = run("inspect", "out")
     assert ran.code == 2
     assert "restore" in ran.err
+
+
+def test_a_callable_can_give_an_example_input_too(run: Any, folder: Path) -> None:
+    ran = run("convert", "net_for_cli:odd", "--functional", "-o", "out")
+    assert ran.code == 0
+    assert "2 of 3 convolutions replaced" in ran.out
+    import net_for_cli
+
+    model, example = net_for_cli.odd()
+    restored = ddf.restore(model, folder / "out")
+    assert isinstance(restored.ddf_conv2d, ddf.layers.DDFConv2d)
+    assert restored(**example)["feature"].shape == (1, 64, 8, 8)
 
 
 def test_ctrl_c_leaves_nothing(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
