@@ -38,7 +38,6 @@ def fails():
     raise RuntimeError("first line\\nsecond line")
 
 class Odd(Net):  # two inputs, and a convolution that is called as a function
-
     def __init__(self):
         super().__init__()
         self.kernel = nn.Parameter(torch.randn(64, 64, 3, 3))
