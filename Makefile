@@ -8,13 +8,14 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench kernels lint clean
+.PHONY: help demo test bench kernels zoo lint clean
 
 help:
 	@echo "make demo    convert ResNet-50 into $(DEMO)/, show what it saves, load it back and compare"
 	@echo "make test    ruff, mypy and the tests"
 	@echo "make bench   time the operator beside its peers (minutes, on a quiet machine)"
 	@echo "make kernels compile every CUDA kernel for four architectures and show its registers (no GPU, minutes)"
+	@echo "make zoo     plan and convert every architecture of timm and torchvision (no download, an hour or more)"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make clean   remove $(VENV), $(DEMO) and caches"
 
@@ -34,6 +35,9 @@ bench: $(INSTALLED)
 
 kernels: $(INSTALLED)
 	@$(BIN)/python benchmarks/kernels.py
+
+zoo: $(INSTALLED)
+	@$(BIN)/python benchmarks/zoo.py --real
 
 lint: $(INSTALLED)
 	@echo "== ruff and mypy"

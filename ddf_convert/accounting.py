@@ -97,24 +97,27 @@ class Tally:
     def __init__(self, copied: Copy) -> None:
         self.module = copied.module
         self._weights = {_storage(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
-        self._kept: dict[int, Tensor] = {}
+        self._kept: dict[int, torch.UntypedStorage] = {}
         # Attention on the CPU has an operator of its own, which torch's registry of formulas leaves out.
         attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
         self.flops = FlopCounterMode(display=False, custom_mapping=attention)
 
-    def keep(self, tensor: Tensor) -> Tensor:
-        """Notes a tensor that autograd keeps; holding it, so that no address is used twice."""
-        self._kept.setdefault(_storage(tensor), tensor)
-        return tensor
+    def keep(self, tensor: Tensor) -> None:
+        """Notes a tensor that autograd would keep, and holds its memory, so that no address is used twice.
+
+        Autograd gets nothing in its place, since no backward pass follows: what saves its own output would hold itself
+        for ever.
+        """
+        self._kept.setdefault(_storage(tensor), tensor.untyped_storage())
 
     @property
     def cost(self) -> Cost:
         """What has run so far."""
-        kept = (tensor for address, tensor in self._kept.items() if address not in self._weights)
+        kept = (storage for address, storage in self._kept.items() if address not in self._weights)
         return Cost(
             params=count_parameters(self.module),
             macs=self.flops.get_total_flops() // 2,
-            activation_bytes=sum(tensor.untyped_storage().nbytes() for tensor in kept),
+            activation_bytes=sum(storage.nbytes() for storage in kept),
         )
 
 
@@ -122,7 +125,7 @@ class Tally:
 def counting(copied: Copy) -> Iterator[Tally]:
     """A context to run a copy in, which counts what it costs."""
     tally = Tally(copied)
-    with tally.flops, torch.autograd.graph.saved_tensors_hooks(tally.keep, lambda tensor: tensor):
+    with tally.flops, torch.autograd.graph.saved_tensors_hooks(tally.keep, lambda nothing: nothing):
         yield tally
 
 

@@ -327,25 +327,27 @@ def _dtype(model: nn.Module) -> str:
 
 def _source(model: nn.Module, conversion: Conversion, asked: TimmSource | str | None) -> TimmSource | OwnSource:
     """The source to record: the one asked for, which must be right, or the one that timm's own record leads to."""
-    if asked is None:
-        source = _guess(model, describe(model))
-        if source is not None and _mismatch(model, conversion, source) is None:
-            return source
-        # A GraphModule is a class of its own each time: the name of what it was made of says more.
-        graph = isinstance(model, fx.GraphModule)
-        name = conversion.source if graph else f"{type(model).__module__}.{type(model).__qualname__}"
-        return OwnSource.model_validate({"class": name})
-    source = asked if isinstance(asked, TimmSource) else _guess(model, asked)
-    reason = f"timm has no model {asked!r}" if source is None else _mismatch(model, conversion, source)
-    if source is None or reason is not None:
-        raise UsageError(f"the model cannot be saved as timm's {asked if source is None else source.name}: {reason}")
-    return source
+    name = describe(model) if asked is None else asked
+    guesses = [name] if isinstance(name, TimmSource) else _guesses(model, name)
+    reason = f"timm has no model {name!r}"
+    for guess in guesses:
+        mismatch = _mismatch(model, conversion, guess)
+        if mismatch is None:
+            return guess
+        reason = mismatch
+    if asked is not None:
+        named = asked.name if isinstance(asked, TimmSource) else asked
+        raise UsageError(f"the model cannot be saved as timm's {named}: {reason}")
+    # A GraphModule is a class of its own each time: the name of what it was made of says more.
+    graph = isinstance(model, fx.GraphModule)
+    own = conversion.source if graph else f"{type(model).__module__}.{type(model).__qualname__}"
+    return OwnSource.model_validate({"class": own})
 
 
-def _guess(model: nn.Module, name: str) -> TimmSource | None:
-    """The arguments that a timm model was most likely built with."""
+def _guesses(model: nn.Module, name: str) -> list[TimmSource]:
+    """The arguments that a timm model may have been built with, the most likely ones first."""
     if not timm.is_model(name):
-        return None
+        return []
     kwargs: dict[str, _Scalar | list[_Scalar]] = {}
     configuration = getattr(model, "pretrained_cfg", None) or {}
     classes = getattr(model, "num_classes", None)
@@ -354,9 +356,11 @@ def _guess(model: nn.Module, name: str) -> TimmSource | None:
     first = configuration.get("first_conv")
     modules = dict(model.named_modules())
     channels = getattr(modules.get(first), "in_channels", None) if isinstance(first, str) else None
-    if isinstance(channels, int) and channels != 3:
-        kwargs["in_chans"] = channels
-    return TimmSource(name=name, kwargs=kwargs)
+    plain = TimmSource(name=name, kwargs=kwargs)
+    if not isinstance(channels, int) or channels == 3:
+        return [plain]
+    # Either the image has so many channels, or the model folds pixels into channels before its first convolution.
+    return [TimmSource(name=name, kwargs={**kwargs, "in_chans": channels}), plain]
 
 
 def _mismatch(model: nn.Module, conversion: Conversion, source: TimmSource) -> str | None:

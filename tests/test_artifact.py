@@ -632,3 +632,8 @@ def test_what_data_parallel_wraps_is_saved_and_restored(tmp_path):
         again = restore(fresh, tmp_path / "loop").eval()
         assert again is fresh
         assert torch.equal(again(image), wrapped(image))
+
+
+def test_a_model_that_folds_pixels_into_channels_is_timms_too(tmp_path):
+    folded = convert(timm.create_model("tresnet_m", num_classes=3), example_input=IMAGE, include="body.layer4.0.conv2*")
+    assert save(folded, tmp_path / "folded").source == TimmSource(name="tresnet_m", kwargs={"num_classes": 3})

@@ -1,0 +1,132 @@
+"""The summary: a table for each library file, the failures by their causes, and the models with real numbers."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import groupby
+from typing import Any
+
+from rich.table import Table
+
+Line = dict[str, Any]
+
+HEADINGS = ("file", "models", "3x3", "planned", "converted", "with all", "failed", "seconds")
+
+
+def headline(lines: Sequence[Line], real: Sequence[Line], total: int, seconds: float) -> str:
+    """What came of it all, in a sentence."""
+    with_3x3 = [line for line in lines if line.get("3x3")]
+    parts = [
+        f"{len(lines)} of {total} architectures looked at; "
+        f"{sum(map(_planned, with_3x3))} of {len(with_3x3)} architectures with a 3x3 conv planned",
+        f"{sum(map(_converted, lines))} converted",
+        f"{sum('failures' in line for line in lines)} failures",
+        *([f"{sum('failures' not in line for line in real)} of {len(real)} right with real numbers"] if real else []),
+        f"total time {_time(seconds)}",
+    ]
+    return ", ".join(parts)
+
+
+def table(lines: Sequence[Line]) -> Table:
+    """A row for each file."""
+    shown = Table(box=None, header_style="bold", pad_edge=False)
+    for place, heading in enumerate(HEADINGS):
+        shown.add_column(heading, justify="right" if place else "left", no_wrap=True)
+    for row in _rows(lines):
+        shown.add_row(*row)
+    return shown
+
+
+def causes(lines: Sequence[Line]) -> Iterator[tuple[str, list[str]]]:
+    """Failures that read alike, the most frequent first: step and reason, with the names of the architectures."""
+    found: dict[str, tuple[str, list[str]]] = {}
+    for line in lines:
+        for failure in line.get("failures", []):
+            reason = failure["reason"].replace(line["name"], "MODEL")
+            at = f" (at {failure['at']})" if "at" in failure else ""
+            alike = f"{failure['step']} {re.sub(r'[0-9]+', '0', reason)}"
+            found.setdefault(alike, (f"{failure['step']}: {reason}{at}", []))[1].append(line["name"])
+    yield from sorted(found.values(), key=lambda cause: -len(cause[1]))
+
+
+def page(shapes: Sequence[Line], real: Sequence[Line], total: int, versions: str) -> str:
+    """Everything as Markdown."""
+    return "\n".join(_page(shapes, real, total, versions)) + "\n"
+
+
+def _page(shapes: Sequence[Line], real: Sequence[Line], total: int, versions: str) -> Iterator[str]:
+    yield "# Every architecture of timm and torchvision"
+    yield ""
+    yield f"Written by `benchmarks/zoo.py` with {versions}. Times are of one core."
+    yield ""
+    yield headline(shapes, real, total, sum(line["seconds"] for line in [*shapes, *real])) + "."
+    yield ""
+    found: Counter[str] = sum((Counter(line.get("found_by", {})) for line in shapes), Counter())
+    yield f"Convolutions by how they were found: {', '.join(f'{count:,} by {way}' for way, count in found.items())}."
+    yield ""
+    yield "Of each file: its models, those that have a 3x3 convolution, those of them of which every convolution is in"
+    yield "the plan, those that were converted by default, those that were converted with depthwise, stem and"
+    yield "allow_growth, failures, seconds."
+    yield ""
+    yield from _markdown(HEADINGS, _rows(shapes))
+    yield "## Failures"
+    yield ""
+    for cause, names in causes([*shapes, *real]):
+        yield f"- {cause}: {len(names)}, such as {', '.join(names[:3])}"
+    yield ""
+    if real:
+        yield "## Real numbers"
+        yield ""
+        yield "One architecture of each file, converted with all options: a training step, then saved, and loaded in"
+        yield "another process, which gave equal outputs."
+        yield ""
+        rows = [
+            (f"{line['name']} ({line['library']})", line.get("size") or "own", line.get("replaced", ""), _verdict(line))
+            for line in real
+        ]
+        yield from _markdown(("architecture", "input", "replaced", "outcome"), rows)
+
+
+def _rows(lines: Sequence[Line]) -> Iterator[tuple[str, ...]]:
+    for file, of_file in groupby(lines, key=lambda line: line["file"]):
+        own = list(of_file)
+        with_3x3 = [line for line in own if line.get("3x3")]
+        counts = (
+            len(own),
+            len(with_3x3),
+            sum(map(_planned, with_3x3)),
+            sum(map(_converted, own)),
+            sum(_converted(line, "everything") for line in own),
+            sum("failures" in line for line in own),
+            round(sum(line["seconds"] for line in own)),
+        )
+        yield (file, *map(str, counts))
+
+
+def _planned(line: Line) -> bool:
+    """Whether every convolution is in the plan, with a reason."""
+    return "default" in line and not any(failure["step"] == "coverage" for failure in line.get("failures", []))
+
+
+def _converted(line: Line, options: str = "default") -> bool:
+    """Whether something was replaced, and all of it is well."""
+    wrong = [failure for failure in line.get("failures", []) if failure["step"].endswith(f", {options}")]
+    return bool(line.get(options)) and not wrong
+
+
+def _verdict(line: Line) -> str:
+    return "; ".join(f"**{failure['step']}: {failure['reason']}**" for failure in line.get("failures", [])) or "equal"
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds / 60:.0f} min" if seconds >= 120 else f"{seconds:.0f} s"
+
+
+def _markdown(headings: Sequence[str], rows: Any) -> Iterator[str]:
+    yield f"| {' | '.join(headings)} |"
+    yield f"|{'---|' * len(headings)}"
+    for row in rows:
+        yield f"| {' | '.join(str(cell).replace('|', '/') for cell in row)} |"
+    yield ""
