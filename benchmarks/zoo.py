@@ -1,4 +1,6 @@
-"""Plans and converts every architecture of timm and torchvision, on shapes alone: no weights, no downloads.
+"""Plans and converts every architecture of timm and torchvision that has a 3x3 convolution, on shapes alone.
+
+No weights, no downloads.
 
     python benchmarks/zoo.py                          everything; writes benchmarks/results/zoo.md
     python benchmarks/zoo.py --per-file 1             one architecture of each file of the libraries: a first look

@@ -1,7 +1,6 @@
 """Odd networks: each holds one thing that a planner can get wrong."""
 
 import dataclasses
-import itertools
 import random
 import warnings
 
@@ -345,31 +344,6 @@ class TakesDict(nn.Module):
 
     def forward(self, batch):
         return self.conv(self.first(batch["image"]))
-
-
-class UNet(nn.Module):
-    """A small U-Net: two convolutions at each size, skip connections, bilinear upsampling."""
-
-    def __init__(self, widths=(16, 32, 64)):
-        super().__init__()
-        self.down = nn.ModuleList(double(*pair) for pair in zip((3, *widths), widths, strict=False))
-        self.up = nn.ModuleList(double(low + high, high) for high, low in itertools.pairwise(widths))
-        self.head = nn.Conv2d(widths[0], 2, 1)
-
-    def forward(self, x):
-        features = []
-        for block in self.down:
-            x = block(F.max_pool2d(x, 2) if features else x)
-            features.append(x)
-        for block, skip in zip(reversed(self.up), reversed(features[:-1]), strict=True):
-            x = F.interpolate(x, scale_factor=2.0, mode="bilinear")
-            x = block(torch.cat([x, skip], 1))
-        return self.head(x)
-
-
-def double(inputs, outputs):
-    layers = [(conv(width, outputs), nn.BatchNorm2d(outputs), nn.ReLU()) for width in (inputs, outputs)]
-    return nn.Sequential(*layers[0], *layers[1])
 
 
 class Stateful(nn.Module):

@@ -4,6 +4,7 @@ import networks as net
 import pytest
 import timm
 import torch
+from converted_networks import UNet
 from torch import nn
 
 from ddf_convert.graph import Action, ConvertConfig, plan
@@ -23,7 +24,7 @@ MODELS = {
     "vgg16": lambda: on_meta("vgg16"),
     "regnety_002": lambda: on_meta("regnety_002"),
     "regnetx_002": lambda: on_meta("regnetx_002"),
-    "unet": net.UNet,
+    "unet": UNet,
 }
 
 

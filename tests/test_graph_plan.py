@@ -270,6 +270,25 @@ def test_reasons_of_selection(options, name, reason):
     assert site.after == site.replacement_cost != site.before
 
 
+PRECEDENCE = [
+    ({"exclude": "1"}, "excluded by '1'"),
+    ({"include": "2"}, "outside include"),
+    ({"filter_fn": lambda name, module: name != "1"}, "filter_fn said no"),
+    ({}, "stem: 3 input channels"),
+    ({"keep_first": 1}, "kept: among the first 1"),
+    ({"target_macs": "1T"}, "not needed for target_macs"),
+]
+
+
+@pytest.mark.parametrize("place", range(len(PRECEDENCE)))
+def test_which_option_wins(place):
+    """Each step of docs/planning.md wins over all that follow it."""
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), net.conv(3), net.conv())
+    following = {name: value for options, _ in PRECEDENCE[place:] for name, value in options.items()}
+    site = plan(model, IMAGE, **following, stem=place > 3)["1"]  # or the fourth would win over what follows it
+    assert PRECEDENCE[place][1] in site.reason
+
+
 def test_a_pattern_can_name_either_name_of_a_shared_convolution():
     assert [site.name for site in plan(net.TwoNames(), IMAGE, include="b.same").replaced] == ["a"]
 
@@ -342,6 +361,11 @@ def test_plans_round_trip_through_json_and_can_be_edited():
     assert again.after.params == full.params + again["1.0"].before.params - again["1.0"].replacement_cost.params
     again["1.0"].replace()
     assert again.after == full
+    again["1.1"].skip()
+    model = chain()
+    converted = convert(model, Plan.from_json(again.to_json()))
+    kinds = [type(converted.get_submodule(name)) for name in ("1.0", "1.1", "2.0")]
+    assert kinds == [DDFConv2d, nn.Conv2d, DDFConv2d]
 
 
 def test_a_plan_names_near_sites_and_refuses_what_cannot_be():
