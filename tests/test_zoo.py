@@ -77,12 +77,12 @@ def test_what_differs_is_found(monkeypatch):
     monkeypatch.setattr(shapes.ddf, "convert", drops_one)
     line = shapes.check_shapes(own("Tiny"))
     reasons = {failure["step"]: failure["reason"] for failure in line["failures"]}
-    assert set(reasons) == {f"{step}, {name}" for step in ("forward", "totals") for name in ("default", "everything")}
+    assert set(reasons) == {"forward, default", "totals, default"}
     assert reasons["forward, default"] == "the forward pass runs 0 DDF operators, the plan has 1 calls of new layers"
     assert page.headline([line], [], 1, 0).startswith(
         "1 of 1 architectures looked at; 1 of 1 architectures with a 3x3 conv"
     )
-    assert "0 converted, 1 failures" in page.headline([line], [], 1, 0)
+    assert "0 converted by default, 0 more on request, 1 failures" in page.headline([line], [], 1, 0)
 
 
 def test_everything_is_what_the_options_ask_for():
@@ -164,7 +164,10 @@ def test_a_run_with_all_that_can_happen_and_its_resumption(monkeypatch, tmp_path
     assert set(lines) == {"Tiny", "Unbuilt", "crash"}
     assert "failures" not in lines["Tiny"]
     assert lines["crash"]["failures"][0]["reason"] == "its process crashed (exit code 3)"
-    found = "3 of 3 architectures looked at; 1 of 1 architectures with a 3x3 conv planned, 1 converted, 2 failures"
+    found = (
+        "3 of 3 architectures looked at; 1 of 1 architectures with a 3x3 conv planned, 1 converted by default, 0 more"
+        " on request, 2 failures"
+    )
     assert found in " ".join(shown.split())
     assert found in (tmp_path / "zoo.md").read_text()
 
