@@ -76,7 +76,8 @@ def choose(
     if per_file is None:
         return found
     files = [list(own) for _, own in groupby(found, key=lambda architecture: architecture.file)]
-    return [own[len(own) * place // per_file] for own in files for place in range(per_file) if place < len(own)]
+    counts = [min(per_file, len(own)) for own in files]
+    return [own[len(own) * place // n] for own, n in zip(files, counts, strict=True) for place in range(n)]
 
 
 def smallest(chosen: Sequence[Architecture], lines: Iterable[dict[str, Any]]) -> list[Architecture]:

@@ -112,6 +112,11 @@ def test_the_catalogue_is_all_of_both_libraries():
     chosen = zoo.choose(everything, only="*resnet*", library="torchvision", per_file=2)
     assert [a.name for a in chosen if a.file == "torchvision.models.resnet"] == ["resnet101", "resnet34"]
     assert max(Counter(a.file for a in chosen).values()) == 2
+    assert len(zoo.choose(everything, library="timm", per_file=12)) == sum(
+        min(12, number) for number in Counter(a.file for a in everything if a.library == "timm").values()
+    )
+    several = zoo.choose(everything, library="torchvision", per_file=9)
+    assert len(several) == len({a.name for a in several})
 
 
 def test_real_numbers_by_way_of_another_process():
