@@ -27,9 +27,14 @@ class Mixing(StrEnum):
     NEVER = "never"
 
 
-SeRatio = Annotated[float, typer.Option(help="Squeeze of the channel branch, as a fraction of the channels.")]
-CombineOption = Annotated[Combine, typer.Option(help="How the two filters make one.")]
-Heads = Annotated[int, typer.Option(help="Groups of channels with a spatial filter of their own.")]
+_SE_RATIO = "Squeeze of the channel branch, as a fraction of the channels."
+_COMBINE = "How the two filters make one."
+_HEADS = "Groups of channels with a spatial filter of their own."
+
+# Those of a single layer, which is not planned: for `bench layer`.
+SeRatio = Annotated[float, typer.Option(help=_SE_RATIO)]
+CombineOption = Annotated[Combine, typer.Option(help=_COMBINE)]
+Heads = Annotated[int, typer.Option(help=_HEADS)]
 
 
 @dataclass(frozen=True)
@@ -121,8 +126,8 @@ def _options(
     mixing: Annotated[
         Mixing, _option("A 1x1 convolution after DDF: auto adds it unless 1x1s stand on both sides.")
     ] = Mixing.AUTO,
-    se_ratio: Annotated[float, _option("Squeeze of the channel branch, as a fraction of the channels.")] = 0.2,
-    combine: Annotated[Combine, _option("How the two filters make one.")] = Combine.MUL,
-    heads: Annotated[int, _option("Groups of channels with a spatial filter of their own.")] = 1,
+    se_ratio: Annotated[float, _option(_SE_RATIO)] = 0.2,
+    combine: Annotated[Combine, _option(_COMBINE)] = Combine.MUL,
+    heads: Annotated[int, _option(_HEADS)] = 1,
 ) -> None:
     """The options, and what they are by default."""

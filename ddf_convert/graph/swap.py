@@ -33,7 +33,12 @@ class Replaced(BaseModel):
     @property
     def functional(self) -> bool:
         """Whether it was called as a function."""
-        return self.names[0].endswith("()")
+        return _is_functional(self.names[0])
+
+
+def _is_functional(name: str) -> bool:
+    """Whether a name is that of a functional call (see ``record.function_name``), which no module's path can be."""
+    return name.endswith("()")
 
 
 def steps_of(sites: Iterable[Site], model: nn.Module) -> list[Replaced]:
@@ -68,7 +73,7 @@ def swap(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
     Returns:
         The model; or, where convolutions that are called as functions are replaced, the GraphModule for it.
     """
-    functions = {name: layer for name, layer in layers.items() if name.endswith("()")}
+    functions = {name: layer for name, layer in layers.items() if _is_functional(name)}
     new = {id(model.get_submodule(name)): layer for name, layer in layers.items() if name not in functions}
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
