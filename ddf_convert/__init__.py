@@ -7,7 +7,7 @@ from ddf_convert.version import __version__
 
 # The shell's completion (for which typer sets this variable) needs the command line alone, and cannot wait for torch.
 if "_DDF_CONVERT_COMPLETE" not in os.environ:
-    from ddf_convert import layers, models, ops
+    from ddf_convert import layers, models, ops, recipes
     from ddf_convert.accounting import Cost, count_parameters, measure
     from ddf_convert.artifact import load, restore, save
     from ddf_convert.graph import Action, Conversion, ConvertConfig, FoundBy, Plan, Replacement, Site, convert, plan
@@ -36,6 +36,7 @@ __all__ = [
     "models",
     "ops",
     "plan",
+    "recipes",
     "restore",
     "save",
 ]

@@ -39,14 +39,16 @@ __all__ = [
     "check_writable",
     "load",
     "load_checkpoint",
+    "load_original",
     "read_manifest",
     "restore",
     "save",
 ]
 
 FORMAT = "ddf_convert"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2  # 2: recipes, and the original's weights
 WEIGHTS = "model.safetensors"
+ORIGINAL = "original.safetensors"
 REPORT = "report.json"
 
 # Arguments of timm.create_model that make it read or fetch files: an artifact never carries them.
@@ -97,24 +99,29 @@ class Manifest(BaseModel):
         dtype: Of its floating-point parameters, for people; each tensor has its own in the weights.
         shared: Tensors that are the same as another one, which alone is in the weights: name to that name.
         weights: Size and hash of ``model.safetensors``.
+        original: Size and hash of ``original.safetensors``, the weights before conversion, if they were kept.
+        original_shared: As ``shared``, of these.
         report: Size and hash of ``report.json``, if there is one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["ddf_convert"] = "ddf_convert"
-    format_version: Literal[1] = 1
+    format_version: Literal[1, 2] = 2
     versions: dict[str, str]
     source: Annotated[TimmSource | OwnSource, Field(discriminator="kind")]
     conversion: Conversion
     dtype: str
     shared: dict[str, str] = {}
     weights: FileRecord
+    original: FileRecord | None = None
+    original_shared: dict[str, str] = {}
     report: FileRecord | None = None
 
     def files(self) -> dict[str, FileRecord]:
         """The files beside the manifest."""
-        return {WEIGHTS: self.weights} | ({} if self.report is None else {REPORT: self.report})
+        files = {WEIGHTS: self.weights, ORIGINAL: self.original, REPORT: self.report}
+        return {name: record for name, record in files.items() if record is not None}
 
 
 def save(
@@ -122,6 +129,7 @@ def save(
     path: str | os.PathLike[str],
     source: TimmSource | str | None = None,
     report: Mapping[str, Any] | None = None,
+    original: nn.Module | None = None,
 ) -> Manifest:
     """Writes a converted model to a folder, whole or not at all; what the folder held before stays until then.
 
@@ -132,6 +140,8 @@ def save(
         source: What timm builds the unconverted model from: a name, or a name and arguments. None finds it out for
             timm models; a model that timm does not rebuild exactly is recorded as the user's own, for :func:`restore`.
         report: JSON to keep beside the model as ``report.json``.
+        original: The model before conversion, whose weights are kept too, for :func:`load_original`: recipes that
+            distil learn from it.
 
     Raises:
         UsageError: The model has no weights (meta device), or timm does not build it from ``source``.
@@ -143,6 +153,7 @@ def save(
     check_writable(path)
     state_of(model)  # only tensors can be saved
     tensors, shared = _unique(model.state_dict())
+    originals, original_shared = _unique(bare(original).state_dict()) if original is not None else ({}, {})
     conversion = recorded(model) or Conversion(source=describe(model))
     origin = _source(model, conversion, source)
     folder = Path(path)
@@ -151,6 +162,8 @@ def save(
             finished(folder, read_manifest(folder).files())
     with replacing(folder) as stage:
         safetensors.torch.save_file(tensors, stage / WEIGHTS, metadata={"format": "pt"})
+        if original is not None:
+            safetensors.torch.save_file(originals, stage / ORIGINAL, metadata={"format": "pt"})
         if report is not None:
             (stage / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         manifest = Manifest(
@@ -160,12 +173,14 @@ def save(
             dtype=_dtype(model),
             shared=shared,
             weights=FileRecord.of(stage / WEIGHTS),
+            original=None if original is None else FileRecord.of(stage / ORIGINAL),
+            original_shared=original_shared,
             report=None if report is None else FileRecord.of(stage / REPORT),
         )
         (stage / MANIFEST).write_text(manifest.model_dump_json(indent=2, by_alias=True) + "\n", encoding="utf-8")
-    if report is None:
+    for name in {REPORT, ORIGINAL} - set(manifest.files()):
         with suppress(OSError):
-            (folder / REPORT).unlink(missing_ok=True)  # the manifest no longer names it
+            (folder / name).unlink(missing_ok=True)  # the manifest no longer names it
     return manifest
 
 
@@ -211,6 +226,44 @@ def restore(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     return filled if isinstance(filled, fx.GraphModule) else model
 
 
+def load_original(path: str | os.PathLike[str], fresh_model: nn.Module | None = None) -> nn.Module | None:
+    """The model before conversion, in evaluation mode, from the weights that a folder keeps beside the converted one.
+
+    Args:
+        path: The folder.
+        fresh_model: The unconverted model, where it is the user's own, which only the user can build; it is filled.
+
+    Returns:
+        The model; None if the folder does not keep its weights.
+
+    Raises:
+        ArtifactError: As for :func:`load` and :func:`restore`.
+    """
+    folder = Path(path)
+    manifest = read_manifest(folder)
+    if manifest.original is None:
+        return None
+    if fresh_model is None and isinstance(manifest.source, OwnSource):
+        raise ArtifactError(
+            f"{folder} holds a model of your own ({manifest.source.model_class}), which only you can build: give it"
+        )
+    weights = finished(folder, {ORIGINAL: manifest.original})[ORIGINAL]
+    try:
+        if fresh_model is None:
+            assert isinstance(manifest.source, TimmSource)
+            fresh_model = _built_by_timm(manifest.source, "cpu")
+        model = bare(fresh_model)
+        tensors = _tensors(weights, manifest.original_shared)
+        difference = describe_difference(state_of(model), tensors)
+        if difference:
+            raise UsageError(f"the original's weights do not fit {describe(model)}: {difference}")
+    except UsageError as error:
+        raise ArtifactError(f"{folder}: {error}") from error
+    _take_dtypes(model, tensors)
+    model.load_state_dict(tensors)
+    return model.eval()
+
+
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
     """What a folder says of itself; the weights are not looked at.
 
@@ -251,7 +304,7 @@ def _fill(model: nn.Module, folder: Path, manifest: Manifest) -> nn.Module:
     with suppress(ArtifactError):  # the report is for people: a damaged one stands in no model's way
         finished(folder, {REPORT: manifest.report} if manifest.report else {})
     weights = finished(folder, {WEIGHTS: manifest.weights})[WEIGHTS]
-    shapes = _shapes(weights, manifest)
+    shapes = _shapes(weights, manifest.shared)
     try:
         if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
             raise UsageError("the model is on the meta device and can hold no weights; build it on a real device")
@@ -266,8 +319,7 @@ def _fill(model: nn.Module, folder: Path, manifest: Manifest) -> nn.Module:
         layers = prepare(model, manifest.conversion.replaced)
     except UsageError as error:
         raise ArtifactError(f"{folder}: {error}") from error
-    tensors = safetensors.torch.load_file(weights)
-    tensors.update({name: tensors[kept] for name, kept in manifest.shared.items()})
+    tensors = _tensors(weights, manifest.shared)
     model = swap(model, layers)
     _take_dtypes(model, tensors)
     model.load_state_dict(tensors)
@@ -275,17 +327,28 @@ def _fill(model: nn.Module, folder: Path, manifest: Manifest) -> nn.Module:
     return model
 
 
-def _shapes(weights: Path, manifest: Manifest) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors, the shared ones by all their names."""
+def _tensors(weights: Path, shared: Mapping[str, str]) -> dict[str, Tensor]:
+    """The tensors of a file, the shared ones by all their names.
+
+    Raises:
+        ArtifactError: The file is damaged.
+    """
+    _shapes(weights, shared)
+    tensors = safetensors.torch.load_file(weights)
+    return {**tensors, **{name: tensors[kept] for name, kept in shared.items()}}
+
+
+def _shapes(weights: Path, shared: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors, likewise."""
     try:
         with safetensors.safe_open(weights, framework="pt") as file:
             shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     except (safetensors.SafetensorError, OSError) as error:
         raise ArtifactError(f"{weights} is damaged: {first_line(error)}") from error
-    absent = [kept for kept in manifest.shared.values() if kept not in shapes]
+    absent = [kept for kept in shared.values() if kept not in shapes]
     if absent:
         raise ArtifactError(f"{weights.parent / MANIFEST} is damaged: {absent[0]} is not among the weights")
-    return {**shapes, **{name: shapes[kept] for name, kept in manifest.shared.items()}}
+    return {**shapes, **{name: shapes[kept] for name, kept in shared.items()}}
 
 
 def _take_dtypes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -88,7 +88,7 @@ def test_what_is_in_the_folder(model, saved):
     assert sorted(os.listdir(saved)) == ["manifest.json", "model.safetensors", "report.json"]
     manifest = json.loads((saved / "manifest.json").read_text())
     assert manifest["format"] == "ddf_convert"
-    assert manifest["format_version"] == 1
+    assert manifest["format_version"] == 2
     assert manifest["source"] == {"kind": "timm", "name": SMALL, "kwargs": {"num_classes": 5}}
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["dtype"] == "float32"

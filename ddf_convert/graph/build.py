@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 from ddf_convert.graph.plan import ConvertConfig, Replacement
@@ -79,6 +80,18 @@ def caution(conv: nn.Conv2d) -> str:
     return f"{type(conv).__name__} {special}, which what takes its place does not" if special else ""
 
 
+@torch.no_grad()
+def effective_weight(conv: nn.Conv2d) -> Tensor:
+    """The weight that a convolution without :func:`obstacle` convolves with, (out, in / groups, K, K)."""
+    if not _KNOWN.get(type(conv).forward):
+        return conv.weight.detach()
+    gain = getattr(conv, "gain", None)
+    scale = None if gain is None else (gain * conv.scale).view(-1)
+    flat = conv.weight.detach().reshape(1, conv.out_channels, -1)
+    standardised = F.batch_norm(flat, None, None, weight=scale, training=True, momentum=0.0, eps=cast(float, conv.eps))
+    return standardised.reshape_as(conv.weight)
+
+
 def stand_in(call: Call) -> nn.Conv2d | nn.ConvTranspose2d:
     """The module that does what a functional call does, without weights.
 
@@ -116,6 +129,7 @@ def replacement_for(conv: nn.Conv2d, config: ConvertConfig, mix: bool) -> Replac
         "se_ratio": config.se_ratio,
         "combine": config.combine,
         "nonlinearity": "relu",
+        **({"affine": True} if config.affine else {}),
         "bias": conv.bias is not None,
     }
     if mix:

@@ -39,8 +39,7 @@ def replace_functions(model: nn.Module, layers: dict[str, nn.Module]) -> fx.Grap
     graph_module = build_graph(model, describe(model))
     calls = convolutions_in(graph_module, "")
     for name, layer in layers.items():
-        owner, _, word = name.removesuffix("()").rpartition(".")
-        target = f"{owner}.ddf_{word}" if owner else f"ddf_{word}"
+        target = place_of(name)
         graph_module.add_submodule(target, layer)
         for node in calls[name]:
             with graph_module.graph.inserting_before(node):
@@ -53,6 +52,12 @@ def replace_functions(model: nn.Module, layers: dict[str, nn.Module]) -> fx.Grap
                     graph_module.graph.erase_node(operand)
     # A new GraphModule takes over what its graph names, and nothing else.
     return fx.GraphModule(graph_module, graph_module.graph, type(model).__name__)
+
+
+def place_of(name: str) -> str:
+    """The path, in the converted model, of what replaces a functional call: "neck.ddf_conv2d" for "neck.conv2d()"."""
+    owner, _, word = name.removesuffix("()").rpartition(".")
+    return f"{owner}.ddf_{word}" if owner else f"ddf_{word}"
 
 
 def _as_module(graph_module: fx.GraphModule, node: fx.Node) -> nn.Conv2d | None:

@@ -45,8 +45,10 @@ class ConvertConfig(BaseModel):
         se_ratio: Width of the channel branch's squeeze as a fraction of the channels (sigma in the paper).
         combine: "mul" (the paper) or "add" (the authors' second variant).
         heads: Groups of channels with a spatial filter of their own.
+        affine: Give both FilterNorms a learned scale and shift, so that recipes can start from the old weights.
         mixing: Whether a 1x1 convolution that mixes channels follows the DDF layer: "auto" adds one unless 1x1
-            convolutions stand on both sides (a bottleneck); "always"; "never" (what changes the width is skipped).
+            convolutions stand on both sides (a bottleneck); "dense" adds one there too, wherever the convolution mixed
+            channels itself; "always", after depthwise ones too; "never" (what changes the width is skipped).
         stem: Replace convolutions of few input channels too.
         depthwise: Replace depthwise convolutions too, though DDF adds parameters to them.
         allow_growth: Replace convolutions also where that adds parameters or MACs.
@@ -66,7 +68,8 @@ class ConvertConfig(BaseModel):
     se_ratio: float = Field(default=0.2, gt=0)
     combine: Literal["mul", "add"] = "mul"
     heads: int = Field(default=1, ge=1)
-    mixing: Literal["auto", "always", "never"] = "auto"
+    affine: bool = False
+    mixing: Literal["auto", "dense", "always", "never"] = "auto"
     stem: bool = False
     depthwise: bool = False
     allow_growth: bool = False

@@ -254,6 +254,8 @@ class _Planner:
             return True, f"{one_by_one}: it turns {conv.in_channels} channels into {conv.out_channels}"
         if is_depthwise(conv):
             return False, "DDF alone: a depthwise convolution mixes no channels either"
+        if self.config.mixing == "dense":
+            return True, f"{one_by_one}: it mixed channels itself"
         if convolution.bottleneck:
             return False, "bottleneck: 1x1 convolutions on both sides mix channels"
         if convolution.found_by is not FoundBy.FX:

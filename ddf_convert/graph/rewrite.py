@@ -25,6 +25,7 @@ class Conversion(BaseModel):
         source: The model, in words.
         replaced: Every replacement, in order.
         configs: The options of each conversion; a model can be converted more than once.
+        recipe: The recipe that the new layers were initialised by, as data; None if there was none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,6 +33,7 @@ class Conversion(BaseModel):
     source: str
     replaced: tuple[Replaced, ...] = ()
     configs: tuple[ConvertConfig, ...] = ()
+    recipe: dict[str, Any] | None = None
 
 
 def convert(

@@ -72,8 +72,8 @@ class Tracer(fx.Tracer):
     """
 
     def __init__(self, leaves: tuple[nn.Module, ...] = ()) -> None:
-        super().__init__(autowrap_functions=tuple(get_notrace_functions()))  # type: ignore[no-untyped-call]
-        self._kinds = tuple(get_notrace_modules())  # type: ignore[no-untyped-call]
+        super().__init__(autowrap_functions=tuple(get_notrace_functions()))
+        self._kinds = tuple(get_notrace_modules())
         self._leaves = {id(leaf) for leaf in leaves}
         self.running: list[nn.Module] = []  # what was being traced, the innermost last; stays so after an error
 

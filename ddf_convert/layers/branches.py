@@ -21,6 +21,7 @@ class SpatialBranch(nn.Sequential):
         heads: G.
         stride: Of the 1x1 conv, in pixels.
         nonlinearity: Sets the base scale of the filters.
+        affine: Whether FilterNorm learns its scale and a shift.
         device: Of the parameters.
         dtype: Of the parameters.
     """
@@ -32,12 +33,13 @@ class SpatialBranch(nn.Sequential):
         heads: int = 1,
         stride: int = 1,
         nonlinearity: str = "relu",
+        affine: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(
             nn.Conv2d(in_channels, heads * kernel_size**2, 1, stride=stride, device=device, dtype=dtype),
-            SpatialFilterNorm(kernel_size, nonlinearity),
+            SpatialFilterNorm(kernel_size, nonlinearity, heads, affine, device=device, dtype=dtype),
         )
 
     def forward(self, input: Tensor) -> Tensor:
@@ -53,6 +55,7 @@ class ChannelBranch(nn.Sequential):
         kernel_size: K.
         se_ratio: Width of the squeeze as a fraction of C (sigma in the paper); the squeeze is at least 1 wide.
         nonlinearity: Sets the base scale of the filters.
+        affine: Whether FilterNorm learns a shift besides its scale.
         device: Of the parameters.
         dtype: Of the parameters.
     """
@@ -63,6 +66,7 @@ class ChannelBranch(nn.Sequential):
         kernel_size: int,
         se_ratio: float = 0.2,
         nonlinearity: str = "relu",
+        affine: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -72,7 +76,7 @@ class ChannelBranch(nn.Sequential):
             nn.Conv2d(channels, squeezed, 1, device=device, dtype=dtype),
             nn.ReLU(inplace=True),
             nn.Conv2d(squeezed, channels * kernel_size**2, 1, device=device, dtype=dtype),
-            ChannelFilterNorm(channels, kernel_size, nonlinearity, device=device, dtype=dtype),
+            ChannelFilterNorm(channels, kernel_size, nonlinearity, affine, device=device, dtype=dtype),
         )
 
     def forward(self, input: Tensor) -> Tensor:

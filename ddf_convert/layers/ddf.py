@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ddf_convert.layers.branches import ChannelBranch, SpatialBranch
 from ddf_convert.layers.direct import is_plain
-from ddf_convert.layers.filter_norm import SpatialFilterNorm
+from ddf_convert.layers.filter_norm import ChannelFilterNorm, SpatialFilterNorm
 from ddf_convert.ops import COMBINATIONS, ddf, ddf_normalised, output_size
 
 PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
@@ -24,6 +24,7 @@ def normalises_inside(branch: nn.Sequential, input: Tensor) -> bool:
         and is_plain(branch, SpatialBranch)
         and len(branch) == 2
         and is_plain(branch[1], SpatialFilterNorm)
+        and cast(SpatialFilterNorm, branch[1]).std is None
     )
 
 
@@ -41,6 +42,9 @@ class DDF2d(nn.Module):
         se_ratio: Width of the channel branch's squeeze, as a fraction of C (sigma in the paper).
         combine: "mul" or "add": how the two filters make one.
         nonlinearity: What follows the layer, by the names of ``torch.nn.init.calculate_gain``; sets the filters' scale.
+        affine: Both FilterNorms learn a scale and a shift for each tap (the paper's: the channel branch's scale alone).
+            A layer with scales of 0 is a fixed depthwise convolution, its filter the channel branch's shift: that is
+            how a convolution's weights are taken over.
         bias: Add a learned constant to each channel, as a convolution can.
         padding_mode: "zeros", "reflect", "replicate" or "circular", as for Conv2d.
         device: Of the parameters.
@@ -70,6 +74,7 @@ class DDF2d(nn.Module):
         se_ratio: float = 0.2,
         combine: str = "mul",
         nonlinearity: str = "relu",
+        affine: bool = False,
         bias: bool = False,
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
@@ -98,19 +103,20 @@ class DDF2d(nn.Module):
         self.heads = heads
         self.se_ratio = se_ratio
         self.combine = combine
+        self.affine = affine
         self.padding_mode = padding_mode
         self.spatial_branch = SpatialBranch(
-            in_channels, kernel_size, heads, stride, nonlinearity, device=device, dtype=dtype
+            in_channels, kernel_size, heads, stride, nonlinearity, affine, device=device, dtype=dtype
         )
         self.channel_branch = ChannelBranch(
-            in_channels, kernel_size, se_ratio, nonlinearity, device=device, dtype=dtype
+            in_channels, kernel_size, se_ratio, nonlinearity, affine, device=device, dtype=dtype
         )
         self.bias = nn.Parameter(torch.zeros(in_channels, device=device, dtype=dtype)) if bias else None
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, Ho, Wo), Ho and Wo as for a convolution with the same arguments."""
         channel_filter = self.channel_branch(input)
-        top, bottom, left, right = self._padding(input)
+        top, bottom, left, right = self.padding_of(input)
         rows = self._output_size(input.shape[-2] + top + bottom)
         columns = self._output_size(input.shape[-1] + left + right)
         centres = self._centres(input, top, left, rows, columns)
@@ -133,7 +139,22 @@ class DDF2d(nn.Module):
             output = ddf(input, channel_filter, self.spatial_branch(centres), **options)
         return output if self.bias is None else output + self.bias.to(output.dtype).view(1, -1, 1, 1)
 
-    def _padding(self, input: Tensor) -> tuple[int, int, int, int]:
+    def fix(self, filter: Tensor) -> None:
+        """Makes the layer a depthwise convolution, whose filter no longer depends on the input.
+
+        The dynamic parts are there and learn: the scales of FilterNorm, which are 0, have gradients from the first
+        step; what stands before them, once they have moved.
+
+        Args:
+            filter: (C, K, K), any dtype.
+
+        Raises:
+            ValueError: The layer is not affine.
+        """
+        cast(ChannelFilterNorm, self.channel_branch[4]).fix(filter)
+        cast(SpatialFilterNorm, self.spatial_branch[1]).fix(1.0 if self.combine == "mul" else 0.0)
+
+    def padding_of(self, input: Tensor) -> tuple[int, int, int, int]:
         """Pixels above, below, left and right."""
         if self.padding != "same":
             return (self.padding,) * 4
@@ -167,5 +188,5 @@ class DDF2d(nn.Module):
         return (
             f"{self.in_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r},"
             f" dilation={self.dilation}, heads={self.heads}, se_ratio={self.se_ratio}, combine={self.combine!r},"
-            f" bias={self.bias is not None}, padding_mode={self.padding_mode!r}"
+            f" affine={self.affine}, bias={self.bias is not None}, padding_mode={self.padding_mode!r}"
         )

@@ -21,30 +21,80 @@ def _check_kernel(kernel_size: int) -> None:
         raise ValueError(f"FilterNorm needs an odd kernel size of 3 or more, got {kernel_size}")
 
 
+@torch.no_grad()
+def _fix(scale: Tensor, shift: Tensor, filter: Tensor | float) -> None:
+    scale.zero_()
+    shift.copy_(filter.reshape(-1) if isinstance(filter, Tensor) else torch.full_like(shift, filter))
+
+
 class SpatialFilterNorm(nn.Module):
-    """Normalises each pixel's filter, head by head; the scale is the constant base scale.
+    """Normalises each pixel's filter, head by head; the scale is the constant base scale, unless it is learned.
 
     Args:
         kernel_size: K, odd and at least 3.
         nonlinearity: A name that ``torch.nn.init.calculate_gain`` knows.
+        heads: G.
+        affine: Learn the scale, and an added shift: one of each for every tap of a head, the same for all pixels. They
+            start at the base scale and at 0, so that the layer starts as one without them.
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Attributes:
+        scale: The base scale.
+        std: (G*K*K,), the learned scale, or None.
+        mean: (G*K*K,), the learned shift, or None.
 
     Raises:
         ValueError: ``kernel_size`` is even or under 3.
     """
 
-    def __init__(self, kernel_size: int, nonlinearity: str = "linear") -> None:
+    std: nn.Parameter | None
+    mean: nn.Parameter | None
+
+    def __init__(
+        self,
+        kernel_size: int,
+        nonlinearity: str = "linear",
+        heads: int = 1,
+        affine: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         _check_kernel(kernel_size)
         self.kernel_size = kernel_size
         self.scale = filter_gain(nonlinearity, kernel_size)
+        size = heads * kernel_size**2
+        self.std = nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if affine else None
+        self.mean = nn.Parameter(torch.empty(size, device=device, dtype=dtype)) if affine else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Sets the learned scale to the base scale, and the shift to 0."""
+        if self.std is not None and self.mean is not None:
+            nn.init.constant_(self.std, self.scale)
+            nn.init.zeros_(self.mean)
+
+    def fix(self, filter: Tensor | float) -> None:
+        """Makes every filter this one, (G*K*K,) or a number for all taps, whatever comes in: the scale is 0.
+
+        Raises:
+            ValueError: Scale and shift are not learned.
+        """
+        if self.std is None or self.mean is None:
+            raise ValueError("only a FilterNorm with affine=True can be fixed")
+        _fix(self.std, self.mean, filter)
 
     def forward(self, filters: Tensor) -> Tensor:
         """(B, G*K*K, H, W) -> the same shape and dtype."""
-        return filter_norm(filters, self.kernel_size**2, self.scale)
+        if self.std is None or self.mean is None:
+            return filter_norm(filters, self.kernel_size**2, self.scale)
+        normalised = filter_norm(filters, self.kernel_size**2)
+        return torch.addcmul(self.mean.view(-1, 1, 1), normalised, self.std.view(-1, 1, 1)).to(filters.dtype)
 
     def extra_repr(self) -> str:
         """The arguments, as ``print`` shows them."""
-        return f"kernel_size={self.kernel_size}, scale={self.scale:.4g}"
+        return f"kernel_size={self.kernel_size}, scale={self.scale:.4g}, affine={self.std is not None}"
 
 
 class ChannelFilterNorm(nn.Module):
@@ -92,6 +142,16 @@ class ChannelFilterNorm(nn.Module):
         nn.init.normal_(self.std, std=filter_gain(self.nonlinearity, self.kernel_size))
         if self.mean is not None:
             nn.init.zeros_(self.mean)
+
+    def fix(self, filter: Tensor | float) -> None:
+        """Makes every filter this one, (C, K, K) or a number for all taps, whatever comes in: the scale is 0.
+
+        Raises:
+            ValueError: The shift is not learned.
+        """
+        if self.mean is None:
+            raise ValueError("only a FilterNorm with a learned shift can be fixed")
+        _fix(self.std, self.mean, filter)
 
     def forward(self, filters: Tensor) -> Tensor:
         """(B, C*K*K, 1, 1) or (B, C*K*K) -> (B, C, K, K), same dtype."""

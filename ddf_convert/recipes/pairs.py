@@ -1,0 +1,123 @@
+"""The layers of a converted model beside the convolutions of the original whose places they took."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ddf_convert.errors import UsageError
+from ddf_convert.graph.build import effective_weight, kind_of
+from ddf_convert.graph.functional import functional_convolutions, place_of
+from ddf_convert.graph.rewrite import recorded
+from ddf_convert.graph.swap import Replaced
+from ddf_convert.graph.trace import describe
+from ddf_convert.graph.wrappers import bare
+from ddf_convert.layers import DDF2d, DDFConv2d
+from ddf_convert.recipes.factors import Factors
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A new layer and the convolution whose place it took.
+
+    Attributes:
+        name: Path of the convolution in the original; for one that is called as a function, its name in the plan.
+        place: Path of the new layer in the converted model.
+        conv: The convolution.
+        layer: The new layer.
+    """
+
+    name: str
+    place: str
+    conv: nn.Conv2d
+    layer: DDF2d | DDFConv2d
+
+    @property
+    def kind(self) -> str:
+        """Of the convolution: "dense 3x3", "depthwise 3x3", ..."""
+        return kind_of(self.conv)
+
+    @property
+    def functional(self) -> bool:
+        """Whether the original calls it as a function: then nothing can be learned from its calls."""
+        return self.place != self.name
+
+    @property
+    def ddf(self) -> DDF2d:
+        """The DDF layer."""
+        return self.layer if isinstance(self.layer, DDF2d) else self.layer.ddf
+
+    @property
+    def mix(self) -> nn.Conv2d | None:
+        """The 1x1 convolution behind it."""
+        return None if isinstance(self.layer, DDF2d) else self.layer.mix
+
+    def weight(self) -> Tensor:
+        """The convolution's weight as (G, O, I, T), groups, outputs, inputs, taps; float64."""
+        conv = self.conv
+        shape = (conv.groups, conv.out_channels // conv.groups, conv.in_channels // conv.groups, -1)
+        return effective_weight(conv).double().reshape(shape)
+
+    @torch.no_grad()
+    def take(self, factors: Factors, bias: Tensor | None) -> None:
+        """Makes the layer the fixed convolution that the factors are.
+
+        Args:
+            factors: The filter.
+            bias: (channels out,), or None.
+        """
+        ddf, mix = self.ddf, self.mix
+        ddf.fix(factors.depthwise.reshape(ddf.in_channels, ddf.kernel_size, ddf.kernel_size))
+        if mix is not None and factors.mix is not None:
+            mix.weight.copy_(factors.mix.reshape(mix.weight.shape))
+            if ddf.bias is not None:
+                nn.init.zeros_(ddf.bias)
+        target = mix.bias if mix is not None else ddf.bias
+        if target is not None and bias is not None:
+            target.copy_(bias)
+
+
+def pairs(model: nn.Module, original: nn.Module) -> list[Pair]:
+    """Every layer that a conversion put in, with its convolution, in the order of the conversion.
+
+    Args:
+        model: A converted model.
+        original: The model before conversion.
+
+    Raises:
+        UsageError: The model was not converted, its layers have no learned shifts, or the original is another model.
+    """
+    model, original = bare(model), bare(original)
+    conversion = recorded(model)
+    if conversion is None or not conversion.replaced:
+        raise UsageError(f"{describe(model)} was not converted: nothing in it took a convolution's place")
+    functions = functional_convolutions(original) if any(step.functional for step in conversion.replaced) else {}
+    return [_pair(model, original, functions, step) for step in conversion.replaced]
+
+
+def _pair(model: nn.Module, original: nn.Module, functions: dict[str, nn.Conv2d], step: Replaced) -> Pair:
+    name = step.names[0]
+    place = place_of(name) if step.functional else name
+    try:
+        layer = model.get_submodule(place)
+        conv = functions[name] if step.functional else original.get_submodule(name)
+    except (AttributeError, KeyError):
+        raise UsageError(f"the original does not fit the converted model: {name} is not in both") from None
+    if not isinstance(layer, DDF2d | DDFConv2d):
+        raise UsageError(f"{place} is {type(layer).__name__}, where the conversion put a DDF layer")
+    if not isinstance(conv, nn.Conv2d):
+        raise UsageError(
+            f"the original has {type(conv).__name__} at {name}, and not the convolution that was replaced: give the"
+            " model as it was before conversion"
+        )
+    pair = Pair(name, place, conv, layer)
+    expected = (conv.in_channels, conv.out_channels, conv.kernel_size[0])
+    if (layer.in_channels, layer.out_channels, pair.ddf.kernel_size) != expected:
+        raise UsageError(f"the original does not fit the converted model: {name} has other channels or kernels")
+    if not pair.ddf.affine:
+        raise UsageError(
+            f"{place} cannot take old weights over: convert with affine=True (--affine), or with a recipe that has it"
+        )
+    return pair

@@ -1,0 +1,141 @@
+"""Which parameters a stage trains, and how its optimizer treats them."""
+
+from __future__ import annotations
+
+import fnmatch
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _NormBase
+
+from ddf_convert.errors import UsageError
+from ddf_convert.graph.plan import suggestion
+from ddf_convert.layers import DDF2d, DDFConv2d
+from ddf_convert.recipes.schema import Stage
+
+_NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # timm's are among them
+
+
+def ddf_layers(model: nn.Module) -> dict[str, DDF2d | DDFConv2d]:
+    """The layers that took the places of convolutions, by name, in the order of the module tree; each once."""
+    found: dict[str, DDF2d | DDFConv2d] = {}
+    inside: set[nn.Module] = set()
+    for name, module in model.named_modules():
+        if isinstance(module, DDF2d | DDFConv2d) and module not in inside:
+            found[name] = module
+            inside.update(module.modules())
+    return found
+
+
+def trainable_names(model: nn.Module, patterns: Iterable[str]) -> set[str]:
+    """Names of the parameters that ``Stage.trainable`` means.
+
+    Args:
+        model: A converted model.
+        patterns: "all", "new", "norms", "head", globs, or ``re:`` patterns of parameter names.
+
+    Raises:
+        UsageError: A pattern matches no parameter.
+    """
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    chosen: set[str] = set()
+    for pattern in patterns:
+        matching = _matching(model, names, pattern)
+        if not matching:
+            raise UsageError(
+                f"trainable: {pattern!r} matches no parameter of {type(model).__name__}{_hint(pattern, names)}"
+            )
+        chosen |= matching
+    return chosen
+
+
+def parameter_groups(model: nn.Module, stage: Stage, images_per_step: int | None = None) -> list[dict[str, Any]]:
+    """Lets what the stage trains learn, and nothing else, and groups it for an optimizer.
+
+    Args:
+        model: A converted model; ``requires_grad`` of its parameters changes.
+        stage: The stage.
+        images_per_step: Of all processes and accumulated batches; scales the learning rate if the stage says for how
+            many images it is meant.
+
+    Returns:
+        Groups with ``params``, ``lr``, ``weight_decay`` and a ``name``, for torch's and timm's optimizers: new layers
+        and old ones, each with and without weight decay (biases, norms and FilterNorm's scales and shifts have none).
+        Empty groups are left out.
+
+    Raises:
+        UsageError: A pattern of the stage matches no parameter.
+    """
+    chosen = trainable_names(model, stage.trainable)
+    new = {id(parameter) for layer in ddf_layers(model).values() for parameter in layer.parameters()}
+    told = getattr(model, "no_weight_decay", None)  # timm's models say so of positions, tokens and the like
+    undecayed: set[str] = set(told()) if callable(told) else set()
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    aliases = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in chosen}
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(id(parameter) in aliases and parameter.is_floating_point())
+        if parameter.requires_grad:
+            decays = parameter.ndim > 1 and name not in undecayed
+            groups.setdefault((id(parameter) in new, decays), []).append(parameter)
+    optimizer = stage.optimizer
+    lr = learning_rate(stage, images_per_step)
+    return [
+        {
+            "params": parameters,
+            "lr": lr if is_new else lr * optimizer.old_lr_scale,
+            "weight_decay": optimizer.weight_decay if decays else 0.0,
+            "name": f"{'new' if is_new else 'old'}, {'with' if decays else 'without'} weight decay",
+        }
+        for (is_new, decays), parameters in groups.items()
+    ]
+
+
+def learning_rate(stage: Stage, images_per_step: int | None = None) -> float:
+    """The learning rate of the new layers."""
+    optimizer = stage.optimizer
+    if optimizer.lr_base_size is None or images_per_step is None:
+        return optimizer.lr
+    return optimizer.lr * images_per_step / optimizer.lr_base_size
+
+
+def _matching(model: nn.Module, names: list[str], pattern: str) -> set[str]:
+    if pattern == "all":
+        return set(names)
+    if pattern == "new":
+        return _inside(names, ddf_layers(model))
+    if pattern == "norms":
+        return _inside(names, (name for name, module in model.named_modules() if isinstance(module, _NORMS)))
+    if pattern == "head":
+        classifier = head(model)
+        return _inside(names, (name for name, module in model.named_modules() if module is classifier))
+    expression = pattern.removeprefix("re:") if pattern.startswith("re:") else fnmatch.translate(pattern)
+    try:
+        compiled = re.compile(expression)
+    except re.error as error:
+        raise UsageError(f"trainable: {pattern!r} is not a regular expression: {error}") from error
+    return {name for name in names if compiled.fullmatch(name)}
+
+
+def head(model: nn.Module) -> nn.Module | None:
+    """The classifier: timm's word for it, or the last linear layer."""
+    get_classifier = getattr(model, "get_classifier", None)
+    found = get_classifier() if callable(get_classifier) else None
+    if isinstance(found, nn.Module) and not isinstance(found, nn.Identity):
+        return found
+    return next((module for module in reversed(list(model.modules())) if isinstance(module, nn.Linear)), None)
+
+
+def _inside(names: Iterable[str], modules: Iterable[str]) -> set[str]:
+    prefixes = tuple(f"{module}." for module in modules)
+    return {name for name in names if name.startswith(prefixes)}
+
+
+def _hint(pattern: str, names: list[str]) -> str:
+    if pattern in ("new", "norms", "head"):
+        what = {"new": "DDF layers", "norms": "normalisations", "head": "classifier"}[pattern]
+        return f": it has no {what}"
+    if any(name.startswith(f"{pattern}.") for name in names):
+        return f"; for those inside it, write '{pattern}.*'"
+    return suggestion(pattern, [*names, "all", "new", "norms", "head"])
