@@ -8,11 +8,12 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test bench kernels zoo lint clean
+.PHONY: help demo test test-long bench kernels zoo lint clean
 
 help:
 	@echo "make demo    convert ResNet-50 into $(DEMO)/, show what it saves, load it back and compare"
 	@echo "make test    ruff, mypy and the tests"
+	@echo "make test-long  what make test leaves out: more CUDA kernels and compiled models (minutes, no GPU)"
 	@echo "make bench   time the operator beside its peers (minutes, on a quiet machine)"
 	@echo "make kernels compile every CUDA kernel for four architectures and show its registers (no GPU, minutes)"
 	@echo "make zoo     plan and convert every architecture of timm and torchvision (no download, an hour or more)"
@@ -28,7 +29,10 @@ demo: $(INSTALLED)
 
 test: lint
 	@echo "== pytest"
-	@$(BIN)/python -m pytest -q -n 2
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
+
+test-long: $(INSTALLED)
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m long
 
 bench: $(INSTALLED)
 	@$(BIN)/ddf-convert bench op

@@ -17,9 +17,11 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ddf_convert.commands_training import evaluate, finetune
 from ddf_convert.completion import timm_names
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.files import check_file, write_file
+from ddf_convert.notices import tell
 from ddf_convert.options import Combine, CombineOption, Conversion, Heads, SeRatio, spread, takes_conversion
 
 if TYPE_CHECKING:
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 
     from ddf_convert.graph import Plan
     from ddf_convert.inputs import ExampleInput
+    from ddf_convert.recipes import Initialised
     from ddf_convert.source import Opened
 
 app = typer.Typer(
@@ -41,7 +44,13 @@ bench = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+recipes = typer.Typer(
+    help="The built-in recipes: how to convert, to initialise and to train.",
+    invoke_without_command=True,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
 app.add_typer(bench, name="bench")
+app.add_typer(recipes, name="recipes")
 _out = Console(highlight=False, emoji=False)
 _err = Console(stderr=True, highlight=False, emoji=False)
 _STDOUT = Path("-")
@@ -49,7 +58,7 @@ _INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ended
 # Loggers that tell of an error at length (a traceback, every retry) before it reaches the user as one line, or that
 # torch finds no GPU when nobody asked for one.
 _WORDY = ("torch._subclasses.fake_tensor", "torch.utils.cpp_extension", "huggingface_hub")
-_debug = False  # set by --debug, read where errors are printed
+_debug = False  # whether --debug was given
 
 
 class Dtype(StrEnum):
@@ -73,11 +82,6 @@ class Layout(StrEnum):
 
     CONTIGUOUS = "contiguous"
     CHANNELS_LAST = "channels_last"
-
-
-def _set_debug(value: bool) -> None:
-    global _debug
-    _debug = _debug or value
 
 
 def _print_version(value: bool) -> None:
@@ -128,7 +132,7 @@ JsonFile = Annotated[
     ),
 ]
 PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw a PNG.", show_default=False)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.", callback=_set_debug)]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.callback()
@@ -179,6 +183,17 @@ def convert(
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Start from these weights.", show_default=False)
     ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Images, labelled or not, for recipes that calibrate: a folder, a timm dataset, or module:callable.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where to calibrate.", show_default="the GPU if there is one")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the new layers' weights.")] = 0,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the converted model in DIR.")] = False,
     *,
@@ -195,6 +210,14 @@ def convert(
         raise UsageError(f"--checkpoint {checkpoint}: no such file")
     if html:
         check_file("--html", html, beside=output)
+    recipe = conversion.recipe
+    calibrates = recipe is not None and recipe.initialise_with.method == "calibrate"
+    if images is not None and not calibrates:
+        raise UsageError("--images is for recipes that calibrate the new layers, such as --recipe calibrate")
+    if recipe and calibrates and images is None:
+        raise UsageError(
+            f"recipe {recipe.name} fits the new layers on images: give --images FOLDER; labels do not count"
+        )
     with _busy(f"{'Downloading the weights of' if pretrained else 'Opening'} {model}") as say:
         from ddf_convert import artifact
 
@@ -205,10 +228,13 @@ def convert(
             )
         import torch
 
+        from ddf_convert.bench.device import choose
         from ddf_convert.graph import convert as apply
         from ddf_convert.report import report
         from ddf_convert.source import open_model
+        from ddf_convert.training.start import initialise
 
+        where = choose(device) if calibrates or device else None
         torch.manual_seed(seed)
         opened = open_model(model, weights=True, pretrained=pretrained)
         if checkpoint:
@@ -219,10 +245,22 @@ def convert(
         if not plan.replaced:
             raise UsageError(f"nothing to convert in {model}: `ddf-convert inspect {model}` says why")
         say(f"Replacing {len(plan.replaced)} convolutions")
-        converted = apply(opened.model, plan, inplace=not plan.functional)
+        keeps = recipe is not None and (recipe.needs_teacher or recipe.initialise_with.method != "paper")
+        converted = apply(opened.model, plan, inplace=not plan.functional and not keeps)
+        document = report(plan, opened.name)
+        done = None
+        if recipe:
+            if keeps and not (pretrained or checkpoint) and ":" not in model and not Path(model).is_dir():
+                tell(
+                    f"recipe {recipe.name} starts from the old weights, and those of {model} are random here:"
+                    " --pretrained or --checkpoint FILE gives it better ones"
+                )
+            done = initialise(recipe, converted, opened.model, images, input_size, where, say)
+            document["recipe"], document["initialised"] = recipe.name, done.model_dump(mode="json")
         say(f"Saving {output}")
-        manifest = artifact.save(converted, output, report=report(plan, opened.name))
-    _present(plan, opened.name, as_json, html, everything)
+        original = opened.model if recipe and recipe.needs_teacher else None
+        manifest = artifact.save(converted, output, report=document, original=original)
+    _present(plan, opened.name, as_json, html, everything, document, done)
     if not as_json:
         _saved(
             output, f"load({str(output)!r})" if manifest.source.kind == "timm" else f"restore(model, {str(output)!r})"
@@ -244,6 +282,46 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
         _out.print(checks_table(checks))
     if any(check.state is State.PROBLEM for check in checks):
         raise typer.Exit(1)
+
+
+app.command()(finetune)
+app.command()(evaluate)
+
+
+@recipes.callback()
+def _recipes(context: typer.Context) -> None:
+    if context.invoked_subcommand is None:
+        recipes_list()
+
+
+@recipes.command("list")
+def recipes_list(as_json: AsJson = False, debug: Debug = False) -> None:
+    """Name the built-in recipes."""
+    from ddf_convert.recipes import load, names
+
+    found = [load(name) for name in names()]
+    if as_json:
+        _print_json({"recipes": [recipe.model_dump(mode="json", by_alias=True) for recipe in found]})
+        return
+    from ddf_convert.report.recipes import recipes_table
+
+    _out.print(recipes_table(found))
+
+
+@recipes.command("show")
+def recipes_show(
+    name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A built-in recipe, or a file.", show_default=False)],
+    as_json: AsJson = False,
+    debug: Debug = False,
+) -> None:
+    """Print a recipe; a built-in one as its file, to copy and to change."""
+    from ddf_convert import recipes as package
+
+    recipe = package.load(name)
+    if as_json:
+        _print_json(recipe.model_dump(mode="json", by_alias=True))
+    else:
+        typer.echo((package.source(name) if name in package.names() else recipe.to_yaml()).rstrip())
 
 
 @bench.command("op")
@@ -445,7 +523,15 @@ def _plan(
     )
 
 
-def _present(plan: Plan, name: str, as_json: bool, html: Path | None, everything: bool) -> None:
+def _present(
+    plan: Plan,
+    name: str,
+    as_json: bool,
+    html: Path | None,
+    everything: bool,
+    document: dict[str, Any] | None = None,
+    initialised: Initialised | None = None,
+) -> None:
     from ddf_convert.report import Comparison, report
     from ddf_convert.report.tables import tables
 
@@ -453,9 +539,13 @@ def _present(plan: Plan, name: str, as_json: bool, html: Path | None, everything
     if html:
         comparison.to_html(html)
     if as_json:
-        _print_json(report(plan, name))
+        _print_json(document if document is not None else report(plan, name))
         return
     _out.print(tables(comparison, everything))
+    if initialised:
+        from ddf_convert.report.recipes import initialised_table
+
+        _out.print(initialised_table(initialised, everything))
     if html:
         _out.print(f"\nPage: [bold]{escape(str(html))}[/]", soft_wrap=True)
 
@@ -497,7 +587,7 @@ def main(arguments: list[str] | None = None) -> None:
 def run(arguments: list[str]) -> int:
     """Runs the command line; every error becomes one line on stderr and an exit code."""
     global _debug
-    _debug = False
+    _debug = "--debug" in arguments  # and not as it is parsed: the parser's errors have tracebacks too
     try:
         code = app(_several_kernel_sizes(arguments), prog_name="ddf-convert", standalone_mode=False)
         sys.stdout.flush()
@@ -505,7 +595,8 @@ def run(arguments: list[str]) -> int:
             raise KeyboardInterrupt
         return code if isinstance(code, int) else 0
     except (KeyboardInterrupt, typer.Abort):
-        _err.print("interrupted; nothing was left half-written")
+        if _first_to_say("interrupted"):
+            _err.print("interrupted; nothing was left half-written")
         return _INTERRUPTED
     except BrokenPipeError:
         # The reader went away (`| head`): nobody is there to be told. Python must not try to flush at exit either.
@@ -521,6 +612,9 @@ def _several_kernel_sizes(arguments: list[str]) -> list[str]:
 
 
 def _report_error(error: Exception) -> int:
+    code = int(getattr(error, "exit_code", 1))
+    if getattr(error, "told_elsewhere", False) or not _first_to_say(str(error)):
+        return code
     if _debug:
         traceback.print_exception(error)
     elif isinstance(error, DDFError):
@@ -533,7 +627,16 @@ def _report_error(error: Exception) -> int:
             _complain(f"{message.rstrip('.')}; see {command} --help")
     else:
         _complain(f"{type(error).__name__}: {error} (this is a fault of ddf-convert; --debug shows where)")
-    return getattr(error, "exit_code", 1)
+    return code
+
+
+def _first_to_say(message: str) -> bool:
+    """Whether this process has to say it: of several under torchrun the first that finds it does, and no other."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return True
+    from ddf_convert.training import distributed
+
+    return distributed.first_to_say(message)
 
 
 def _complain(message: str) -> None:

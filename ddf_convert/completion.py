@@ -19,3 +19,9 @@ def timm_names(incomplete: str) -> list[str]:
     files = (file for folder in folders or () for file in Path(folder, "models").glob("*.py"))
     names = (name for file in files for name in _REGISTERED.findall(file.read_text(encoding="utf-8")))
     return sorted(name for name in names if name.startswith(incomplete))
+
+
+def recipe_names(incomplete: str) -> list[str]:
+    """The built-in recipes whose names begin so."""
+    files = Path(__file__).parent.joinpath("recipes", "builtin").glob("*.yaml")
+    return sorted(file.stem for file in files if file.stem.startswith(incomplete))

@@ -7,9 +7,14 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+from ddf_convert.completion import recipe_names
+
+if TYPE_CHECKING:
+    from ddf_convert.recipes import Recipe
 
 
 class Combine(StrEnum):
@@ -23,6 +28,7 @@ class Mixing(StrEnum):
     """When a 1x1 convolution follows."""
 
     AUTO = "auto"
+    DENSE = "dense"
     ALWAYS = "always"
     NEVER = "never"
 
@@ -45,11 +51,13 @@ class Conversion:
         include: Patterns.
         exclude: Patterns.
         config: Fields of ConvertConfig.
+        recipe: The recipe that they start from, if one was given.
     """
 
     include: list[str] | None
     exclude: list[str] | None
     config: dict[str, Any]
+    recipe: Recipe | None
 
 
 def takes_conversion(command: Callable[..., None]) -> Callable[..., None]:
@@ -61,12 +69,19 @@ def takes_conversion(command: Callable[..., None]) -> Callable[..., None]:
     }
 
     @functools.wraps(command)
-    def with_options(**arguments: Any) -> None:
+    def with_options(context: typer.Context, **arguments: Any) -> None:
         config = {name: arguments.pop(name) for name in options}
-        conversion = Conversion(config.pop("include") or None, config.pop("exclude") or None, config)
+        recipe = _recipe(config.pop("recipe"))
+        if recipe:  # what stands on the command line wins over the recipe
+            unsaid = [name for name in config if _is_default(context, name)]
+            config |= {name: value for name, value in recipe.options().items() if name in unsaid}
+        conversion = Conversion(
+            list(config.pop("include") or ()) or None, list(config.pop("exclude") or ()) or None, config, recipe
+        )
         command(**arguments, conversion=conversion)
 
     parameters = [
+        inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context),
         *(each for each in own if each.kind is not inspect.Parameter.KEYWORD_ONLY),
         *options.values(),
         *(each for each in own if each.kind is inspect.Parameter.KEYWORD_ONLY and each.name != "conversion"),
@@ -74,6 +89,19 @@ def takes_conversion(command: Callable[..., None]) -> Callable[..., None]:
     with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     with_options.__annotations__ = {each.name: each.annotation for each in parameters}
     return with_options
+
+
+def _recipe(name: str | None) -> Recipe | None:
+    if name is None:
+        return None
+    from ddf_convert import recipes
+
+    return recipes.load(name)
+
+
+def _is_default(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "DEFAULT"
 
 
 def spread(arguments: Sequence[str], option: str = "--kernel-size") -> list[str]:
@@ -93,6 +121,16 @@ def _option(help: str, *names: str, **settings: Any) -> Any:
 
 
 def _options(
+    recipe: Annotated[
+        str | None,
+        _option(
+            "How to convert and to initialise: a name that `ddf-convert recipes` lists, or a YAML file. Other options"
+            " win over it.",
+            metavar="NAME|FILE",
+            show_default=False,
+            autocompletion=recipe_names,
+        ),
+    ] = None,
     include: Annotated[
         list[str] | None,
         _option("Only these: a name, a glob, or re:PATTERN. Repeatable.", metavar="PATTERN", show_default=False),
@@ -124,10 +162,17 @@ def _options(
         bool, _option("Time every convolution here; leave alone what gets no faster.", "--only-faster")
     ] = False,
     mixing: Annotated[
-        Mixing, _option("A 1x1 convolution after DDF: auto adds it unless 1x1s stand on both sides.")
+        Mixing,
+        _option(
+            "A 1x1 convolution after DDF: auto adds it unless 1x1s stand on both sides, dense wherever the convolution"
+            " mixed channels."
+        ),
     ] = Mixing.AUTO,
     se_ratio: Annotated[float, _option(_SE_RATIO)] = 0.2,
     combine: Annotated[Combine, _option(_COMBINE)] = Combine.MUL,
     heads: Annotated[int, _option(_HEADS)] = 1,
+    affine: Annotated[
+        bool, _option("Let both FilterNorms learn a scale and a shift, as recipes that keep weights need.", "--affine")
+    ] = False,
 ) -> None:
     """The options, and what they are by default."""

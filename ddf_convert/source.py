@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import difflib
-import importlib
 import os
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import timm
 import torch
 from torch import nn
 
+from ddf_convert.callables import call, find_callable
 from ddf_convert.errors import ArtifactError, DDFError, UsageError
-from ddf_convert.graph.plan import suggestion
 from ddf_convert.graph.record import first_line
 from ddf_convert.graph.wrappers import bare
 from ddf_convert.inputs import ExampleInput
@@ -119,30 +117,10 @@ def _built_by_timm(name: str, device: str) -> nn.Module:
 
 
 def _from_callable(name: str) -> Opened:
-    module_name, _, path = name.partition(":")
-    if not module_name or not path:
-        raise UsageError(f"{name!r}: write package.module:callable")
-    here = os.getcwd()
-    if here not in sys.path:
-        sys.path.insert(0, here)
-    try:
-        found: Any = importlib.import_module(module_name)
-    except Exception as error:
-        raise UsageError(f"{name}: cannot import {module_name}: {first_line(error)}") from error
-    for part in path.split("."):
-        try:
-            found = getattr(found, part)
-        except AttributeError as error:
-            hint = suggestion(part, [other for other in dir(found) if not other.startswith("_")])
-            raise UsageError(f"{name}: {module_name} has no {path}{hint}") from error
+    found = find_callable(name, "a model")
     if isinstance(found, nn.Module):
         raise UsageError(f"{name} is a model, not a callable that returns one; write a function that builds it")
-    if not callable(found):
-        raise UsageError(f"{name} is {type(found).__name__}, not a callable that returns a model")
-    try:
-        model = found()
-    except Exception as error:
-        raise UsageError(f"{name}() failed: {type(error).__name__}: {first_line(error)}") from error
+    model = call(name, found)
     example = None
     if isinstance(model, tuple) and len(model) == 2:
         model, example = model

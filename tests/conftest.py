@@ -1,6 +1,8 @@
 """Shared by all tests."""
 
 import os
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,19 @@ def pytest_configure(config: pytest.Config) -> None:
     threads = max(1, (os.cpu_count() or 1) // workers)
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
+@pytest.fixture
+def quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward passes are timed for a moment only: for tests that ask whether they are, and not how long they take."""
+    from ddf_convert import latency
+
+    timed = latency.median_ms
+
+    def briefly(call: Callable[[], object], device: torch.device, seconds: float, **options: Any) -> float:
+        return timed(call, device, min(seconds, 1e-3), **options)
+
+    monkeypatch.setattr(latency, "median_ms", briefly)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,9 +1,11 @@
-"""Runs the CUDA kernels in Numba's simulator beside the reference in float64: one group of cases a process.
+"""Runs the CUDA kernels in Numba's simulator beside the reference in float64: a group of cases at a time.
 
-    NUMBA_ENABLE_CUDASIM=1 python tests/cuda_simulator.py GROUP LAYOUT
+    echo GROUP, LAYOUT, all | NUMBA_ENABLE_CUDASIM=1 python tests/cuda_simulator.py
 
-Prints a line of JSON for each case: its name, the largest error of each result beside the largest value expected, and
-what is wrong with its shape, dtype or layout. Memory that nobody has written is NaN, in shared memory as in results.
+For each line that it reads it prints one: a JSON list with, for each case of the group, its name, the largest error of
+each result beside the largest value expected, and what is wrong with its shape, dtype or layout. With ``half`` for
+``all`` it takes every other case, and in the other layout the rest. Memory that nobody has written is NaN, in shared
+memory as in results.
 
 Numba lets the threads of a block run as Python schedules them, and two of them can get a shared array of their own
 each. Here they take turns at barriers, first to last and then last to first: results repeat, and where a barrier is
@@ -17,9 +19,10 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import torch
@@ -157,8 +160,10 @@ SPOILT = "spoilt"  # two cases that must fail
 
 
 def prepare() -> None:
-    """Makes memory NaN before it is written, and threads of a block take turns."""
+    """Makes memory NaN before it is written, threads of a block take turns, and each kernel is written out once."""
     from numba.cuda.simulator import kernel, kernelapi
+
+    from ddf_convert.cuda.variants import Variant
 
     torch.use_deterministic_algorithms(True)  # with it, torch fills what it allocates with NaN
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
@@ -168,6 +173,14 @@ def prepare() -> None:
     kernelapi.np = _Numpy()
     kernel.BlockThread = _Thread
     kernel.BlockManager = _Block
+    write_out, written = Variant.build, {}
+
+    def build(variant: Variant, functions: dict[str, Any], compute: Any) -> Callable[..., None]:
+        if variant not in written:  # it says what the functions and the type of sums are
+            written[variant] = write_out(variant, functions, compute)
+        return written[variant]
+
+    Variant.build = build
 
 
 class _Numpy:
@@ -316,30 +329,47 @@ def _norm(case: Norm, layout: torch.memory_format) -> Iterator[Result]:
     yield "gradient", made, exact, dtype, True
 
 
-def main(group: str, layout: str) -> None:
-    """Runs one group, and prints what it found."""
-    assert os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", "set NUMBA_ENABLE_CUDASIM=1"
-    torch.set_num_threads(1)
-    prepare()
-    cases = GROUPS[group] if group != SPOILT else GROUPS["dtypes"][:2]
-    if group == SPOILT:
-        spoil()
-    for case in cases:
-        torch.manual_seed(0)
-        try:
-            errors, complaints = check(case, LAYOUTS[layout])
-        except Exception as error:
-            errors, complaints = {}, [f"{type(error).__name__}: {error}"]
-        print(json.dumps({"case": case.name, "dtype": case.dtype, "errors": errors, "complaints": complaints}))
+def chosen(name: str, layout: str, part: str) -> tuple[Case | Norm, ...]:
+    """The cases of a group, or half of them."""
+    return GROUPS[name] if part == "all" else GROUPS[name][list(LAYOUTS).index(layout) :: 2]
 
 
-def spoil() -> None:
+def group(name: str, layout: str, part: str) -> list[dict[str, Any]]:
+    """Runs cases; returns what it found of each."""
+    if name == SPOILT:
+        with spoilt():
+            return [found(case, layout) for case in GROUPS["dtypes"][:2]]
+    return [found(case, layout) for case in chosen(name, layout, part)]
+
+
+def found(case: Case | Norm, layout: str) -> dict[str, Any]:
+    """What there is to say of one case."""
+    torch.manual_seed(0)
+    try:
+        errors, complaints = check(case, LAYOUTS[layout])
+    except Exception as error:
+        errors, complaints = {}, [f"{type(error).__name__}: {error}"]
+    return {"case": case.name, "dtype": case.dtype, "errors": errors, "complaints": complaints}
+
+
+def spoilt() -> Any:
     """Leaves out the last block of every launch."""
     from ddf_convert.cuda import simulated
 
     whole = simulated.simulate
-    simulated.simulate = lambda variant, blocks, arguments: whole(variant, blocks - 1, arguments)
+    return mock.patch.object(
+        simulated, "simulate", lambda variant, blocks, arguments: whole(variant, blocks - 1, arguments)
+    )
+
+
+def main() -> None:
+    """Serves the groups that standard input names, until it ends."""
+    assert os.environ.get("NUMBA_ENABLE_CUDASIM") == "1", "set NUMBA_ENABLE_CUDASIM=1"
+    torch.set_num_threads(1)
+    prepare()
+    for line in sys.stdin:
+        print(json.dumps(group(*line.strip().split(", "))), flush=True)
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

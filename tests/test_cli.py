@@ -152,13 +152,22 @@ def test_tables_fit_80_columns(run: Any, model: str, arguments: tuple[str, ...])
     assert max(map(len, ran.out.splitlines())) <= 80
 
 
+@pytest.mark.usefixtures("quick_timing")
 def test_options_reach_the_plan(run: Any) -> None:
     options = ("--se-ratio", 0.25, "--combine", "add", "--heads", 2, "--mixing", "always", "--stem", "--functional")
     more = ("--keep-first", 1, "--keep-last", 2, "--target-macs", "1.5M", "--target-params", "200k", "--only-faster")
     chosen = ("--depthwise", "--allow-growth", "--kernel-size", 3, 5, "--exclude", "layer2*")
     found = json.loads(run("inspect", "resnet10t", "--input-size", 3, 32, 32, *options, *more, *chosen, "--json").out)
     assert found["config"] == {
-        **{"se_ratio": 0.25, "combine": "add", "heads": 2, "mixing": "always", "stem": True, "depthwise": True},
+        **{
+            "se_ratio": 0.25,
+            "combine": "add",
+            "heads": 2,
+            "mixing": "always",
+            "stem": True,
+            "depthwise": True,
+            "affine": False,
+        },
         **{"allow_growth": True, "functional": True, "kernel_size": [3, 5], "keep_first": 1, "keep_last": 2},
         **{"target_macs": 1_500_000, "target_params": 200_000, "only_faster": True},
     }
@@ -200,7 +209,7 @@ def test_html_is_written_beside_the_tables(run: Any, folder: Path) -> None:
 # --- convert ---------------------------------------------------------------------------------------------------------
 
 
-def test_convert_then_inspect_from_a_shell(folder: Path) -> None:
+def test_convert_then_inspect_from_a_shell(folder: Path, run: Any) -> None:
     ran = start("convert", "resnet10t", "-o", "out", *SMALL, "--json", "--html", "out/page.html")
     assert (ran.returncode, ran.stderr) == (0, "")
     out = folder / "out"
@@ -208,9 +217,9 @@ def test_convert_then_inspect_from_a_shell(folder: Path) -> None:
     assert json.loads(ran.stdout) == json.loads((out / "report.json").read_text())
     loaded = ddf.load(out)
     assert ddf.count_parameters(loaded) == json.loads(ran.stdout)["after"]["params"]
-    again = start("inspect", "out", *SMALL, "--json")
-    assert (again.returncode, again.stderr) == (0, "")
-    kinds = [site["kind"] for site in json.loads(again.stdout)["sites"]]
+    again = run("inspect", "out", *SMALL, "--json")
+    assert (again.code, again.err) == (0, "")
+    kinds = [site["kind"] for site in json.loads(again.out)["sites"]]
     assert kinds.count("DDF") == sum(site["action"] == "replace" for site in json.loads(ran.stdout)["sites"]) > 0
 
 

@@ -109,6 +109,7 @@ def test_it_prints_as_a_table(resnet: Comparison) -> None:
     assert [line.rstrip() for line in capture.get().splitlines()] == text.splitlines()
 
 
+@pytest.mark.usefixtures("quick_timing")
 def test_times_are_of_both_models_and_every_layer() -> None:
     net = Net()
     state = net.training, {name: tensor.clone() for name, tensor in net.state_dict().items()}, torch.get_rng_state()

@@ -2,6 +2,7 @@
 
 import copy
 import io
+import itertools
 import pickle
 import random
 import subprocess
@@ -85,7 +86,10 @@ def checkpointed(model):
 
 
 def compiled(model, family):
-    """Whole. AOTAutograd takes long, so it has one family; Inductor longer still: see test_layers.py."""
+    """Whole. AOTAutograd takes long, so it has one family; Inductor longer still: see test_layers.py.
+
+    So does Dynamo for many layers: two families are left to `make test-long`.
+    """
     return torch.compile(model, backend="aot_eager" if family == "basic blocks" else "eager", fullgraph=True)
 
 
@@ -98,10 +102,14 @@ WAYS = {
     "checkpoint": (lambda model, family: checkpointed(model), assert_equal),
     "compiled": (compiled, assert_near),
 }
-CASES = [(way, family) for way in WAYS for family in net.FAMILIES]
+LONG = [("compiled", "mobilenet"), ("compiled", "unet")]
+CASES = [
+    pytest.param(*case, marks=pytest.mark.long if case in LONG else ())
+    for case in itertools.product(WAYS, net.FAMILIES)
+]
 if not torch.cuda.is_available():  # it would want the model on the GPU
     WAYS["DataParallel"] = (lambda model, family: nn.DataParallel(model), assert_equal)
-    CASES.append(("DataParallel", "bottlenecks"))
+    CASES.append(pytest.param("DataParallel", "bottlenecks"))
 
 
 @pytest.mark.parametrize(("way", "family"), CASES)

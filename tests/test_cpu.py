@@ -157,9 +157,12 @@ def test_cache_follows_all_sources_and_survives_damage(tmp_path: Path) -> None:
     code = """
         import torch
         from ddf_convert import cpu, ops, reference
-        made = torch.randn(1, 4, 5, 5), torch.randn(1, 4, 3, 3), torch.randn(1, 9, 5, 5)
-        torch.testing.assert_close(ops.ddf(*made, padding=1), reference.forward(*made, 1, 1, 1, "mul"))
-        kernel = cpu.contiguous.forward
+        shapes = (1, 4, 5, 5), (1, 4, 3, 3), (1, 9, 5, 5)
+        made = [torch.randn(shape).half() for shape in shapes]  # the kernels for halves compile fastest
+        wanted = reference.forward(*(tensor.float() for tensor in made), 1, 1, 1, "mul").half()
+        output = ops.ddf(*(tensor.to(memory_format=torch.channels_last) for tensor in made), padding=1)
+        torch.testing.assert_close(output, wanted)
+        kernel = cpu.channels_last.forward
         print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
     """
 
@@ -196,9 +199,10 @@ def test_works_without_a_folder_to_write_to(tmp_path: Path) -> None:
         from numba.core.caching import CacheImpl
         CacheImpl._locator_classes = []  # none of the places that Numba tries can be written to
         from ddf_convert import ops
-        print(ops.ddf(torch.ones(1, 1, 3, 3), torch.ones(1, 1, 3, 3), torch.ones(1, 9, 3, 3), padding=1)[0, 0, 1, 1])
+        made = [torch.ones(1, count, 3, 3, dtype=torch.half) for count in (2, 2, 9)]  # for halves it compiles fastest
+        print(ops.ddf(made[0].to(memory_format=torch.channels_last), *made[1:], padding=1)[0, 0, 1, 1])
     """
     result = python(code)
     assert result.returncode == 0, result.stderr
-    assert "tensor(9.)" in result.stdout
+    assert "tensor(9., dtype=torch.float16)" in result.stdout
     assert "set NUMBA_CACHE_DIR" in result.stderr

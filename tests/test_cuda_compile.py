@@ -1,14 +1,18 @@
 """Every CUDA kernel compiles for every architecture, without local memory, calls or spills. Needs no GPU.
 
-Of kernels larger than 3x3, those for float16, for stride 2, and those that normalise are left to `make kernels`, which
-compiles all there are: minutes more for what the 3x3 ones show as well.
+Compiling all of them takes a quarter of an hour of CPU time, nearly all of it Numba's. `make test` compiles those of
+``usual``; the rest are marked ``long``, for `make test-long`. Of kernels larger than 3x3, those for float16, for stride
+2, and those that normalise are left to `make kernels`, which compiles all there are.
 """
 
 from __future__ import annotations
 
+import functools
+import itertools
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,7 +21,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import kernels
 
-from ddf_convert.cuda.compile import compile_ptx, entry
+from ddf_convert.cuda.compile import Capability, entry
 from ddf_convert.cuda.variants import FilterGradients, Variant, Window
 
 LARGER = [dtype for dtype in kernels.DTYPES if dtype != "float16"]
@@ -27,10 +31,48 @@ CASES = kernels.variants(sizes=(3,)) + [
     if isinstance(variant, Window | FilterGradients) and not (isinstance(variant, Window) and variant.normalise)
 ]
 
+DTYPES = list(kernels.DTYPES)
+PURPOSES = ["forward", "forward_normalised", "grad_input", "grad_filters"]
+# Those that come nearest to the 255 registers of a thread (benchmarks/results/cuda_kernels.md), and so to spilling.
+LARGER_USUAL = {
+    "forward_k5s1p2d1_contiguous_float64",
+    "grad_input_k5s1p2d1_channels_last_float32",
+    "grad_input_k7s1p3d1_contiguous_float32",
+    "grad_filters_k5s1p2d1_channels_last_float64",
+    "grad_filters_k7s1p3d1_contiguous_float32",
+}
 
-@pytest.mark.parametrize("variant", CASES, ids=kernels.label)
+
+def traits(variant: Window | FilterGradients) -> tuple[str, str, bool, int]:
+    """What a 3x3 kernel is for, and for which tensors: dtype, purpose, channels_last, stride."""
+    normalised = "_normalised" if isinstance(variant, Window) and variant.normalise else ""
+    return variant.dtype, variant.purpose + normalised, variant.channels_last, variant.stride
+
+
+@functools.cache
+def compiled(variant: Variant) -> dict[Capability, str]:
+    """PTX for every architecture."""
+    return kernels.compile_each(variant, kernels.ARCHITECTURES)
+
+
+def usual(variant: Variant) -> bool:
+    """Whether `make test` compiles it: of the 3x3 kernels a quarter, so chosen that any two traits meet in one."""
+    if not isinstance(variant, Window | FilterGradients):
+        return True
+    if variant.size > 3:
+        return kernels.label(variant) in LARGER_USUAL
+    dtype, purpose, channels_last, stride = traits(variant)
+    row, column = DTYPES.index(dtype), PURPOSES.index(purpose)
+    return channels_last == (row + column) % 2 and stride - 1 == (row // 2 + column // 2) % 2
+
+
+def marked(variant: Variant) -> Any:
+    return pytest.param(variant, marks=() if usual(variant) else pytest.mark.long, id=kernels.label(variant))
+
+
+@pytest.mark.parametrize("variant", [marked(variant) for variant in CASES])
 def test_compiles_for_every_architecture(variant: Variant) -> None:
-    made = kernels.compile_each(variant, kernels.ARCHITECTURES)
+    made = compiled(variant)
     assert set(made) == set(kernels.ARCHITECTURES)
     for (major, minor), ptx in made.items():
         assert f".target sm_{major}{minor}" in ptx
@@ -62,13 +104,22 @@ def test_cases_are_all_there() -> None:
     assert len(CASES) == len(set(CASES)) == 2 * 2 * 4 * 4 + 4 * 6 + 2 * (3 * 3 + 2 * 3)
 
 
+def test_any_two_traits_meet_in_a_usual_case() -> None:
+    small = [variant for variant in CASES if isinstance(variant, Window | FilterGradients) and variant.size == 3]
+    for first, second in itertools.combinations(range(4), 2):
+        pairs = {(traits(variant)[first], traits(variant)[second]) for variant in small}
+        assert {(traits(each)[first], traits(each)[second]) for each in small if usual(each)} == pairs
+    assert sum(map(usual, small)) == 16
+    assert {kernels.label(each) for each in CASES if usual(each)} >= LARGER_USUAL
+
+
 @pytest.mark.skipif(kernels.tool("nvdisasm") is None, reason="no nvdisasm here")
 def test_the_loop_of_the_forward_kernel() -> None:
     """18 instructions an element are the arithmetic; the rest stays below ten (docs/kernels.md)."""
     for variant in CASES:
-        if kernels.label(variant).startswith("forward_k3s1p1d1_") and variant.dtype == "float32":
+        if kernels.label(variant) in ("forward_k3s1p1d1_contiguous_float32", "forward_k3s1p1d1_channels_last_float32"):
             assert isinstance(variant, Window)
-            count = kernels.loop_instructions(compile_ptx(variant, (9, 0)), (9, 0))
+            count = kernels.loop_instructions(compiled(variant)[9, 0], (9, 0))
             arithmetic = count["FMUL"] + count["FFMA"]
             assert arithmetic == 18 * kernels.elements(variant)
             assert count["STG"] * 4 == kernels.elements(variant)

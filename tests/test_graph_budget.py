@@ -127,6 +127,7 @@ def test_only_faster_measures_on_this_machine():
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
+@pytest.mark.usefixtures("quick_timing")
 def test_a_model_on_meta_can_be_measured():
     decided = plan(on_meta("resnet10t"), torch.empty(1, 3, 32, 32, device="meta"), measure=True)
     assert decided.before.latency_ms > 0

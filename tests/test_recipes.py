@@ -6,6 +6,8 @@ import copy
 import json
 
 import networks as net
+import numpy
+import PIL.Image
 import pytest
 import timm
 import torch
@@ -13,6 +15,7 @@ from timm.layers import ScaledStdConv2d, StdConv2d
 from torch import nn
 
 import ddf_convert as ddf
+from ddf_convert import cli
 from ddf_convert.errors import UsageError
 from ddf_convert.layers import DDF2d, DDFConv2d
 from ddf_convert.recipes import factors
@@ -509,9 +512,10 @@ def test_batch_norms_put_out_what_the_original_puts_out(own_statistics):
     original = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 1), nn.BatchNorm2d(5))
     batches = [torch.randn(16, 3, 6, 6) + 1 for _ in range(2)]
     if own_statistics:
-        for _ in range(200):
-            original(batches[0])
-            original(batches[1])
+        for norm in (original[1], original[4]):
+            norm.momentum = None  # the mean of all batches
+        for batch in batches:
+            original(batch)
     original.eval()
     model = copy.deepcopy(original)
     with torch.no_grad():
@@ -569,3 +573,98 @@ def test_the_original_of_a_model_of_ones_own(tmp_path):
         assert torch.equal(teacher(image), original(image))
     with pytest.raises(ddf.ArtifactError, match="do not fit"):
         ddf.artifact.load_original(tmp_path / "own", Small(classes=7))
+
+
+# --- on the command line ---
+
+SMALL = ["--input-size", "3", "32", "32"]
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch, capsys):
+    """Runs a command in an empty folder; gives its exit code, what it printed, and what it complained of."""
+    monkeypatch.chdir(tmp_path)
+
+    def call(*arguments):
+        code = cli.run(list(arguments))
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_recipes_are_listed_and_shown(run):
+    code, out, _ = run("recipes")
+    assert code == 0
+    assert all(name in out for name in ddf.recipes.names())
+    assert json.loads(run("recipes", "list", "--json")[1])["recipes"][0]["name"] == ddf.recipes.names()[0]
+    assert ddf.recipes.parse(run("recipes", "show", "distill")[1]) == ddf.recipes.load("distill")
+    assert run("recipes", "show", "destill")[2].startswith("error: unknown recipe 'destill'; did you mean distill")
+
+
+def test_convert_initialises_as_the_recipe_says(run, caplog):
+    code, out, err = run("convert", "resnet10t", "-o", "out", "--recipe", "quick", *SMALL, "--json")
+    assert code == 0, err
+    assert "random here" in caplog.text  # resnet10t without weights has nothing worth preserving
+    report = json.loads(out)
+    assert report["recipe"] == "quick"
+    assert report["config"]["affine"]
+    layers = report["initialised"]["layers"]
+    assert {layer["name"] for layer in layers} == {s["name"] for s in report["sites"] if s["action"] == "replace"}
+    assert all(0 < layer["weight_error"] < 1 for layer in layers)
+    with open("out/report.json") as file:
+        assert json.load(file) == report
+    model, original = ddf.load("out"), ddf.artifact.load_original("out")
+    assert torch.equal(model.conv1[0].weight, original.conv1[0].weight)
+    channel = model.get_submodule(layers[0]["name"]).ddf.channel_branch[4]
+    assert not channel.std.any()
+    assert channel.mean.any()
+
+
+def test_the_command_lines_options_win_over_the_recipes(run, tmp_path):
+    text = "name: mine\nconversion: {affine: true, mixing: always, heads: 2, exclude: ['layer1*']}\n"
+    (tmp_path / "mine.yaml").write_text(text + "initialise: {method: preserve}\n")
+    arguments = ["inspect", "resnet10t", *SMALL, "--json", "--recipe", "mine.yaml"]
+    report = json.loads(run(*arguments, "--mixing", "auto", "--exclude", "layer2*")[1])
+    assert (report["config"]["mixing"], report["config"]["heads"], report["config"]["affine"]) == ("auto", 2, True)
+    reasons = {site["name"]: site["reason"] for site in report["sites"]}
+    assert "excluded" in reasons["layer2.0.conv1"]
+    assert "excluded" not in reasons["layer1.0.conv1"]
+
+
+def test_convert_calibrates_on_a_folder_of_images(run, tmp_path):
+    (tmp_path / "photos").mkdir()
+    for number in range(3):
+        pixels = numpy.random.default_rng(number).integers(0, 256, (40, 40, 3), dtype=numpy.uint8)
+        PIL.Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
+    text = ddf.recipes.load("calibrate").to_yaml().replace("steps: 16", "steps: 2")
+    (tmp_path / "short.yaml").write_text(text)
+    code, out, err = run(
+        *("convert", "test_resnet", "-o", "out", "--recipe", "short.yaml", "--images", "photos", *SMALL)
+    )
+    assert code == 0, err
+    assert "on 3 images" in out
+    layers = json.loads((tmp_path / "out" / "report.json").read_text())["initialised"]["layers"]
+    assert all(layer["fitted_error"] <= layer["output_error"] for layer in layers)
+
+
+WRONG = {
+    "no such recipe": (["--recipe", "distil"], "did you mean distill"),
+    "no images": (["--recipe", "calibrate"], "give --images FOLDER"),
+    "images for nothing": (["--recipe", "preserve", "--images", "."], "recipes that calibrate"),
+    "no such images": (["--recipe", "calibrate", "--images", "nowhere"], "nowhere"),
+    "empty folder": (["--recipe", "calibrate", "--images", "."], "no images"),
+    "no shifts": (["--recipe", "bad.yaml"], "conversion.affine: true"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_is_wrong_with_a_recipe_is_said_in_one_line_and_nothing_is_written(case, run, tmp_path):
+    options, words = WRONG[case]
+    (tmp_path / "bad.yaml").write_text("name: bad\ninitialise: {method: preserve}\n")
+    code, out, err = run("convert", "resnet10t", "-o", "out", *SMALL, *options)
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1
+    assert out == ""
+    assert not (tmp_path / "out").exists()

@@ -67,7 +67,7 @@ def _head(comparison: Comparison) -> Text:
 
 def _totals(comparison: Comparison) -> Table:
     """The whole model, and the change."""
-    table = _table(Column("", no_wrap=True), *(_right(name) for name in ("before", "after", "change")))
+    table = new_table(Column("", no_wrap=True), *(right(name) for name in ("before", "after", "change")))
     for measure in MEASURES:
         old, new = measure.of(comparison.before), measure.of(comparison.after)
         if old is None or new is None:
@@ -92,7 +92,7 @@ def _costs(layers: list[Layer], title: str, words: Callable[[Layer], str]) -> Ta
     timed = any(LATENCY.of(cost) is not None for layer in layers for cost in (layer.before, layer.after))
     shown = (PARAMETERS, MACS, LATENCY) if timed else (PARAMETERS, MACS)
     columns = ("ms" if measure is LATENCY else measure.name for measure in shown)
-    table = _table(Column("name", overflow="fold", style="bold"), Column(title), *map(_right, columns))
+    table = new_table(Column("name", overflow="fold", style="bold"), Column(title), *map(right, columns))
     for layer in layers:
         table.add_row(_called(layer), words(layer), *(_change(layer, measure) for measure in shown))
     return table
@@ -114,7 +114,7 @@ def _reasons(layers: list[Layer]) -> Iterable[Text]:
 
 
 def _left_alone(layers: list[Layer]) -> Table:
-    table = _table(Column("name", overflow="fold", style="bold", max_width=32), Column("kind"), Column("reason"))
+    table = new_table(Column("name", overflow="fold", style="bold", max_width=32), Column("kind"), Column("reason"))
     for layer in layers:
         table.add_row(_called(layer), layer.kind, Text(_HINT.sub("", layer.reason)))
     return table
@@ -133,20 +133,27 @@ def _called(layer: Layer) -> Text:
 
 
 def _heading(layers: list[Layer], what: str, other: bool = False) -> Text:
-    return Text(f"\n{groups.number(layers, other)} {what}", style="bold")
+    return as_heading(f"{groups.number(layers, other)} {what}")
 
 
-def _right(name: str) -> Column:
+def as_heading(words: str) -> Text:
+    """What stands above a table."""
+    return Text(f"\n{words}", style="bold")
+
+
+def right(name: str) -> Column:
+    """A column of numbers."""
     return Column(name, justify="right", no_wrap=True)
 
 
-def _table(*columns: Column) -> Table:
+def new_table(*columns: Column) -> Table:
+    """An empty table in the style of all."""
     return Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False, header_style="dim")
 
 
 def checks_table(checks: Iterable[Check]) -> Table:
     """What the doctor found."""
-    table = _table(Column("", no_wrap=True), Column("", style="bold", no_wrap=True), Column("", overflow="fold"))
+    table = new_table(Column("", no_wrap=True), Column("", style="bold", no_wrap=True), Column("", overflow="fold"))
     table.show_header = False
     signs = {State.OK: ("ok", "green"), State.NOTE: ("note", "yellow"), State.PROBLEM: ("PROBLEM", "bold red")}
     for check in checks:
