@@ -1,0 +1,1 @@
+"""Fine-tuning: images, order, checkpoints and logs, and the engine that puts them together."""

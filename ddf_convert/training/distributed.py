@@ -1,0 +1,225 @@
+"""Several processes as torchrun starts them: who is who, sums over all of them, and one that fails ends them all.
+
+Nothing here starts processes: ``torchrun --nproc-per-node 2 -m ddf_convert finetune ...`` does. One process is the case
+of a world of 1, with the same calls.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.utils import distribute_bn
+from torch import Tensor, nn
+
+from ddf_convert.errors import DDFError, UsageError
+
+_PATIENCE = timedelta(seconds=5)  # for a word of the process that failed, when the connection to it is gone
+_FAILED = "failed"
+_UNREACHABLE = ("connection", "gloo", "nccl", "broken pipe", "timed out", "reset by peer", "socket")
+
+
+class PeerFailedError(DDFError):
+    """Another process of this run failed, and says itself why.
+
+    Attributes:
+        told_elsewhere: That is to say.
+    """
+
+    told_elsewhere = True
+
+
+@dataclass(frozen=True)
+class Processes:
+    """The processes of a run, as one of them sees them.
+
+    Attributes:
+        rank: Which one this is.
+        world: How many there are.
+        device: What this one calculates on.
+    """
+
+    rank: int
+    world: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this is the one that writes files and talks to the user."""
+        return self.rank == 0
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over all processes, the same tensor in each; ``values`` stays as it is."""
+        if self.world == 1:
+            return values
+        summed = values.detach().clone().to(self.device)
+        dist.all_reduce(summed)
+        return summed.to(values.device)
+
+    def any(self, flag: bool) -> bool:
+        """Whether it is true in any process."""
+        if self.world == 1:
+            return flag
+        return bool(self.total(torch.tensor(float(flag))) > 0)
+
+    def gathered(self, values: Tensor) -> list[Tensor]:
+        """The tensors of all processes, which have one shape, on the CPU, by rank."""
+        if self.world == 1:
+            return [values.detach().cpu()]
+        mine = values.detach().to(self.device).contiguous()
+        all_of_them = [torch.empty_like(mine) for _ in range(self.world)]
+        dist.all_gather(all_of_them, mine)
+        return [each.cpu() for each in all_of_them]
+
+    def wait(self) -> None:
+        """Until all processes have come here."""
+        self.any(False)
+
+    def share_batch_norms(self, *models: nn.Module) -> None:
+        """Gives the running statistics of batch normalisations in all processes the mean over them."""
+        if self.world > 1:
+            for model in models:
+                distribute_bn(model, self.world, reduce=True)
+
+
+@contextmanager
+def joined(device: str | None = None) -> Iterator[Processes]:
+    """A context in which this process is one of those that torchrun started, or the only one.
+
+    A process group that exists already is used and left; else one is made, and left at the end.
+
+    Args:
+        device: "cpu", "cuda" or "cuda:N"; None is the GPU if there is one. Several processes take a GPU each.
+
+    Raises:
+        UsageError: There is no such device, or there are fewer GPUs than processes on this machine.
+        PeerFailedError: Another process failed.
+    """
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    if dist.is_initialized():
+        yield Processes(dist.get_rank(), dist.get_world_size(), _device(device, _local_rank()))
+        return
+    if world == 1:
+        yield Processes(0, 1, _device(device, 0))
+        return
+    rank = int(os.environ["RANK"])
+    try:
+        where = _device(device, _local_rank(), several=True)
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
+            dist.init_process_group("nccl", device_id=where)
+        else:
+            dist.init_process_group("gloo")
+        yield Processes(rank, world, where)
+        dist.destroy_process_group()  # not after an error: that would wait for processes that no longer answer
+    except PeerFailedError:
+        raise
+    except Exception as error:
+        if not _is_about_connections(error):
+            _publish(rank)
+            raise
+        if _failed_elsewhere(rank):
+            raise PeerFailedError("another process of this run failed") from error
+        _publish(rank)
+        raise DDFError(
+            f"process {rank} lost the others ({str(error).splitlines()[0]}): one was killed, or its machine went away;"
+            " start again with --resume"
+        ) from error
+
+
+def is_one_of_several() -> bool:
+    """Whether torchrun, or the like, started this process beside others."""
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def first_to_say(message: str) -> bool:
+    """Whether this process is the first one to say this: what all of them find wrong is told once."""
+    if not is_one_of_several():
+        return True
+    store = _store()
+    if store is None:
+        return True
+    try:
+        times: int = store.add(_key(hashlib.sha256(message.encode()).hexdigest()), 1)
+        return times == 1
+    except (RuntimeError, dist.DistError):
+        return True
+
+
+def _local_rank() -> int:
+    return int(os.environ.get("LOCAL_RANK", "0"))
+
+
+def _device(name: str | None, local_rank: int, several: bool = False) -> torch.device:
+    asked = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise UsageError(f"--device {name}: no such device; give cpu, cuda or cuda:N") from None
+    if device.type == "cpu":
+        return torch.device("cpu")
+    if device.type != "cuda":
+        raise UsageError(f"--device {name}: give cpu, cuda or cuda:N")
+    if not torch.cuda.is_available():
+        raise UsageError(f"--device {name}: torch finds no NVIDIA GPU here; give cpu")
+    if several and device.index is not None:
+        raise UsageError(f"--device {name}: every process takes a GPU of its own; give cuda")
+    index = device.index if device.index is not None else local_rank
+    if index >= torch.cuda.device_count():
+        what = f"process {local_rank} of this machine" if several else f"--device {name}"
+        raise UsageError(f"{what} finds no GPU: there are {torch.cuda.device_count()}; start as many processes")
+    return torch.device("cuda", index)
+
+
+# --- word of mouth: torchrun's own store outlives the process that fails ---
+
+
+def _store() -> Any:
+    """A connection to it; None if there is none."""
+    try:
+        return dist.TCPStore(  # type: ignore[attr-defined]
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=False,
+            timeout=_PATIENCE,
+            wait_for_workers=False,
+        )
+    except (KeyError, ValueError, RuntimeError, dist.DistError):
+        return None
+
+
+def _key(name: str) -> str:
+    """Of this attempt: torchrun's store stays when it starts the processes again."""
+    return f"ddf_convert/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+
+
+def _publish(rank: int) -> None:
+    store = _store()
+    if store is not None:
+        with suppress(RuntimeError):
+            store.compare_set(_key(_FAILED), "", str(rank))
+
+
+def _failed_elsewhere(rank: int) -> bool:
+    store = _store()
+    if store is None:
+        return False
+    try:
+        store.wait([_key(_FAILED)], _PATIENCE)
+        first: str = store.get(_key(_FAILED)).decode()
+        return first != str(rank)
+    except (RuntimeError, dist.DistError):
+        return False
+
+
+def _is_about_connections(error: BaseException) -> bool:
+    if isinstance(error, dist.DistError):
+        return True
+    return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _UNREACHABLE)
