@@ -253,10 +253,8 @@ def _present(outcome: Outcome) -> None:
         return
     if outcome.best is not None and outcome.best.step == 0:
         _out.print("No evaluation was better than that before training: best/ is the model as it was.", soft_wrap=True)
-    _out.print(
-        f"Models: [bold]{where}/best[/], [bold]{where}/last[/]; log.csv, curves.png and tensorboard/ beside them",
-        soft_wrap=True,
-    )
+    beside = [name for name in ("log.csv", "curves.png", "tensorboard") if (outcome.output / name).exists()]
+    _out.print(f"Models: [bold]{where}/best[/], [bold]{where}/last[/]; beside them {', '.join(beside)}", soft_wrap=True)
 
 
 def _figure(key: str, value: float | None) -> str:

@@ -26,19 +26,18 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def whole(place: Path) -> Path:
     """A run that nothing happened to."""
+    runs.enter(place)
     outcome = finetune("whole", model="normed", data="tinyruns:photos", checkpoint_every=2)
     assert outcome.finished
     assert outcome.steps == STEPS
     return place / "whole"
 
 
-@pytest.fixture(autouse=True)
-def _here(place: Path) -> None:
+@pytest.fixture(scope="module")
+def killed(place: Path) -> Path:
+    """The same run, stopped in the middle of its first stage, and killed in the middle of the second."""
     runs.enter(place)
-
-
-def test_a_run_that_is_stopped_and_killed_ends_with_the_same_weights(whole: Path) -> None:
-    arguments = runs.command("broken", "--checkpoint-every", "2", model="normed", data="tinyruns:photos")
+    arguments = runs.command("killed", "--checkpoint-every", "2", model="normed", data="tinyruns:photos")
 
     # SIGTERM in the third step.
     stopped = runs.start(*arguments, "--json", SIGNAL="SIGTERM", SIGNAL_AT=f"{1 + 2 * 8 + 3}:0")
@@ -49,22 +48,32 @@ def test_a_run_that_is_stopped_and_killed_ends_with_the_same_weights(whole: Path
 
     # kill -9 in the second epoch of the second stage: its evaluations read images in another data set.
     reads = 1 + 3 * 8 + 48 + 2 * 8 + 5
-    killed = runs.start(*arguments, "--resume", SIGNAL="SIGKILL", SIGNAL_AT=f"{reads}:0")
-    assert killed.codes == [-signal.SIGKILL]
-    assert "going on from step 3 of broken" in killed.stderr
-    assert [int(each.name[5:]) for each in sorted(Path("broken/checkpoints").iterdir())] == [12, 14]
-    shutil.copytree("broken", "damaged")
+    done = runs.start(*arguments, "--resume", SIGNAL="SIGKILL", SIGNAL_AT=f"{reads}:0")
+    assert done.codes == [-signal.SIGKILL]
+    assert "going on from step 3 of killed" in done.stderr
+    assert [int(each.name[5:]) for each in sorted(Path("killed/checkpoints").iterdir())] == [12, 14]
+    return place / "killed"
 
-    outcome_of_all = finetune("broken", model="normed", data="tinyruns:photos", checkpoint_every=2, resume=True)
-    assert (outcome_of_all.finished, outcome_of_all.steps) == (True, STEPS)
+
+@pytest.fixture(autouse=True)
+def _here(place: Path) -> None:
+    runs.enter(place)
+
+
+def test_a_run_that_is_stopped_and_killed_ends_with_the_same_weights(whole: Path, killed: Path) -> None:
+    shutil.copytree(killed, "resumed")
+    outcome = finetune("resumed", model="normed", data="tinyruns:photos", checkpoint_every=2, resume=True)
+    assert (outcome.finished, outcome.steps) == (True, STEPS)
     for name in ("last", "best"):
-        assert equal(weights(f"broken/{name}"), weights(whole / name)), name
-    assert log(Path("broken")) == log(whole)
+        assert equal(weights(f"resumed/{name}"), weights(whole / name)), name
+    assert log(Path("resumed")) == log(whole)
 
 
-def test_a_truncated_checkpoint_is_left_out_for_the_one_before(whole: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_truncated_checkpoint_is_left_out_for_the_one_before(
+    whole: Path, killed: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.copytree(killed, "damaged")
     state = Path("damaged/checkpoints/step-00000014/state.pt")
-    assert state.exists(), "the test before this one leaves it"
     state.write_bytes(state.read_bytes()[:-100])
     finetune("damaged", model="normed", data="tinyruns:photos", checkpoint_every=2, resume=True)
     assert "step-00000014" in caplog.text

@@ -114,7 +114,8 @@ class _Observed:
             cross = cross - mean_output[:, :, None] * mean_input[:, None]
             energy -= mean_output.square().sum().item()
         shape = (self.groups, self.inputs, self.taps, self.inputs, self.taps)
-        return Moments(second.view(shape), cross.view(self.groups, self.outputs, self.inputs, self.taps), energy)
+        cross = cross.view(self.groups, self.outputs, self.inputs, self.taps)
+        return Moments(second.view(shape), cross, energy, self.count)
 
     def bias(self, weight: Tensor) -> Tensor | None:
         """What makes the mean output right with a weight (G, O, I, T)."""

@@ -38,8 +38,8 @@ def load(recipe: str | os.PathLike[str]) -> Recipe:
         return parse((_BUILTIN / f"{asked}.yaml").read_text(encoding="utf-8"), f"recipe {asked}")
     if not asked.endswith((".yaml", ".yml")) and os.sep not in asked:
         raise UsageError(
-            f"unknown recipe {asked!r}{suggestion(asked, names())}; there are {', '.join(names())},"
-            " or give a file that ends in .yaml"
+            f"unknown recipe {asked!r}: there are {', '.join(names())}, and files that end in"
+            f" .yaml{suggestion(asked, names())}"
         )
     try:
         text = Path(asked).read_text(encoding="utf-8")
@@ -56,7 +56,7 @@ def source(name: str) -> str:
         UsageError: There is none of this name.
     """
     if name not in names():
-        raise UsageError(f"unknown recipe {name!r}{suggestion(name, names())}; there are {', '.join(names())}")
+        raise UsageError(f"unknown recipe {name!r}: there are {', '.join(names())}{suggestion(name, names())}")
     return (_BUILTIN / f"{name}.yaml").read_text(encoding="utf-8")
 
 

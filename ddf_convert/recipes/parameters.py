@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -29,7 +29,7 @@ def ddf_layers(model: nn.Module) -> dict[str, DDF2d | DDFConv2d]:
     return found
 
 
-def trainable_names(model: nn.Module, patterns: Iterable[str]) -> set[str]:
+def trainable_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
     """Names of the parameters that ``Stage.trainable`` means.
 
     Args:
@@ -37,13 +37,13 @@ def trainable_names(model: nn.Module, patterns: Iterable[str]) -> set[str]:
         patterns: "all", "new", "norms", "head", globs, or ``re:`` patterns of parameter names.
 
     Raises:
-        UsageError: A pattern matches no parameter.
+        UsageError: A pattern matches no parameter; "norms" beside others may.
     """
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     chosen: set[str] = set()
     for pattern in patterns:
         matching = _matching(model, names, pattern)
-        if not matching:
+        if not matching and not (pattern == "norms" and len(patterns) > 1):  # recipes train them where there are any
             raise UsageError(
                 f"trainable: {pattern!r} matches no parameter of {type(model).__name__}{_hint(pattern, names)}"
             )

@@ -27,7 +27,7 @@ from ddf_convert.training.faults import (
     not_finite,
     where_it_began,
 )
-from ddf_convert.training.loading import evaluation_loader
+from ddf_convert.training.loading import evaluation_loader, worker_death
 from ddf_convert.training.logs import Row
 from ddf_convert.training.progress import Progress
 from ddf_convert.training.randomness import seed_for, seeded
@@ -162,7 +162,12 @@ class Engine:
             if state is not None:
                 self._restore(work, state)
                 state = None
-            self._stage(work)
+            try:
+                self._stage(work)
+            except RuntimeError as error:  # torch notices anywhere that a process which loads images was killed
+                if (explained := worker_death(error)) is not None:
+                    raise explained from error
+                raise
 
     def _stage(self, work: Work) -> None:
         self._clock = self._written = time.monotonic()
