@@ -192,8 +192,8 @@ def conclusion(found: dict[str, Any]) -> Iterator[str]:
         f" `distill`, the first layers are nearly the original's, and the last map is off by {kept:.2f} of its size: a"
         f" start to train on from, enough for what hangs on early and middle layers (edges, F1 {edges:.2f}), and no"
         f" replacement for the original. On crops of photos that were fitted on that error is {fitted:.2f}, so"
-        " more photos should help more than more steps (not tried). How much the old weights count in the fit was chosen"
-        " with these test photos in view, so the last two columns are a little too good."
+        " more photos should help more than more steps (not tried). How much the old weights count in the fit was"
+        " chosen with these test photos in view, so the last two columns are a little too good."
     )
 
 
