@@ -84,6 +84,17 @@ def test_a_new_process_gives_equal_outputs(model, saved, tmp_path):
         assert torch.equal(model(image), torch.load(tmp_path / "output.pt"))
 
 
+def test_folders_of_the_first_format_are_read(model, saved, tmp_path):
+    old = shutil.copytree(saved, tmp_path / "old")
+    manifest = json.loads((old / "manifest.json").read_text())
+    manifest["format_version"] = 1
+    del manifest["original"], manifest["original_shared"], manifest["conversion"]["recipe"]
+    for config in manifest["conversion"]["configs"]:
+        del config["affine"]
+    (old / "manifest.json").write_text(json.dumps(manifest))
+    assert same_state(load(old), model)
+
+
 def test_what_is_in_the_folder(model, saved):
     assert sorted(os.listdir(saved)) == ["manifest.json", "model.safetensors", "report.json"]
     manifest = json.loads((saved / "manifest.json").read_text())
@@ -281,8 +292,8 @@ DAMAGE = {
     "manifest is a list": (write("manifest.json", b"[]"), "is not a manifest of ddf_convert"),
     "manifest of something else": (edit(format="other"), "is not a manifest of ddf_convert"),
     "newer version": (
-        edit(format_version=2),
-        r"written by a newer ddf_convert \(format 2, this one reads 1\); upgrade",
+        edit(format_version=3),
+        r"written by a newer ddf_convert \(format 3, this one reads 2\); upgrade",
     ),
     "version that never was": (edit(format_version=0), "format_version"),
     "unknown field": (edit(surprise=1), "surprise: Extra inputs"),
