@@ -89,7 +89,6 @@ class _Observed:
         zeros = weight.new_zeros
         self.second = zeros(self.groups, unknowns, unknowns)
         self.cross = zeros(self.groups, self.outputs, unknowns)
-        self.energy = 0.0
         self.mean_input, self.mean_output = zeros(self.groups, unknowns), zeros(self.groups, self.outputs)
         self.count = 0
 
@@ -100,22 +99,20 @@ class _Observed:
         outputs = outputs.reshape(len(outputs), self.groups, -1)
         self.second += torch.einsum("ngi,ngj->gij", patches, patches).double()
         self.cross += torch.einsum("ngo,ngi->goi", outputs, patches).double()
-        self.energy += outputs.double().square().sum().item()
         self.mean_input += patches.double().sum(0)
         self.mean_output += outputs.double().sum(0)
         self.count += len(patches)
 
     def moments(self) -> Moments:
         """About zero; or about the means, where a bias can make those up."""
-        second, cross, energy = self.second / self.count, self.cross / self.count, self.energy / self.count
+        second, cross = self.second / self.count, self.cross / self.count
         if self.pair.conv.bias is not None:
             mean_input, mean_output = self.mean_input / self.count, self.mean_output / self.count
             second = second - mean_input[:, :, None] * mean_input[:, None]
             cross = cross - mean_output[:, :, None] * mean_input[:, None]
-            energy -= mean_output.square().sum().item()
         shape = (self.groups, self.inputs, self.taps, self.inputs, self.taps)
         cross = cross.view(self.groups, self.outputs, self.inputs, self.taps)
-        return Moments(second.view(shape), cross, energy, self.count)
+        return Moments(second.view(shape), cross, self.count)
 
     def bias(self, weight: Tensor) -> Tensor | None:
         """What makes the mean output right with a weight (G, O, I, T)."""

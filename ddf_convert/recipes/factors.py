@@ -44,19 +44,12 @@ class Moments:
     Attributes:
         inputs: (G, I, T, I, T), mean of p p'.
         cross: (G, O, I, T), mean of y p'.
-        outputs: Mean squared norm of y.
         positions: How many they are means of; None is so many that the number does not matter.
     """
 
     inputs: Tensor
     cross: Tensor
-    outputs: float
     positions: int | None = None
-
-    def relative_error(self, weight: Tensor) -> float:
-        """Root of the mean squared norm of y - weight p over that of y, for a weight (G, O, I, T)."""
-        explained = torch.einsum("goit,gitju,goju->", weight, self.inputs, weight) - 2 * (weight * self.cross).sum()
-        return max(0.0, (1 + explained.item() / self.outputs)) ** 0.5 if self.outputs > 0 else 0.0
 
     def with_prior(self, weight: Tensor) -> Moments:
         """Moments in which the old weights, (G, O, I, T), count a little: few images cannot lead far from them."""
