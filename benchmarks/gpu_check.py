@@ -34,7 +34,7 @@ from gpu_parts.page import page
 from gpu_parts.run import DroppedError, Run, complaints
 from gpu_parts.speed import compiled, model, op
 
-from ddf_convert.bench import device as devices
+from ddf_convert.devices import choose
 from ddf_convert.errors import UsageError
 from ddf_convert.files import write_file
 from ddf_convert.machine import describe
@@ -83,7 +83,7 @@ def main() -> int:
         return 0
     if options.dry_run:
         torch.set_num_threads(1)  # the maps are so small that threads would only wait for one another
-    device = devices.choose("cpu" if options.dry_run else "cuda")
+    device = choose("cpu" if options.dry_run else "cuda")
     name = "dry run" if options.dry_run else torch.cuda.get_device_name(device)
     folder = _folder(options)
     slug = re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")

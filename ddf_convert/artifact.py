@@ -36,6 +36,7 @@ __all__ = [
     "Manifest",
     "OwnSource",
     "TimmSource",
+    "build_original",
     "check_writable",
     "load",
     "load_checkpoint",
@@ -198,11 +199,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
             f"{folder} holds a model of your own ({manifest.source.model_class}), which only you can build;"
             " use ddf_convert.restore(fresh_model, folder)"
         )
-    try:
-        model = _built_by_timm(manifest.source, "cpu")
-    except UsageError as error:
-        raise ArtifactError(f"{folder}: {error}") from error
-    return _fill(model, folder, manifest).eval().to(device)
+    return _fill(build_original(folder), folder, manifest).eval().to(device)
 
 
 def restore(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
@@ -243,16 +240,9 @@ def load_original(path: str | os.PathLike[str], fresh_model: nn.Module | None = 
     manifest = read_manifest(folder)
     if manifest.original is None:
         return None
-    if fresh_model is None and isinstance(manifest.source, OwnSource):
-        raise ArtifactError(
-            f"{folder} holds a model of your own ({manifest.source.model_class}), which only you can build: give it"
-        )
     weights = finished(folder, {ORIGINAL: manifest.original})[ORIGINAL]
+    model = bare(build_original(folder) if fresh_model is None else fresh_model)
     try:
-        if fresh_model is None:
-            assert isinstance(manifest.source, TimmSource)
-            fresh_model = _built_by_timm(manifest.source, "cpu")
-        model = bare(fresh_model)
         tensors = _tensors(weights, manifest.original_shared)
         difference = describe_difference(state_of(model), tensors)
         if difference:
@@ -262,6 +252,23 @@ def load_original(path: str | os.PathLike[str], fresh_model: nn.Module | None = 
     _take_dtypes(model, tensors)
     model.load_state_dict(tensors)
     return model.eval()
+
+
+def build_original(path: str | os.PathLike[str]) -> nn.Module:
+    """The model that a folder's was before conversion, with fresh weights. Torch's random state stays as it is.
+
+    Raises:
+        ArtifactError: The folder is not an artifact, its model is the user's own, or timm no longer builds it.
+    """
+    manifest = read_manifest(path)
+    if isinstance(manifest.source, OwnSource):
+        raise ArtifactError(
+            f"{path} holds a model of your own ({manifest.source.model_class}), which only you can build: give it"
+        )
+    try:
+        return _built_by_timm(manifest.source, "cpu")
+    except UsageError as error:
+        raise ArtifactError(f"{path}: {error}") from error
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:

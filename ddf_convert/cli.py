@@ -22,7 +22,17 @@ from ddf_convert.completion import timm_names
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.files import check_file, write_file
 from ddf_convert.notices import tell
-from ddf_convert.options import Combine, CombineOption, Conversion, Heads, SeRatio, spread, takes_conversion
+from ddf_convert.options import (
+    AsJson,
+    Combine,
+    CombineOption,
+    Conversion,
+    Debug,
+    Heads,
+    SeRatio,
+    spread,
+    takes_conversion,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -111,7 +121,6 @@ InputSize = Annotated[
     ),
 ]
 Everything = Annotated[bool, typer.Option("--all", help="List every convolution.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.", show_default=False)]
 DtypeOption = Annotated[Dtype, typer.Option(help="Of the tensors and the weights.")]
 LayoutOption = Annotated[Layout, typer.Option(help="Memory format of the maps.")]
@@ -132,7 +141,6 @@ JsonFile = Annotated[
     ),
 ]
 PlotFile = Annotated[Path | None, typer.Option("--plot", metavar="FILE", help="Also draw a PNG.", show_default=False)]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 @app.callback()
@@ -164,7 +172,7 @@ def inspect(
     if html:
         check_file("--html", html)
     with _busy(f"{'Timing' if measure else 'Looking at'} {model}"):
-        from ddf_convert.bench.device import choose
+        from ddf_convert.devices import choose
         from ddf_convert.source import open_model
 
         where = choose(device) if measure or device or conversion.config["only_faster"] else None
@@ -228,7 +236,7 @@ def convert(
             )
         import torch
 
-        from ddf_convert.bench.device import choose
+        from ddf_convert.devices import choose
         from ddf_convert.graph import convert as apply
         from ddf_convert.report import report
         from ddf_convert.source import open_model
@@ -354,7 +362,7 @@ def bench_op(
     """The operator beside convolutions and plain PyTorch, at the paper's sizes."""
     with _measuring(json_file, plot) as say:
         from ddf_convert.bench import op
-        from ddf_convert.bench.device import choose
+        from ddf_convert.devices import choose
 
         where = choose(device)
         settings = op.Settings(
@@ -395,7 +403,7 @@ def bench_layer(
     """One convolution, and the DDF layers that can take its place."""
     with _measuring(json_file, plot) as say:
         from ddf_convert.bench import layer
-        from ddf_convert.bench.device import choose
+        from ddf_convert.devices import choose
 
         where = choose(device)
         settings = layer.Settings(
@@ -438,7 +446,7 @@ def bench_model(
     """Images a second before and after conversion, in inference and in training."""
     with _measuring(json_file, plot) as say:
         from ddf_convert.bench import model as models
-        from ddf_convert.bench.device import choose
+        from ddf_convert.devices import choose
         from ddf_convert.source import open_model
 
         where = choose(device)

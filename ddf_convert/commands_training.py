@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, Group, RenderableType
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column
+from rich.text import Text
 
 from ddf_convert.completion import recipe_names, timm_names
 from ddf_convert.errors import UsageError
+from ddf_convert.options import AsJson, Debug
 
 if TYPE_CHECKING:
     from ddf_convert.training.evaluation import Evaluation
@@ -74,8 +76,6 @@ InputSize = Annotated[
 Device = Annotated[str | None, _option("cpu, cuda or cuda:N; the GPU if there is one.", metavar="NAME")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load images, for each that calculates.")]
 OnBroken = Annotated[Broken, typer.Option(help="At an image that cannot be read.")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
-Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 
 def finetune(
@@ -220,23 +220,26 @@ def evaluate(
     _out.print(_evaluation_table(found, name, data))
 
 
-def _evaluation_table(found: Evaluation, name: str, data: str) -> Table:
-    table = Table(title=f"{escape(name)} on {escape(data)}", title_justify="left", show_header=False)
+def _evaluation_table(found: Evaluation, name: str, data: str) -> RenderableType:
+    from ddf_convert.report.tables import new_table, right
+
+    table = new_table(Column(""), right(""))
+    table.show_header = False
     for key, words in _FIGURES:
         if getattr(found, key) is not None:
             table.add_row(words, _figure(key, getattr(found, key)))
     table.add_row("images", f"{found.images:,}")
     table.add_row("images/s", f"{found.images_per_s:,.0f}")
-    return table
+    return Group(Text(f"{name} on {data}", style="bold"), table)
 
 
 def _present(outcome: Outcome) -> None:
+    from ddf_convert.report.tables import new_table, right
+
     rows = [("before training", outcome.before), ("best", outcome.best), ("last", outcome.last)]
     columns = [*_FIGURES[:3], _FIGURES[3] if outcome.one_loss else ("features", "error of the layers")]
     shown = [(key, words) for key, words in columns if any(getattr(row, key, None) is not None for _, row in rows)]
-    table = Table("", "epoch", "step", *(words for _, words in shown))
-    for column in table.columns[1:]:
-        column.justify = "right"
+    table = new_table(Column("", no_wrap=True), *map(right, ["epoch", "step", *(words for _, words in shown)]))
     for name, row in rows:
         if row is not None:
             figures = [_figure(key, getattr(row, key)) for key, _ in shown]

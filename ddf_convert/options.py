@@ -1,4 +1,4 @@
-"""The options that say how to convert, shared by the commands that plan a conversion."""
+"""Options that several commands share: those of all, and those that say how to convert."""
 
 from __future__ import annotations
 
@@ -36,6 +36,10 @@ class Mixing(StrEnum):
 _SE_RATIO = "Squeeze of the channel branch, as a fraction of the channels."
 _COMBINE = "How the two filters make one."
 _HEADS = "Groups of channels with a spatial filter of their own."
+
+# Of every command.
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
 # Those of a single layer, which is not planned: for `bench layer`.
 SeRatio = Annotated[float, typer.Option(help=_SE_RATIO)]

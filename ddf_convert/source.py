@@ -116,7 +116,15 @@ def _built_by_timm(name: str, device: str) -> nn.Module:
         raise UsageError(f"timm cannot build {name}: {first_line(error)}") from error
 
 
-def _from_callable(name: str) -> Opened:
+def built_by(name: str) -> tuple[nn.Module, ExampleInput | None]:
+    """The model that a user's function returns, and the example input, if it returns one beside it.
+
+    Args:
+        name: ``package.module:callable``.
+
+    Raises:
+        UsageError: There is no such callable, it fails, or it returns something else.
+    """
     found = find_callable(name, "a model")
     if isinstance(found, nn.Module):
         raise UsageError(f"{name} is a model, not a callable that returns one; write a function that builds it")
@@ -126,6 +134,11 @@ def _from_callable(name: str) -> Opened:
         model, example = model
     if not isinstance(model, nn.Module):
         raise UsageError(f"{name}() returned {type(model).__name__}, not a torch.nn.Module")
+    return model, example
+
+
+def _from_callable(name: str) -> Opened:
+    model, example = built_by(name)
     model = bare(model)
     return Opened(name, model.eval(), _input_size(model), example)
 

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.graph.wrappers import bare
+from ddf_convert.modes import evaluating
 from ddf_convert.recipes.batch_norm import BatchNorms
 from ddf_convert.recipes.calibrate import calibrate
 from ddf_convert.recipes.factors import best_for_weights
@@ -95,7 +95,7 @@ def initialise(
     model, original = bare(model), bare(original)
     batches = _batches(images, settings.num_images, next(model.parameters()))
     layers = []
-    with _evaluating(model), _evaluating(original):
+    with evaluating(model, original):
         preserved = [_preserve(pair) for pair in found]
         norms = BatchNorms(model, original)
         for number, (pair, layer) in enumerate(zip(found, preserved, strict=True), 1):
@@ -106,7 +106,7 @@ def initialise(
             if settings.batch_norm:
                 norms.adjust(batches, pair.layer, pair.conv)
             fitted = calibrate(model, original, pair, batches, settings)
-            if not torch.isfinite(torch.tensor(fitted.after)):
+            if not math.isfinite(fitted.after):
                 raise DDFError(f"{pair.name} could not be fitted: its outputs are not finite; look at the images")
             layers.append(layer.model_copy(update={"output_error": fitted.before, "fitted_error": fitted.after}))
         if settings.batch_norm:
@@ -135,16 +135,3 @@ def _batches(images: Iterable[Any], limit: int, like: Tensor) -> list[Tensor]:
     if not batches:
         raise UsageError("there are no images to calibrate on")
     return batches
-
-
-@contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode, and at the end as it was."""
-    training = [(module, module.training) for module in model.modules()]
-    for module, _ in training:
-        module.training = False
-    try:
-        yield
-    finally:
-        for module, was in training:
-            module.training = was

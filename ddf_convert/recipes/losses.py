@@ -30,9 +30,9 @@ class Objective(nn.Module):
 
     Attributes:
         trainable_module: What calls the model. To train in several processes, or compiled, put
-            ``DistributedDataParallel(objective.trainable_module)`` or its ``torch.compile`` in its place.
-        reaches_all_parameters: Whether the loss depends on every parameter of the model: not if it looks at features
-            alone. ``DistributedDataParallel`` then needs ``find_unused_parameters=True``.
+            ``DistributedDataParallel(objective.trainable_module)`` or its ``torch.compile`` in its place. What the
+            losses do not reach (the classifier, if they look at features alone) must be frozen first, or
+            ``DistributedDataParallel`` waits for its gradients.
 
     Raises:
         UsageError: The teacher is missing, or has none of the layers that were replaced in the model.
@@ -43,7 +43,6 @@ class Objective(nn.Module):
         if losses.needs_teacher and teacher is None:
             raise UsageError("these losses learn from the original model: give it as the teacher")
         self.losses = losses
-        self.reaches_all_parameters = losses.needs_labels or losses.logits > 0
         watched = _pairs(model, teacher) if teacher is not None and losses.features else []
         self.trainable_module: nn.Module = Watched(model, watched)
         self.teacher: Watched | None = None

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 
+from ddf_convert.devices import choose
 from ddf_convert.errors import DDFError, UsageError
 
 _PATIENCE = timedelta(seconds=5)  # for a word of the process that failed, when the connection to it is gone
@@ -158,24 +159,15 @@ def _local_rank() -> int:
 
 
 def _device(name: str | None, local_rank: int, several: bool = False) -> torch.device:
-    asked = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
-    try:
-        device = torch.device(asked)
-    except RuntimeError:
-        raise UsageError(f"--device {name}: no such device; give cpu, cuda or cuda:N") from None
-    if device.type == "cpu":
-        return torch.device("cpu")
-    if device.type != "cuda":
-        raise UsageError(f"--device {name}: give cpu, cuda or cuda:N")
-    if not torch.cuda.is_available():
-        raise UsageError(f"--device {name}: torch finds no NVIDIA GPU here; give cpu")
-    if several and device.index is not None:
+    """The device of this process."""
+    if several and name is not None and name.startswith("cuda:"):
         raise UsageError(f"--device {name}: every process takes a GPU of its own; give cuda")
-    index = device.index if device.index is not None else local_rank
-    if index >= torch.cuda.device_count():
-        what = f"process {local_rank} of this machine" if several else f"--device {name}"
-        raise UsageError(f"{what} finds no GPU: there are {torch.cuda.device_count()}; start as many processes")
-    return torch.device("cuda", index)
+    gpus = torch.cuda.device_count()
+    if several and name in (None, "cuda") and 0 < gpus <= local_rank:
+        raise UsageError(
+            f"process {local_rank} of this machine finds no GPU: there are {gpus}; start as many processes"
+        )
+    return choose(name, local_rank, "trained on")
 
 
 # --- word of mouth: torchrun's own store outlives the process that fails ---

@@ -15,6 +15,7 @@ from timm.utils import accuracy
 from torch import Tensor, nn
 
 from ddf_convert.errors import UsageError
+from ddf_convert.modes import evaluating
 from ddf_convert.recipes.losses import Objective, divergence
 from ddf_convert.training.distributed import Processes
 from ddf_convert.training.faults import memory_explained
@@ -126,7 +127,7 @@ def evaluate(
     began = time.perf_counter()
     source = iter(batches)
     with (
-        _evaluating(model, objective),
+        evaluating(*(each for each in (model, objective) if each is not None)),
         torch.no_grad(),
         told.counting("evaluating", rounds),
         memory_explained(settings.batch_size),
@@ -243,19 +244,6 @@ def _overheard(teacher: nn.Module | None) -> Iterator[list[Any]]:
         yield heard
     finally:
         handle.remove()
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module, objective: Objective | None) -> Iterator[None]:
-    training = {module: module.training for module in model.modules()}
-    model.eval()
-    if objective is not None:
-        objective.eval()
-    try:
-        yield
-    finally:
-        for module, mode in training.items():
-            module.training = mode
 
 
 def _downwards(distance: float | None) -> float:

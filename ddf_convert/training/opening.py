@@ -8,20 +8,18 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import timm
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddf_convert import artifact, recipes
-from ddf_convert.callables import call, find_callable
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.graph.record import first_line
 from ddf_convert.recipes.parameters import trainable_names
 from ddf_convert.recipes.recipe import Recipe
 from ddf_convert.recipes.schema import Stage
+from ddf_convert.source import built_by
 from ddf_convert.training.distributed import Processes
 from ddf_convert.training.faults import memory_explained
 from ddf_convert.training.images import Images, NoSuchSplit, OnBroken, Split, held_out, open_images
@@ -77,25 +75,15 @@ class Source:
             if manifest.original is None:
                 return None
             return artifact.load_original(self.folder, self._built() if self.callable is not None else None)
-        if self.callable is not None:
-            model = self._built()
-        elif isinstance(manifest.source, artifact.TimmSource):
-            arguments: dict[str, Any] = dict(manifest.source.kwargs)
-            model = timm.create_model(manifest.source.name, pretrained=False, **arguments)
-        else:
+        if self.callable is None and isinstance(manifest.source, artifact.OwnSource):
             raise UsageError(f"{self.folder} holds a model of your own: --teacher-checkpoint needs --model too")
+        model = artifact.build_original(self.folder) if self.callable is None else self._built()
         artifact.load_checkpoint(model, checkpoint)
         return model.eval()
 
     def _built(self) -> nn.Module:
-        name = self.callable or ""
         with contextlib.redirect_stdout(sys.stderr):
-            model = call(name, find_callable(name, "a model"))
-        if isinstance(model, tuple) and len(model) == 2:  # beside an example input, as `convert` takes it too
-            model = model[0]
-        if not isinstance(model, nn.Module):
-            raise UsageError(f"{name}() returned {type(model).__name__}, not a torch.nn.Module")
-        return model
+            return built_by(self.callable or "")[0]
 
 
 def choose_recipe(asked: str | os.PathLike[str] | None, folder: Path) -> Recipe:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.record import first_line
+from ddf_convert.modes import evaluating
 from ddf_convert.recipes.losses import Objective
 from ddf_convert.recipes.parameters import learning_rate, parameter_groups
 from ddf_convert.recipes.schema import Stage
@@ -298,7 +298,7 @@ def _reached(
     shape = (2, *data.settings.input_size)
     images = torch.zeros(shape, device=processes.device).to(memory_format=options.memory_format)
     labels = torch.zeros(2, dtype=torch.int64, device=processes.device) if stage.losses.needs_labels else None
-    with _evaluating(objective), torch.autocast(processes.device.type, enabled=False):
+    with evaluating(objective), torch.autocast(processes.device.type, enabled=False):
         loss: Tensor = objective(images, labels)["loss"]
         found = (
             torch.autograd.grad(loss, candidates, allow_unused=True) if loss.requires_grad else [None] * len(candidates)
@@ -312,14 +312,3 @@ def _reached(
             " change trainable: or losses:"
         )
     return reached
-
-
-@contextlib.contextmanager
-def _evaluating(objective: Objective) -> Iterator[None]:
-    modes = {module: module.training for module in objective.modules()}
-    objective.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
