@@ -32,6 +32,7 @@ def check_arguments(
     padding: int,
     dilation: int,
     combine: str,
+    upscale_factor: int = 1,
 ) -> None:
     """Raises unless the arguments fit :func:`ddf_convert.ops.ddf`."""
     if combine not in COMBINATIONS:
@@ -42,11 +43,14 @@ def check_arguments(
         )
     if input.dim() != 4:
         raise ValueError(f"ddf: input must be (B, C, H, W), got shape {tuple(input.shape)}")
+    if upscale_factor < 1:
+        raise ValueError(f"ddf: upscale_factor must be 1 or more, got {upscale_factor}")
     batch, channels, height, width = input.shape
+    filters, several = upscale_factor**2, "" if upscale_factor == 1 else f"{upscale_factor}*{upscale_factor}*"
     kernel = channel_filter.shape[-1] if channel_filter.dim() == 4 else 0
-    if tuple(channel_filter.shape) != (batch, channels, kernel, kernel) or kernel % 2 == 0:
+    if tuple(channel_filter.shape) != (batch, filters * channels, kernel, kernel) or kernel % 2 == 0:
         raise ValueError(
-            f"ddf: channel_filter must be (B, C, K, K) = ({batch}, {channels}, K, K) with K odd,"
+            f"ddf: channel_filter must be (B, {several}C, K, K) = ({batch}, {filters * channels}, K, K) with K odd,"
             f" got {tuple(channel_filter.shape)}"
         )
     rows = output_size(height, kernel, stride, padding, dilation)
@@ -55,10 +59,12 @@ def check_arguments(
         raise ValueError(
             f"ddf: a {height}x{width} input is too small for kernel {kernel}, padding {padding}, dilation {dilation}"
         )
-    heads = spatial_filter.shape[1] // kernel**2 if spatial_filter.dim() == 4 else 0
-    if tuple(spatial_filter.shape) != (batch, heads * kernel**2, rows, columns) or heads < 1 or channels % heads:
+    heads = spatial_filter.shape[1] // (filters * kernel**2) if spatial_filter.dim() == 4 else 0
+    shape = (batch, filters * heads * kernel**2, rows, columns)
+    if tuple(spatial_filter.shape) != shape or heads < 1 or channels % heads:
         raise ValueError(
-            f"ddf: spatial_filter must be (B, G*K*K, Ho, Wo) = ({batch}, G*{kernel**2}, {rows}, {columns})"
+            f"ddf: spatial_filter must be (B, {several}G*K*K, Ho, Wo) ="
+            f" ({batch}, {several}G*{kernel**2}, {rows}, {columns})"
             f" with G dividing {channels} channels, got {tuple(spatial_filter.shape)}"
         )
     dtypes = (input.dtype, channel_filter.dtype, spatial_filter.dtype)
@@ -71,9 +77,16 @@ def check_arguments(
         raise ValueError(f"ddf: the tensors must be on one device, got {devices}")
 
 
-def check_gradient(grad_output: Tensor, input: Tensor, spatial_filter: Tensor) -> None:
+def output_shape(input: Tensor, spatial_filter: Tensor, upscale_factor: int = 1) -> tuple[int, int, int, int]:
+    """(B, C, s*Ho, s*Wo), of the output of :func:`ddf_convert.ops.ddf` with these, checked, arguments."""
+    batch, channels = input.shape[:2]
+    height, width = spatial_filter.shape[-2:]
+    return batch, channels, height * upscale_factor, width * upscale_factor
+
+
+def check_gradient(grad_output: Tensor, input: Tensor, spatial_filter: Tensor, upscale_factor: int = 1) -> None:
     """Raises unless a gradient fits the output of :func:`ddf_convert.ops.ddf` with these, checked, arguments."""
-    _check_like(grad_output, (*input.shape[:2], *spatial_filter.shape[-2:]), input, "ddf_backward: grad_output")
+    _check_like(grad_output, output_shape(input, spatial_filter, upscale_factor), input, "ddf_backward: grad_output")
 
 
 def check_filters(filters: Tensor, taps: int) -> None:

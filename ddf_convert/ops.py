@@ -11,6 +11,7 @@ Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, equation 1 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ from ddf_convert.arguments import (
     check_gradient,
     gradient_formats,
     memory_format,
+    output_shape,
     output_size,
 )
 from ddf_convert.filter_norm import filter_norm
@@ -44,18 +46,19 @@ __all__ = [
 _library = torch.library.Library("ddf_convert", "DEF")
 _library.define(
     "ddf(Tensor input, Tensor channel_filter, Tensor spatial_filter,"
-    " int stride, int padding, int dilation, str combine) -> Tensor",
+    " int stride, int padding, int dilation, str combine, int upscale_factor=1) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
     "ddf_normalised(Tensor input, Tensor channel_filter, Tensor spatial_filter, float scale,"
-    " int stride, int padding, int dilation, str combine) -> Tensor",
+    " int stride, int padding, int dilation, str combine, int upscale_factor=1) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 # A gradient that is not wanted comes back with no elements: torch.library has no optional outputs.
 _library.define(
     "ddf_backward(Tensor grad_output, Tensor input, Tensor channel_filter, Tensor spatial_filter,"
-    " int stride, int padding, int dilation, str combine, bool[3] needs) -> (Tensor, Tensor, Tensor)",
+    " int stride, int padding, int dilation, str combine, bool[3] needs, int upscale_factor=1)"
+    " -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -69,6 +72,7 @@ def ddf(
     padding: int = 0,
     dilation: int = 1,
     combine: str = "mul",
+    upscale_factor: int = 1,
 ) -> Tensor:
     """Decoupled dynamic filter: a K x K filter of its own at every pixel of every channel.
 
@@ -76,24 +80,28 @@ def ddf(
     * input[b, r, y*stride - padding + i*dilation, x*stride - padding + j*dilation]`` with head ``g = r // (C / G)``.
     Taps outside the input read zero. The orientation is that of ``torch.nn.functional.conv2d``.
 
+    With an ``upscale_factor`` s of more than 1 (DDF-Up) there are s*s filters for every pixel of every channel: filter
+    ``dy * s + dx`` makes the pixels (s*y + dy, s*x + dx) of an output that is s times as high and wide.
+
     Args:
         input: (B, C, H, W), float32, float64, float16 or bfloat16; contiguous or channels_last (kept).
-        channel_filter: (B, C, K, K), K odd, same dtype and device.
-        spatial_filter: (B, G*K*K, Ho, Wo), G dividing C, same dtype and device; Ho and Wo as for conv2d.
+        channel_filter: (B, s*s*C, K, K), K odd, same dtype and device; all channels of the first filter come first.
+        spatial_filter: (B, s*s*G*K*K, Ho, Wo), likewise, G dividing C; Ho and Wo as for conv2d.
         stride: Step between output pixels, in input pixels.
         padding: Zeros around the input, in pixels.
         dilation: Distance between taps, in pixels.
         combine: "mul" (the paper's equation 1) or "add" (the authors' second variant).
+        upscale_factor: s.
 
     Returns:
-        (B, C, Ho, Wo), dtype and memory format of ``input``. Half types accumulate in float32.
+        (B, C, s*Ho, s*Wo), dtype and memory format of ``input``. Half types accumulate in float32.
 
     Raises:
-        ValueError: A shape, a device, or ``combine``, stride, padding or dilation, does not fit.
+        ValueError: A shape, a device, or ``combine``, stride, padding, dilation or the factor, does not fit.
         TypeError: The dtypes differ or are not among those above.
     """
     output: Tensor = torch.ops.ddf_convert.ddf(
-        input, channel_filter, spatial_filter, stride, padding, dilation, combine
+        input, channel_filter, spatial_filter, stride, padding, dilation, combine, upscale_factor
     )
     return output
 
@@ -108,6 +116,7 @@ def ddf_normalised(
     padding: int = 0,
     dilation: int = 1,
     combine: str = "mul",
+    upscale_factor: int = 1,
 ) -> Tensor:
     """:func:`ddf` of spatial filters as the 1x1 convolution made them: FilterNorm is part of the operator.
 
@@ -117,22 +126,23 @@ def ddf_normalised(
     Args:
         input: As for :func:`ddf`.
         channel_filter: As for :func:`ddf`, with K of 3 or more.
-        spatial_filter: (B, G*K*K, Ho, Wo), as for :func:`ddf`, not normalised.
+        spatial_filter: (B, s*s*G*K*K, Ho, Wo), as for :func:`ddf`, not normalised.
         scale: The deviation of a normalised filter over its taps.
         stride: As for :func:`ddf`.
         padding: As for :func:`ddf`.
         dilation: As for :func:`ddf`.
         combine: As for :func:`ddf`.
+        upscale_factor: As for :func:`ddf`.
 
     Returns:
-        (B, C, Ho, Wo), dtype and memory format of ``input``. Half types are normalised and accumulate in float32.
+        (B, C, s*Ho, s*Wo), dtype and memory format of ``input``. Half types are normalised and accumulate in float32.
 
     Raises:
-        ValueError: A shape, a device, or ``combine``, stride, padding or dilation, does not fit.
+        ValueError: A shape, a device, or ``combine``, stride, padding, dilation or the factor, does not fit.
         TypeError: The dtypes differ or are not among those of :func:`ddf`.
     """
     output: Tensor = torch.ops.ddf_convert.ddf_normalised(
-        input, channel_filter, spatial_filter, scale, stride, padding, dilation, combine
+        input, channel_filter, spatial_filter, scale, stride, padding, dilation, combine, upscale_factor
     )
     return output
 
@@ -143,6 +153,25 @@ def _check_normalised(input: Tensor, channel_filter: Tensor, spatial_filter: Ten
     taps = int(channel_filter.shape[-1]) ** 2
     check_filters(spatial_filter, taps)
     return taps
+
+
+def _check_backward(
+    grad_output: Tensor,
+    input: Tensor,
+    channel_filter: Tensor,
+    spatial_filter: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    combine: str,
+    needs: Sequence[bool],
+    upscale_factor: int = 1,
+) -> tuple[tuple[int, int, int, str], tuple[bool, ...], int]:
+    """The arguments after the tensors, in three parts, once all are found to fit."""
+    geometry = (stride, padding, dilation, combine)
+    check_arguments(input, channel_filter, spatial_filter, *geometry, upscale_factor)
+    check_gradient(grad_output, input, spatial_filter, upscale_factor)
+    return geometry, tuple(needs), upscale_factor
 
 
 # --- any device: the reference ----------------------------------------------------------------------------------------
@@ -166,10 +195,9 @@ def _normalised_reference(
 def _backward_reference(
     grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    *geometry, needs = options
-    check_arguments(input, channel_filter, spatial_filter, *geometry)
-    check_gradient(grad_output, input, spatial_filter)
-    gradients = reference.backward(grad_output, input, channel_filter, spatial_filter, *[*geometry, tuple(needs)])
+    geometry, needs, factor = _check_backward(grad_output, input, channel_filter, spatial_filter, *options)
+    arguments: list[Any] = [*geometry, needs, factor]
+    gradients = reference.backward(grad_output, input, channel_filter, spatial_filter, *arguments)
     formats = gradient_formats(input)
     return tuple(
         input.new_empty(0) if gradient is None else gradient.contiguous(memory_format=layout)
@@ -189,7 +217,7 @@ def _forward_cpu(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, 
     from ddf_convert import cpu
 
     check_arguments(input, channel_filter, spatial_filter, *options)
-    return cpu.forward(input, channel_filter, spatial_filter, *[*options, memory_format(input)])
+    return cpu.forward(input, channel_filter, spatial_filter, *[*options[:4], memory_format(input), *options[4:]])
 
 
 def _normalised_cpu(
@@ -199,7 +227,7 @@ def _normalised_cpu(
 
     taps = _check_normalised(input, channel_filter, spatial_filter, *options)
     normalised = reference.filter_norm(spatial_filter, taps, scale).to(input.dtype)
-    return cpu.forward(input, channel_filter, normalised, *[*options, memory_format(input)])
+    return cpu.forward(input, channel_filter, normalised, *[*options[:4], memory_format(input), *options[4:]])
 
 
 def _backward_cpu(
@@ -207,10 +235,8 @@ def _backward_cpu(
 ) -> tuple[Tensor, ...]:
     from ddf_convert import cpu
 
-    *geometry, needs = options
-    check_arguments(input, channel_filter, spatial_filter, *geometry)
-    check_gradient(grad_output, input, spatial_filter)
-    arguments = [*geometry, tuple(needs), memory_format(input)]
+    geometry, needs, factor = _check_backward(grad_output, input, channel_filter, spatial_filter, *options)
+    arguments: list[Any] = [*geometry, needs, memory_format(input), factor]
     return cpu.backward(grad_output, input, channel_filter, spatial_filter, *arguments)
 
 
@@ -228,7 +254,9 @@ def _forward_cuda(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor,
     check_arguments(input, channel_filter, spatial_filter, *options)
     if not cuda.usable(input):
         return _forward_reference(input, channel_filter, spatial_filter, *options)
-    return cuda.forward(input, channel_filter, spatial_filter, *[*options, memory_format(input), None])
+    return cuda.forward(
+        input, channel_filter, spatial_filter, *[*options[:4], memory_format(input), None, *options[4:]]
+    )
 
 
 def _normalised_cuda(
@@ -239,7 +267,9 @@ def _normalised_cuda(
     _check_normalised(input, channel_filter, spatial_filter, *options)
     if not cuda.usable(input):
         return _normalised_reference(input, channel_filter, spatial_filter, scale, *options)
-    return cuda.forward(input, channel_filter, spatial_filter, *[*options, memory_format(input), scale])
+    return cuda.forward(
+        input, channel_filter, spatial_filter, *[*options[:4], memory_format(input), scale, *options[4:]]
+    )
 
 
 def _backward_cuda(
@@ -247,12 +277,10 @@ def _backward_cuda(
 ) -> tuple[Tensor, ...]:
     from ddf_convert import cuda
 
-    *geometry, needs = options
-    check_arguments(input, channel_filter, spatial_filter, *geometry)
-    check_gradient(grad_output, input, spatial_filter)
+    geometry, needs, factor = _check_backward(grad_output, input, channel_filter, spatial_filter, *options)
     if not cuda.usable(input):
         return _backward_reference(grad_output, input, channel_filter, spatial_filter, *options)
-    arguments = [*geometry, tuple(needs), memory_format(input)]
+    arguments: list[Any] = [*geometry, needs, memory_format(input), factor]
     return cuda.backward(grad_output, input, channel_filter, spatial_filter, *arguments)
 
 
@@ -267,7 +295,7 @@ _library.impl("ddf_backward", _backward_cuda, "CUDA")
 @torch.library.register_fake("ddf_convert::ddf")  # type: ignore[untyped-decorator]
 def _forward_fake(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
     check_arguments(input, channel_filter, spatial_filter, *options)
-    return _empty(input, spatial_filter)
+    return _empty(input, spatial_filter, *options[4:])
 
 
 @torch.library.register_fake("ddf_convert::ddf_normalised")  # type: ignore[untyped-decorator]
@@ -275,11 +303,11 @@ def _normalised_fake(
     input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
 ) -> Tensor:
     _check_normalised(input, channel_filter, spatial_filter, *options)
-    return _empty(input, spatial_filter)
+    return _empty(input, spatial_filter, *options[4:])
 
 
-def _empty(input: Tensor, spatial_filter: Tensor) -> Tensor:
-    shape = (*input.shape[:2], *spatial_filter.shape[-2:])
+def _empty(input: Tensor, spatial_filter: Tensor, *upscale_factor: int) -> Tensor:
+    shape = output_shape(input, spatial_filter, *upscale_factor)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 
 
@@ -287,9 +315,7 @@ def _empty(input: Tensor, spatial_filter: Tensor) -> Tensor:
 def _backward_fake(
     grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any
 ) -> tuple[Tensor, ...]:
-    *geometry, needs = options
-    check_arguments(input, channel_filter, spatial_filter, *geometry)
-    check_gradient(grad_output, input, spatial_filter)
+    _, needs, _ = _check_backward(grad_output, input, channel_filter, spatial_filter, *options)
     tensors = (input, channel_filter, spatial_filter)
     return tuple(
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout)
@@ -305,14 +331,14 @@ def _backward_fake(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     tensors, options = inputs[:3], inputs[3:]
     ctx.save_for_backward(*tensors)
-    ctx.options = options
+    *ctx.options, ctx.factor = options
 
 
 def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     needs = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.ddf_convert.ddf_backward(grad_output, *ctx.saved_tensors, *ctx.options, needs)
+    gradients = torch.ops.ddf_convert.ddf_backward(grad_output, *ctx.saved_tensors, *ctx.options, needs, ctx.factor)
     wanted = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
-    return (*wanted, None, None, None, None)
+    return (*wanted, None, None, None, None, None)
 
 
 def _backward_normalised(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
@@ -322,16 +348,18 @@ def _backward_normalised(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, 
     needs = list(ctx.needs_input_grad[:3])
     taps = channel_filter.shape[-1] ** 2
     normalised = filter_norm(spatial_filter, taps, scale)
-    gradients = torch.ops.ddf_convert.ddf_backward(grad_output, input, channel_filter, normalised, *options, needs)
+    gradients = torch.ops.ddf_convert.ddf_backward(
+        grad_output, input, channel_filter, normalised, *options, needs, ctx.factor
+    )
     wanted = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
     if needs[2]:
         wanted[2] = torch.ops.ddf_convert.filter_norm_backward(gradients[2], spatial_filter, taps, scale)
-    return (*wanted, None, None, None, None, None)
+    return (*wanted, None, None, None, None, None, None)
 
 
 def _save_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:4])
-    ctx.options, ctx.needs = inputs[4:8], inputs[8]
+    ctx.options, ctx.needs, ctx.factor = inputs[4:8], inputs[8], inputs[9]
 
 
 def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
@@ -362,14 +390,14 @@ def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
 
     for tensors, own in terms:
         if wants[0]:
-            add(0, torch.ops.ddf_convert.ddf(*tensors, *ctx.options))
+            add(0, torch.ops.ddf_convert.ddf(*tensors, *ctx.options, ctx.factor))
         needs = [here and wanted for here, wanted in zip(own, wants[1:4], strict=True)]
         if any(needs):
-            gradients = torch.ops.ddf_convert.ddf_backward(grad_output, *tensors, *ctx.options, needs)
+            gradients = torch.ops.ddf_convert.ddf_backward(grad_output, *tensors, *ctx.options, needs, ctx.factor)
             for place, needed in enumerate(needs):
                 if needed:
                     add(place + 1, gradients[place])
-    return (*totals, None, None, None, None, None)
+    return (*totals, None, None, None, None, None, None)
 
 
 torch.library.register_autograd("ddf_convert::ddf", _backward, setup_context=_save)
@@ -415,5 +443,5 @@ def _forward_flops(input: Any, channel_filter: Any, *rest: Any, out_shape: Any, 
 @register_flop_formula(torch.ops.ddf_convert.ddf_backward)
 def _backward_flops(grad_output: Any, input: Any, channel_filter: Any, *rest: Any, **kwargs: Any) -> int:
     outputs: int = math.prod(grad_output)
-    needs: list[bool] = rest[-1]
+    needs: list[bool] = rest[5]
     return sum(needs) * 2 * int(channel_filter[-1]) ** 2 * outputs

@@ -16,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ddf_convert.arguments import memory_format
+
 EPSILON = 1e-10  # the authors' constant, added to the standard deviation
 LEAST_SQUARE = 1e-36  # the least sum of squares: lost in the epsilon, it keeps the derivatives of its root finite
 
@@ -28,30 +30,36 @@ def forward(
     padding: int,
     dilation: int,
     combine: str,
+    upscale_factor: int = 1,
 ) -> Tensor:
     """Applies the combined filter at every pixel of every channel.
 
+    With an ``upscale_factor`` s of more than 1 there are s*s filters for each, whose results are shuffled into a map s
+    times as high and wide (DDF-Up); filter ``dy * s + dx`` makes the pixels (s*y + dy, s*x + dx).
+
     Args:
         input: (B, C, H, W).
-        channel_filter: (B, C, K, K).
-        spatial_filter: (B, G*K*K, Ho, Wo); channel r belongs to head r // (C / G).
+        channel_filter: (B, s*s*C, K, K), all channels of the first filter, then those of the next.
+        spatial_filter: (B, s*s*G*K*K, Ho, Wo), likewise; channel r belongs to head r // (C / G).
         stride: Step between output pixels, in input pixels.
         padding: Zeros around the input, in pixels.
         dilation: Distance between taps, in pixels.
         combine: "mul" or "add": how the two filters make one.
+        upscale_factor: s.
 
     Returns:
-        (B, C, Ho, Wo), dtype of ``input``. Half types accumulate in float32.
+        (B, C, s*Ho, s*Wo), dtype of ``input``. Half types accumulate in float32.
     """
     padded = F.pad(_widen(input), (padding, padding, padding, padding))
+    padded = padded.repeat(1, upscale_factor**2, 1, 1)
     channel, spatial = _widen(channel_filter), _widen(spatial_filter)
     height, width = spatial_filter.shape[-2:]
     heads = spatial_filter.shape[1] // channel_filter.shape[-1] ** 2
-    output = padded.new_zeros(*input.shape[:2], height, width)
+    output = padded.new_zeros(*channel_filter.shape[:2], height, width)
     for tap, rows, columns in _taps(channel_filter.shape[-1], height, width, stride, dilation):
         weight = _combined(channel, spatial, tap, combine)
         output = output + (weight * _by_head(padded[:, :, rows, columns], heads)).flatten(1, 2)
-    return output.to(input.dtype)
+    return shuffle(output, upscale_factor).to(input.dtype)
 
 
 def backward(
@@ -64,11 +72,12 @@ def backward(
     dilation: int,
     combine: str,
     needs: tuple[bool, bool, bool],
+    upscale_factor: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of :func:`forward` with respect to its three tensors.
 
     Args:
-        grad_output: (B, C, Ho, Wo), the gradient of the output.
+        grad_output: (B, C, s*Ho, s*Wo), the gradient of the output.
         input: As in :func:`forward`.
         channel_filter: As in :func:`forward`.
         spatial_filter: As in :func:`forward`.
@@ -77,13 +86,16 @@ def backward(
         dilation: As in :func:`forward`.
         combine: As in :func:`forward`.
         needs: Which of (input, channel_filter, spatial_filter) want a gradient.
+        upscale_factor: As in :func:`forward`.
 
     Returns:
         The three gradients, each shaped and typed as its tensor; None where not wanted.
     """
     padded = F.pad(_widen(input), (padding, padding, padding, padding))
-    channel, spatial, grad = _widen(channel_filter), _widen(spatial_filter), _widen(grad_output)
-    height, width = grad_output.shape[-2:]
+    padded = padded.repeat(1, upscale_factor**2, 1, 1)
+    grad = unshuffle(_widen(grad_output), upscale_factor)
+    channel, spatial = _widen(channel_filter), _widen(spatial_filter)
+    height, width = grad.shape[-2:]
     grad_padded = torch.zeros_like(padded)
     grad_channel = torch.zeros_like(channel)
     grad_spatial = torch.zeros_like(spatial)
@@ -104,11 +116,35 @@ def backward(
                 per_channel = grad_weight * _by_head(_channel_tap(channel, tap), heads)
             grad_spatial[:, tap::taps] = per_channel.sum(2)
     bottom, right = padding + input.shape[-2], padding + input.shape[-1]
+    grad_input = grad_padded[:, :, padding:bottom, padding:right].unflatten(1, (-1, input.shape[1])).sum(1)
     return (
-        grad_padded[:, :, padding:bottom, padding:right].to(input.dtype) if needs[0] else None,
+        grad_input.to(input.dtype) if needs[0] else None,
         grad_channel.to(channel_filter.dtype) if needs[1] else None,
         grad_spatial.to(spatial_filter.dtype) if needs[2] else None,
     )
+
+
+def shuffle(maps: Tensor, factor: int) -> Tensor:
+    """(B, s*s*C, H, W), all channels of one map after the other's -> (B, C, s*H, s*W), in the layout that it has.
+
+    ``torch.pixel_shuffle`` expects the maps of one channel side by side.
+    """
+    if factor == 1:
+        return maps
+    split = maps.unflatten(1, (factor, factor, -1))  # (B, s, s, C, H, W)
+    if memory_format(maps) == torch.channels_last:
+        return cast(Tensor, split.permute(0, 4, 1, 5, 2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2))
+    return cast(Tensor, split.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3))
+
+
+def unshuffle(map: Tensor, factor: int) -> Tensor:
+    """Undoes :func:`shuffle`."""
+    if factor == 1:
+        return map
+    split = map.unflatten(3, (-1, factor)).unflatten(2, (-1, factor))  # (B, C, H, s, W, s)
+    if memory_format(map) == torch.channels_last:
+        return cast(Tensor, split.permute(0, 2, 4, 3, 5, 1).flatten(3, 5).permute(0, 3, 1, 2))
+    return cast(Tensor, split.permute(0, 3, 5, 1, 2, 4).flatten(1, 3))
 
 
 def filter_norm(filters: Tensor, taps: int, scale: float) -> Tensor:

@@ -55,6 +55,7 @@ class Case:
     combine: str = "mul"
     dtype: str = "float32"
     scale: float | None = None
+    upscale: int = 1
     needs: tuple[bool, bool, bool] = ALL
 
     @property
@@ -140,6 +141,15 @@ GROUPS: dict[str, tuple[Case | Norm, ...]] = {
         Norm((1, 27, 2, 2), 9, equal=True),
         Norm((1, 9, 2, 2), 9, "float16", equal=True),
         Norm((0, 9, 2, 2), 9),
+    ),
+    "upscaled": (
+        *(Case(upscale=2, dtype=dtype, channels=6, height=3, width=5, heads=2) for dtype in FOUR),
+        Case(upscale=2, scale=0.47, channels=8, height=4, width=8, batch=2),
+        Case(upscale=3, size=5, padding=4, dilation=2, channels=3, height=5, width=4, combine="add"),
+        Case(upscale=2, stride=2, padding=0, channels=4, height=6, width=9),
+        Case(upscale=2, stride=3, scale=0.3, channels=4, heads=2, height=6, width=5),
+        Case(upscale=2, size=9, padding=4, channels=2, height=3, width=4, combine="add"),
+        Case(upscale=2, batch=0),
     ),
     "needs": (
         *(Case(needs=needs, channels=4, height=4, width=4) for needs in ((True, False, False), (False, True, False))),
@@ -297,16 +307,17 @@ def _call(case: Case, layout: torch.memory_format) -> Iterator[Result]:
         return torch.randn(shape).to(dtype, memory_format=layout)
 
     input = draw(case.batch, case.channels, case.height, case.width)
-    channel = torch.randn(case.batch, case.channels, case.size, case.size).to(dtype)
-    spatial = draw(case.batch, case.heads * case.size**2, rows, columns)
-    grad = draw(case.batch, case.channels, rows, columns)
+    upscale, filters = case.upscale, case.upscale**2
+    channel = torch.randn(case.batch, filters * case.channels, case.size, case.size).to(dtype)
+    spatial = draw(case.batch, filters * case.heads * case.size**2, rows, columns)
+    grad = draw(case.batch, case.channels, upscale * rows, upscale * columns)
     exact = [tensor.double() for tensor in (input, channel, spatial)]
-    filters = exact[2] if case.scale is None else reference.filter_norm(exact[2], case.size**2, case.scale)
+    normalised = exact[2] if case.scale is None else reference.filter_norm(exact[2], case.size**2, case.scale)
 
-    output = dispatch.forward(input, channel, spatial, *options, layout, case.scale)
-    yield "output", output, reference.forward(*exact[:2], filters, *options), dtype, True
-    gradients = dispatch.backward(grad, input, channel, spatial, *options, case.needs, layout)
-    expected = reference.backward(grad.double(), *exact, *options, case.needs)
+    output = dispatch.forward(input, channel, spatial, *options, layout, case.scale, upscale)
+    yield "output", output, reference.forward(*exact[:2], normalised, *options, upscale), dtype, True
+    gradients = dispatch.backward(grad, input, channel, spatial, *options, case.needs, layout, upscale)
+    expected = reference.backward(grad.double(), *exact, *options, case.needs, upscale)
     for name, made, wanted in zip(("grad_input", "grad_channel", "grad_spatial"), gradients, expected, strict=True):
         yield name, made, torch.empty(0) if wanted is None else wanted, dtype, name != "grad_channel" and made.dim() > 1
 

@@ -29,13 +29,14 @@ def tensors(
     dtype: torch.dtype = torch.float64,
     layout: str = "contiguous",
     grad: bool = False,
+    upscale: int = 1,
 ) -> list[Tensor]:
     batch, channels, *sides = shape
     rows, columns = (ops.output_size(side, size, stride, padding, dilation) for side in sides)
     made = [
         torch.randn(shape).to(dtype, memory_format=LAYOUTS[layout]),
-        torch.randn(batch, channels, size, size).to(dtype),
-        torch.randn(batch, heads * size**2, rows, columns).to(dtype, memory_format=LAYOUTS[layout]),
+        torch.randn(batch, upscale**2 * channels, size, size).to(dtype),
+        torch.randn(batch, upscale**2 * heads * size**2, rows, columns).to(dtype, memory_format=LAYOUTS[layout]),
     ]
     return [tensor.requires_grad_(grad) for tensor in made]
 
@@ -51,12 +52,16 @@ TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, to
 
 
 def assert_like_reference(made: list[Tensor], options: tuple[Any, ...]) -> None:
+    *geometry, upscale = options if len(options) == 5 else (*options, 1)
     output = torch.ops.ddf_convert.ddf(*made, *options)
-    grad = torch.randn(output.shape).to(output.dtype, memory_format=ops.memory_format(made[0]))
-    gradients = torch.ops.ddf_convert.ddf_backward(grad, *made, *options, [True] * 3)
+    layout = ops.memory_format(made[0])
+    grad = torch.randn(output.shape).to(output.dtype, memory_format=layout)
+    gradients = torch.ops.ddf_convert.ddf_backward(grad, *made, *geometry, [True] * 3, upscale)
+    for map in (output, gradients[0], gradients[2]):
+        assert map.is_contiguous(memory_format=layout)
     exact = [tensor.double() for tensor in made]
     expected = [reference.forward(*exact, *options)]
-    expected += reference.backward(grad.double(), *exact, *options, (True, True, True))
+    expected += reference.backward(grad.double(), *exact, *geometry, (True, True, True), upscale)
     for ours, theirs in zip((output, *gradients), expected, strict=True):
         assert ours.dtype == made[0].dtype
         error = (ours.double() - theirs).norm() / theirs.norm().clamp_min(1e-3)
@@ -90,6 +95,72 @@ def test_cpu_kernels_match_the_reference_at_real_sizes(combine: str, layout: str
     ):
         made = tensors(3, stride, 1, 1, heads, shape, torch.float32, layout)
         assert_like_reference(made, (stride, 1, 1, combine))
+
+
+# (size, upscale, stride, padding, dilation, heads, shape)
+UPSCALED = [
+    (3, 2, 1, 1, 1, 1, (2, 8, 5, 6)),
+    (5, 3, 1, 2, 1, 2, (1, 6, 7, 9)),
+    (3, 2, 1, 2, 2, 4, (2, 32, 13, 17)),
+    (3, 4, 1, 1, 1, 1, (1, 40, 6, 33)),
+    (3, 2, 2, 1, 1, 1, (1, 3, 9, 8)),
+    (3, 2, 1, 0, 1, 1, (2, 16, 4, 41)),
+    (1, 2, 1, 0, 1, 1, (1, 1, 1, 1)),
+]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
+def test_upscaling_cpu_kernels_match_the_reference(dtype: torch.dtype, layout: str) -> None:
+    for number, (size, upscale, stride, padding, dilation, heads, shape) in enumerate(UPSCALED):
+        made = tensors(size, stride, padding, dilation, heads, shape, dtype, layout, upscale=upscale)
+        assert_like_reference(made, (stride, padding, dilation, ("mul", "add")[number % 2], upscale))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_upscaling_is_each_filter_by_itself_then_pixel_shuffle(layout: str) -> None:
+    input, channel, spatial = tensors(heads=2, layout=layout, upscale=3)
+    each = [
+        ops.ddf(input, *filters, padding=1)
+        for filters in zip(channel.chunk(9, 1), (part.contiguous() for part in spatial.chunk(9, 1)), strict=True)
+    ]
+    expected = torch.pixel_shuffle(torch.stack(each, 2).flatten(1, 2), 3)
+    torch.testing.assert_close(ops.ddf(input, channel, spatial, padding=1, upscale_factor=3), expected)
+    torch.testing.assert_close(reference.unshuffle(reference.shuffle(channel, 3), 3), channel)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("combine", ["mul", "add"])
+def test_upscaling_has_gradients_to_any_order(combine: str, layout: str) -> None:
+    made = tensors(heads=2, shape=(1, 2, 3, 2), layout=layout, grad=True, upscale=2)
+
+    def call(*tensors: Tensor) -> Tensor:
+        return ops.ddf(*tensors, padding=1, combine=combine, upscale_factor=2)
+
+    assert gradcheck(call, made)
+    assert gradgradcheck(call, made)
+
+    def normalised(*tensors: Tensor) -> Tensor:
+        return ops.ddf_normalised(*tensors, scale=0.7, padding=1, combine=combine, upscale_factor=2)
+
+    assert gradcheck(normalised, made, fast_mode=True)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_upscaling_passes_opcheck(dtype: torch.dtype, layout: str) -> None:
+    made = tensors(heads=2, dtype=dtype, layout=layout, grad=True, upscale=2)
+    tolerance = {"atol": 1e-2, "rtol": 1e-2} if dtype is torch.bfloat16 else {}
+    options = (1, 1, 1, "mul")
+    for operator, arguments in (
+        (torch.ops.ddf_convert.ddf, (*made, *options, 2)),
+        (torch.ops.ddf_convert.ddf_normalised, (*made, 0.7, *options, 2)),
+    ):
+        assert set(torch.library.opcheck(operator, arguments, **tolerance).values()) == {"SUCCESS"}
+    grad = torch.randn_like(torch.ops.ddf_convert.ddf(*made, *options, 2).detach()).requires_grad_()
+    arguments = (grad, *made, *options, [True, False, True], 2)
+    results = torch.library.opcheck(torch.ops.ddf_convert.ddf_backward, arguments, **tolerance)
+    assert set(results.values()) == {"SUCCESS"}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -257,6 +328,8 @@ def replaced(position: int, value: Any) -> dict[str, Any]:
         ({}, {"combine": "max"}, ValueError, "combine must be 'mul' or 'add', got 'max'"),
         ({}, {"stride": 0}, ValueError, "stride >= 1"),
         ({}, {"padding": -1}, ValueError, "padding >= 0"),
+        ({}, {"upscale_factor": 0}, ValueError, "upscale_factor must be 1 or more, got 0"),
+        ({}, {"upscale_factor": 2}, ValueError, r"channel_filter must be \(B, 2\*2\*C, K, K\) = \(2, 32, K, K\)"),
         (replaced(0, torch.randn(8, 7, 9)), {}, ValueError, r"input must be \(B, C, H, W\)"),
         (replaced(1, torch.randn(2, 8, 2, 2)), {}, ValueError, "K odd"),
         (replaced(1, torch.randn(2, 7, 3, 3)), {}, ValueError, r"channel_filter must be .*\(2, 8, K, K\)"),
@@ -456,9 +529,9 @@ class Kernels(ModuleType):
         return reference.forward(input, channel, spatial, *options)
 
     def backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, _ = arguments
+        *tensors, _, upscale = arguments
         self.calls.append(("backward", *arguments[4:]))
-        return tuple(torch.empty(0) if grad is None else grad for grad in reference.backward(*tensors))
+        return tuple(torch.empty(0) if grad is None else grad for grad in reference.backward(*tensors, upscale))
 
     def filter_norm(self, filters: Tensor, taps: int, scale: float, layout: torch.memory_format) -> Tensor:
         self.calls.append(("filter_norm", taps, scale, layout))
@@ -495,7 +568,7 @@ def test_cuda_tensors_go_to_the_kernels_that_can_run(runs: bool, monkeypatch: py
     expected = [
         ("forward", *options, layout, None),
         ("forward", *options, layout, 0.7),
-        ("backward", *options, tuple(needs), layout),
+        ("backward", *options, tuple(needs), layout, 1),
         ("filter_norm", 9, 0.7, layout),
         ("filter_norm_backward", 9, 0.7, layout),
     ]

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ddf_convert.arguments import output_shape
 from ddf_convert.cpu import channels_last, contiguous
 from ddf_convert.cpu.threads import run
 
@@ -37,20 +38,22 @@ def forward(
     dilation: int,
     combine: str,
     layout: torch.memory_format,
+    upscale_factor: int = 1,
 ) -> Tensor:
     """See :func:`ddf_convert.ops.ddf`; the arguments have been checked. The output has ``layout``."""
-    shape = (*input.shape[:2], *spatial_filter.shape[-2:])
+    shape = output_shape(input, spatial_filter, upscale_factor)
     output = torch.empty(shape, dtype=input.dtype, memory_format=layout)
     if output.numel() == 0:
         return output
     input = input.contiguous(memory_format=layout)
     channel_filter = channel_filter.contiguous()
     spatial_filter = spatial_filter.contiguous(memory_format=layout)
-    call = _Call(input, channel_filter, spatial_filter, stride, padding, dilation, combine, layout)
-    tile_rows, chunk = call.tiling(shape[2], shape[3], span=(call.size - 1) * dilation, step=stride)
+    call = _Call(input, channel_filter, spatial_filter, stride, padding, dilation, combine, layout, upscale_factor)
+    height, width = spatial_filter.shape[-2:]
+    tile_rows, chunk = call.tiling(height, width, span=(call.size - 1) * dilation, step=stride)
     run(
         call.kernels.forward,
-        call.items(shape[2], tile_rows, chunk),
+        call.items(height, tile_rows, chunk),
         call.work,
         *_addresses(output, input, channel_filter, spatial_filter),
         *call.geometry,
@@ -72,6 +75,7 @@ def backward(
     combine: str,
     needs: tuple[bool, bool, bool],
     layout: torch.memory_format,
+    upscale_factor: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (input, channel_filter, spatial_filter); those not needed have no elements.
 
@@ -82,7 +86,7 @@ def backward(
     input = input.contiguous(memory_format=layout)
     channel_filter = channel_filter.contiguous()
     spatial_filter = spatial_filter.contiguous(memory_format=layout)
-    call = _Call(input, channel_filter, spatial_filter, stride, padding, dilation, combine, layout)
+    call = _Call(input, channel_filter, spatial_filter, stride, padding, dilation, combine, layout, upscale_factor)
     if needs[0]:
         grads[0] = _grad_input(call, grad_output, input, channel_filter, spatial_filter)
     if needs[1] or needs[2]:
@@ -97,9 +101,13 @@ def backward(
 def _grad_input(
     call: _Call, grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor
 ) -> Tensor:
-    gradient = torch.empty_like(input, memory_format=call.layout)
+    batch, channels, height, width = input.shape
+    # A gradient for each filter of a pixel, added up below.
+    gradient = torch.empty(
+        (batch * call.filters, channels, height, width), dtype=input.dtype, memory_format=call.layout
+    )
     if gradient.numel() == 0:
-        return gradient
+        return torch.empty_like(input, memory_format=call.layout)
     # The kernel tiles the rows, and the columns, of one phase of the padded input (see geometry.py).
     rows, columns = (
         (size + call.padding - 1) // call.stride + 1 - call.padding // call.stride for size in input.shape[-2:]
@@ -116,7 +124,10 @@ def _grad_input(
         chunk,
         call.like,
     )
-    return gradient
+    if call.filters == 1:
+        return gradient
+    total = torch.empty_like(input, memory_format=call.layout)
+    return torch.sum(gradient.unflatten(0, (batch, call.filters)), 1, out=total)
 
 
 def _grad_filters(
@@ -125,10 +136,10 @@ def _grad_filters(
     grad_spatial = torch.empty_like(spatial_filter, memory_format=call.layout)
     if grad_output.numel() == 0:
         return torch.zeros_like(channel_filter), grad_spatial.zero_()
-    height, width = grad_output.shape[-2:]
+    height, width = spatial_filter.shape[-2:]
     tile_rows, chunk = call.tiling(height, width, span=(call.size - 1) * call.dilation, step=call.stride)
     # Items cannot be split by channel here, over which the spatial filter's gradient is summed: small tiles instead.
-    images = call.batch * call.heads
+    images = call.batch * call.filters * call.heads
     tile_rows = min(tile_rows, max(1, height * images // _LEAST_ITEMS))
     tiles = -(-height // tile_rows)
     parts = torch.empty((tiles, *channel_filter.shape), dtype=call.sums)
@@ -161,19 +172,21 @@ class _Call:
         dilation: int,
         combine: str,
         layout: torch.memory_format,
+        upscale_factor: int,
     ) -> None:
         self.batch, self.channels, height, width = input.shape
         out_height, out_width = spatial_filter.shape[-2:]
         self.size = channel_filter.shape[-1]
-        self.heads = spatial_filter.shape[1] // self.size**2
+        self.filters = upscale_factor**2
+        self.heads = spatial_filter.shape[1] // (self.filters * self.size**2)
         self.stride, self.padding, self.dilation = stride, padding, dilation
         self.layout = layout
         self.kernels: ModuleType = channels_last if layout == torch.channels_last else contiguous
         self.like, self.sums = _STORED_AS[input.dtype]
-        self.work = self.batch * self.channels * out_height * out_width * self.size**2
+        self.work = self.batch * self.filters * self.channels * out_height * out_width * self.size**2
         self.geometry: tuple[Any, ...] = (
             *(self.channels, height, width, out_height, out_width, self.heads),
-            *(self.size, stride, padding, dilation, combine == "add"),
+            *(self.size, stride, padding, dilation, combine == "add", upscale_factor),
         )
 
     def tiling(self, rows: int, columns: int, span: int, step: int) -> tuple[int, int]:
@@ -195,7 +208,8 @@ class _Call:
 
     def items(self, rows: int, tile_rows: int, chunk: int) -> int:
         """Independent items: tiles of each head's chunks of channels."""
-        return self.batch * self.heads * -(-rows // tile_rows) * -(-(self.channels // self.heads) // chunk)
+        images = self.batch * self.filters * self.heads
+        return images * -(-rows // tile_rows) * -(-(self.channels // self.heads) // chunk)
 
 
 def _addresses(*tensors: Tensor) -> tuple[int, ...]:

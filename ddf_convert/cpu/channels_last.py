@@ -14,7 +14,7 @@ import numpy as np
 from numba import njit
 
 from ddf_convert.cpu.compile import kernel
-from ddf_convert.cpu.geometry import ceil_div, tap_phases
+from ddf_convert.cpu.geometry import ceil_div, fine_pixel, tap_phases
 from ddf_convert.cpu.simd import data, distance, keep, lanes, pointer, prefetch
 from ddf_convert.cpu.storage import choose, clear, direct, read, scratch, write
 from ddf_convert.cpu.taps import filter_gradients, filter_rows
@@ -23,19 +23,28 @@ AHEAD = 8  # pixels to prefetch: the hardware follows none of the many streams o
 
 
 @njit
-def _rows(tile, source, image, height, width, channels, channel, count, chunk, first_row, last_row):
+def _rows(
+    tile, source, image, height, width, factor, filter, channels, channel, count, chunk, first_row, last_row
+):  # fmt: skip
     """Some channels of the rows first_row to last_row of a map, in the type that the kernels calculate in.
+
+    Of a map that is upscaled by ``factor``, the pixels of one filter: a map of ``height`` x ``width``.
 
     Returns:
         A pointer to the first channel of pixel (0, 0), of which only those rows may be read.
+        The elements from a row to the next.
         The elements from a pixel to the next.
     """
-    origin = source + (image * height * width * channels + channel)
+    origin = source + (fine_pixel(image, 0, 0, height, width, factor, filter) * channels + channel)
+    step = factor * channels
     if direct(source, tile) and count % lanes(tile[0]) == 0:  # vectors must not reach past the channels
-        return choose(True, origin, tile), channels
-    for pixel in range(max(0, first_row) * width, min(height, last_row) * width):
-        read(tile + (pixel - max(0, first_row) * width) * chunk, origin + pixel * channels, 1, count)
-    return choose(False, origin, tile + -max(0, first_row) * width * chunk), chunk
+        return choose(True, origin, tile), factor * width * step, step
+    first_row, last_row = max(0, first_row), min(height, last_row)
+    for row in range(first_row, last_row):
+        for column in range(width):
+            place = ((row - first_row) * width + column) * chunk
+            read(tile + place, origin + (row * factor * width + column) * step, 1, count)
+    return choose(False, origin, tile + -first_row * width * chunk), width * chunk, chunk
 
 
 @njit
@@ -67,10 +76,10 @@ def _window(offsets, inside, zeros, top, left, height, width, size, dilation):
 @kernel
 def forward(
     first, last, output_at, input_at, channel_at, spatial_at,
-    channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add,
+    channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add, factor,
     tile_rows, chunk, like,
 ):  # fmt: skip
-    """Items first to last of B * G * chunks * tiles, a chunk being some channels of a head."""
+    """Items first to last of B * G * chunks * tiles * s*s, a chunk being some channels of a head."""
     output, source = pointer(output_at, like), pointer(input_at, like)
     channel_filter, spatial_filter = pointer(channel_at, like), pointer(spatial_at, like)
     taps = size * size
@@ -89,9 +98,11 @@ def forward(
     tiles = ceil_div(out_height, tile_rows)
     per_head = channels // heads
     chunks = ceil_div(per_head, chunk)
+    filters = factor * factor
     for item in range(first, last):
-        top = item % tiles * tile_rows
-        group = item // tiles
+        filter = item % filters
+        top = item // filters % tiles * tile_rows
+        group = item // filters // tiles
         start = group % chunks * chunk
         image, head = group // chunks // heads, group // chunks % heads
         rows = min(tile_rows, out_height - top)
@@ -99,26 +110,26 @@ def forward(
         channel = head * per_head + start
         vectors = ceil_div(count, lane)
         straight = direct(output, line) and count == vectors * lane
-        _block_channels(
-            blocked, weights, channel_filter + (image * channels + channel) * taps, taps, count, order, 0, taps
-        )  # fmt: skip
+        channel_filters = channel_filter + ((image * filters + filter) * channels + channel) * taps
+        _block_channels(blocked, weights, channel_filters, taps, count, order, 0, taps)
         above = top * stride - padding
-        features, step = _rows(
-            tile, source, image, height, width, channels, channel, count, chunk,
+        features, row_step, step = _rows(
+            tile, source, image, height, width, 1, 0, channels, channel, count, chunk,
             above, above + (rows - 1) * stride + extent,
         )  # fmt: skip
         for tap in range(taps):
-            inside[tap] = (tap // size * width + tap % size) * dilation * step
+            inside[tap] = (tap // size * row_step + tap % size * step) * dilation
         for row in range(top, top + rows):
             for column in range(out_width):
                 pixel = (image * out_height + row) * out_width + column
-                read(weights, spatial_filter + (pixel * heads + head) * taps, 1, taps)
+                read(weights, spatial_filter + ((pixel * filters + filter) * heads + head) * taps, 1, taps)
                 y, x = row * stride - padding, column * stride - padding
-                window = features + (y * width + x) * step
+                window = features + (y * row_step + x * step)
                 places = _window(offsets, inside, distance(window, nothing), y, x, height, width, size, dilation)
-                target = output + (pixel * channels + channel)
-                prefetch(window + ((extent - 1) * width + AHEAD) * step, count)
-                prefetch(target + channels, count)
+                fine = fine_pixel(image, row, column, out_height, out_width, factor, filter)
+                target = output + (fine * channels + channel)
+                prefetch(window + ((extent - 1) * row_step + AHEAD * step), count)
+                prefetch(target + factor * channels, count)
                 filter_rows(
                     choose(straight, target, line), 0, chunk, blocked, window, 0,
                     weights, places, taps, 1, vectors, chunk, add,
@@ -133,10 +144,13 @@ def forward(
 @kernel
 def grad_input(
     first, last, grad_input_at, grad_output_at, channel_at, spatial_at,
-    channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add,
+    channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add, factor,
     tile_rows, chunk, like,
 ):  # fmt: skip
-    """Items first to last of B * G * chunks * tiles; a tile is of rows of the phases of the padded input."""
+    """Items first to last of B * G * chunks * tiles * s*s; a tile is of rows of the phases of the padded input.
+
+    The gradient is (B, s*s, C, H, W): what each of a pixel's filters gives.
+    """
     target, source = pointer(grad_input_at, like), pointer(grad_output_at, like)
     channel_filter, spatial_filter = pointer(channel_at, like), pointer(spatial_at, like)
     taps = size * size
@@ -158,9 +172,11 @@ def grad_input(
     tiles = ceil_div(phase_rows, tile_rows)
     per_head = channels // heads
     chunks = ceil_div(per_head, chunk)
+    filters = factor * factor
     for item in range(first, last):
-        top = zero + item % tiles * tile_rows
-        group = item // tiles
+        filter = item % filters
+        top = zero + item // filters % tiles * tile_rows
+        group = item // filters // tiles
         start = group % chunks * chunk
         image, head = group // chunks // heads, group // chunks % heads
         rows = min(tile_rows, zero + phase_rows - top)
@@ -168,14 +184,16 @@ def grad_input(
         channel = head * per_head + start
         vectors = ceil_div(count, lane)
         straight = direct(target, line) and count == vectors * lane
+        filter_image = image * filters + filter
         for phase in range(stride * stride):
             _block_channels(
-                blocked + starts[phase] * chunk, weights, channel_filter + (image * channels + channel) * taps,
+                blocked + starts[phase] * chunk, weights, channel_filter + (filter_image * channels + channel) * taps,
                 taps, count, order, starts[phase], starts[phase + 1],
             )  # fmt: skip
-        features, step = _rows(
-            tile, source, image, out_height, out_width, channels, channel, count, chunk, top - reach, top + rows
-        )
+        features, row_step, step = _rows(
+            tile, source, image, out_height, out_width, factor, filter, channels, channel, count, chunk,
+            top - reach, top + rows,
+        )  # fmt: skip
         zeros = distance(features, nothing)
         for row in range(top, top + rows):
             for column in range(zero, zero + phase_columns):
@@ -188,14 +206,15 @@ def grad_input(
                     for place in range(inner):
                         y, x = row - down[begin + place], column - right[begin + place]
                         if 0 <= y < out_height and 0 <= x < out_width:
-                            filters = (((image * out_height + y) * out_width + x) * heads + head) * taps
-                            read(weights + place, spatial_filter + (filters + order[begin + place]), 1, 1)
-                            offsets[place] = (y * out_width + x) * step
+                            pixel = (image * out_height + y) * out_width + x
+                            spatial = ((pixel * filters + filter) * heads + head) * taps
+                            read(weights + place, spatial_filter + (spatial + order[begin + place]), 1, 1)
+                            offsets[place] = y * row_step + x * step
                         else:
                             weights[place] = 0
                             offsets[place] = zeros
-                    gradient = target + (((image * height + v) * width + u) * channels + channel)
-                    prefetch(features + (row * out_width + column + AHEAD) * step, count)
+                    gradient = target + (((filter_image * height + v) * width + u) * channels + channel)
+                    prefetch(features + (row * row_step + (column + AHEAD) * step), count)
                     prefetch(gradient + channels, count)
                     if inner == 0:
                         clear(line, count)
@@ -213,12 +232,12 @@ def grad_input(
 @kernel
 def grad_filters(
     first, last, grad_channel_at, grad_spatial_at, grad_output_at, input_at, channel_at, spatial_at,
-    channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add,
+    channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add, factor,
     tile_rows, chunk, batch, sums_like, like,
 ):  # fmt: skip
-    """Items first to last of B * G * tiles.
+    """Items first to last of B * s*s * G * tiles.
 
-    The gradient of the channel filter is a sum over tiles: each tile writes its part, (tiles, B, C, K, K) at
+    The gradient of the channel filter is a sum over tiles: each tile writes its part, (tiles, B, s*s*C, K, K) at
     ``grad_channel_at``, stored like ``sums_like``. That of the spatial filter is whole.
     """
     parts, grad_spatial = pointer(grad_channel_at, sums_like), pointer(grad_spatial_at, like)
@@ -243,48 +262,51 @@ def grad_filters(
 
     tiles = ceil_div(out_height, tile_rows)
     per_head = channels // heads
+    filters = factor * factor
     for item in range(first, last):
         top = item % tiles * tile_rows
-        image, head = item // tiles // heads, item // tiles % heads
+        filter_image, head = item // tiles // heads, item // tiles % heads
+        image, filter = filter_image // filters, filter_image % filters
         rows = min(tile_rows, out_height - top)
         clear(grad_weights, grad_weights_size)
         for start in range(0, per_head, chunk):
             count = min(chunk, per_head - start)
             channel = head * per_head + start
             vectors = ceil_div(count, lane)
-            filters = channel_filter + (image * channels + channel) * taps
-            _block_channels(blocked, weights, filters, taps, count, order, 0, taps)
+            channel_filters = channel_filter + (filter_image * channels + channel) * taps
+            _block_channels(blocked, weights, channel_filters, taps, count, order, 0, taps)
             clear(grad_blocked, chunk * taps)
             clear(line, chunk)
             above = top * stride - padding
-            features, step = _rows(
-                tile, source, image, height, width, channels, channel, count, chunk,
+            features, row_step, step = _rows(
+                tile, source, image, height, width, 1, 0, channels, channel, count, chunk,
                 above, above + (rows - 1) * stride + extent,
             )  # fmt: skip
             for tap in range(taps):
-                inside[tap] = (tap // size * width + tap % size) * dilation * step
+                inside[tap] = (tap // size * row_step + tap % size * step) * dilation
             for row in range(rows):
                 for column in range(out_width):
                     pixel = (image * out_height + top + row) * out_width + column
-                    read(weights, spatial_filter + (pixel * heads + head) * taps, 1, taps)
-                    read(line, grad_output + (pixel * channels + channel), 1, count)
+                    read(weights, spatial_filter + ((pixel * filters + filter) * heads + head) * taps, 1, taps)
+                    fine = fine_pixel(image, top + row, column, out_height, out_width, factor, filter)
+                    read(line, grad_output + (fine * channels + channel), 1, count)
                     y, x = above + row * stride, column * stride - padding
-                    window = features + (y * width + x) * step
+                    window = features + (y * row_step + x * step)
                     places = _window(offsets, inside, distance(window, nothing), y, x, height, width, size, dilation)
-                    prefetch(window + ((extent - 1) * width + AHEAD) * step, count)
-                    prefetch(grad_output + ((pixel + AHEAD) * channels + channel), count)
+                    prefetch(window + ((extent - 1) * row_step + AHEAD * step), count)
+                    prefetch(grad_output + ((fine + AHEAD * factor) * channels + channel), count)
                     filter_gradients(
                         grad_weights + (row * out_width + column) * taps, grad_blocked, blocked, window, 0, line,
                         weights, places, taps, 1, vectors, chunk, add,
                     )  # fmt: skip
-            part = parts + (item % tiles * batch * channels + image * channels + channel) * taps
+            part = parts + ((item % tiles * batch * filters + filter_image) * channels + channel) * taps
             for index in range(count):
                 for tap in range(taps):
                     part[index * taps + tap] = grad_blocked[(index // lane * taps + tap) * lane + index % lane]
         for row in range(rows):
-            filters_at = (((image * out_height + top + row) * out_width) * heads + head) * taps
             for column in range(out_width):
-                target = grad_spatial + (filters_at + column * heads * taps)
+                pixel = (image * out_height + top + row) * out_width + column
+                target = grad_spatial + ((pixel * filters + filter) * heads + head) * taps
                 write(target, 1, grad_weights + (row * out_width + column) * taps, taps)
     for array in (order_, offsets_):
         keep(array)

@@ -12,7 +12,7 @@ import numpy as np
 from numba import njit
 
 from ddf_convert.cpu.compile import kernel
-from ddf_convert.cpu.geometry import ceil_div, inside, tap_phases
+from ddf_convert.cpu.geometry import ceil_div, fine_pixel, inside, tap_phases
 from ddf_convert.cpu.simd import data, keep, lanes, pointer, prefetch
 from ddf_convert.cpu.storage import choose, clear, direct, read, scratch, write
 from ddf_convert.cpu.taps import filter_gradients, filter_rows, passes
@@ -88,10 +88,10 @@ def _reorder(weights, line, source, order, taps):
 @kernel
 def forward(
     first, last, output_at, input_at, channel_at, spatial_at,
-    channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add,
+    channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add, factor,
     tile_rows, chunk, like,
 ):  # fmt: skip
-    """Items first to last of B * G * tiles * chunks, a chunk being some channels of a head."""
+    """Items first to last of B * G * tiles * s*s * chunks, a chunk being some channels of a head."""
     output, source = pointer(output_at, like), pointer(input_at, like)
     channel_filter, spatial_filter = pointer(channel_at, like), pointer(spatial_at, like)
     taps = size * size
@@ -120,18 +120,21 @@ def forward(
     tiles = ceil_div(out_height, tile_rows)
     per_head = channels // heads
     chunks = ceil_div(per_head, chunk)
-    straight = direct(output, line) and out_width >= lane and passes(taps) == 1
+    filters = factor * factor
+    straight = factor == 1 and direct(output, line) and out_width >= lane and passes(taps) == 1
     pitch, line_last = (out_width, last_vector) if straight else (vectors * lane, vectors * lane)
     blocked_for = -1
     for item in range(first, last):
-        group = item // chunks
-        top = group % tiles * tile_rows
-        image_head = group // tiles
+        group = item // chunks  # the filters of a tile one after the other: what they read and write stays in the cache
+        filter = group % filters
+        top = group // filters % tiles * tile_rows
+        image_head = group // filters // tiles
+        filter_head = (image_head // heads * filters + filter) * heads + image_head % heads
         rows = min(tile_rows, out_height - top)
         if group != blocked_for:
-            filters = spatial_filter + (image_head * taps * out_height + top) * out_width
             _block_spatial(
-                blocked, spatial_line, filters, taps, out_width, out_height * out_width,
+                blocked, spatial_line, spatial_filter + (filter_head * taps * out_height + top) * out_width,
+                taps, out_width, out_height * out_width,
                 rows, vectors, last_vector, order,
             )  # fmt: skip
             clear(tile, tile_size)
@@ -139,10 +142,10 @@ def forward(
         start = item % chunks * chunk
         for index in range(start, min(start + chunk, per_head)):
             at = image_head * per_head + index  # image * channels + channel
-            _reorder(weights, read_weights, channel_filter + at * taps, order, taps)
+            _reorder(weights, read_weights, channel_filter + (filter_head * per_head + index) * taps, order, taps)
             plane = source + at * height * width
             _load_tile(tile, plane, height, width, top, stride, padding, rows + reach, columns, starts, phase_size)
-            target = output + (at * out_height + top) * out_width
+            target = output + fine_pixel(at, top, 0, out_height, out_width, factor, filter)
             next_plane = plane + (height + top * stride - padding) * width
             prefetch(next_plane, (rows * stride + extent) * width)
             prefetch(target, rows * out_width)
@@ -152,7 +155,8 @@ def forward(
             )  # fmt: skip
             if not straight:
                 for row in range(rows):
-                    _write_blocked(target + row * out_width, 1, line + row * pitch, 0, out_width, vectors, last_vector)
+                    begin = target + row * filters * out_width
+                    _write_blocked(begin, factor, line + row * pitch, 0, out_width, vectors, last_vector)
     for array in (order_, starts_, offsets_):
         keep(array)
     keep(memory)
@@ -161,10 +165,13 @@ def forward(
 @kernel
 def grad_input(
     first, last, grad_input_at, grad_output_at, channel_at, spatial_at,
-    channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add,
+    channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add, factor,
     tile_rows, chunk, like,
 ):  # fmt: skip
-    """Items first to last of B * G * tiles * chunks; a tile is of rows of the phases of the padded input."""
+    """Items first to last of B * G * tiles * s*s * chunks; a tile is of rows of the phases of the padded input.
+
+    The gradient is (B, s*s, C, H, W): what each of a pixel's filters gives.
+    """
     target, source = pointer(grad_input_at, like), pointer(grad_output_at, like)
     channel_filter, spatial_filter = pointer(channel_at, like), pointer(spatial_at, like)
     taps = size * size
@@ -195,13 +202,16 @@ def grad_input(
     tiles = ceil_div(phase_rows, tile_rows)
     per_head = channels // heads
     chunks = ceil_div(per_head, chunk)
+    filters = factor * factor
     straight = direct(target, line) and stride == 1 and width >= lane and passes(taps) == 1
     pitch, line_last = (width, last_vector) if straight else (vectors * lane, vectors * lane)
     blocked_for = -1
     for item in range(first, last):
         group = item // chunks
-        top = zero + group % tiles * tile_rows
-        image_head = group // tiles
+        filter = group % filters
+        top = zero + group // filters % tiles * tile_rows
+        image_head = group // filters // tiles
+        filter_head = (image_head // heads * filters + filter) * heads + image_head % heads
         rows = min(tile_rows, zero + phase_rows - top)
         if group != blocked_for:
             # Each tap's spatial filters, moved to the input pixels that the tap reads; zero where there are none.
@@ -214,7 +224,7 @@ def grad_input(
                     clear(spatial_line, phase_columns)
                     first_row, last_row = inside(top - down[place], 1, out_height, rows)
                     for row in range(first_row, last_row):
-                        y = (image_head * taps + order[place]) * out_height + top - down[place] + row
+                        y = (filter_head * taps + order[place]) * out_height + top - down[place] + row
                         read(spatial_line + low, spatial_filter + (y * out_width + left + low), 1, high - low)
                         _block(
                             blocked + begin * line_size, spatial_line, row, phase_columns, vectors, last_vector,
@@ -224,14 +234,17 @@ def grad_input(
             blocked_for = group
         start = item % chunks * chunk
         for index in range(start, min(start + chunk, per_head)):
-            at = image_head * per_head + index
+            at = filter_head * per_head + index
             _reorder(weights, read_weights, channel_filter + at * taps, order, taps)
             low, high = inside(zero - reach, 1, out_width, columns)
             first_row, last_row = inside(top - reach, 1, out_height, rows + reach)
-            origin = source + ((at * out_height + top - reach) * out_width + zero - reach + low)
+            plane = image_head * per_head + index
+            origin = source + fine_pixel(
+                plane, top - reach, zero - reach + low, out_height, out_width, factor, filter
+            )  # fmt: skip
             for row in range(first_row, last_row):
-                read(tile + (row * columns + low), origin + row * out_width, 1, high - low)
-            prefetch(origin + out_height * out_width, (rows + reach) * out_width)  # the next plane
+                read(tile + (row * columns + low), origin + row * filters * out_width, factor, high - low)
+            prefetch(origin + filters * out_height * out_width, (rows + reach) * out_width)  # the next plane
             for phase in range(stride * stride):
                 begin, inner = starts[phase], starts[phase + 1] - starts[phase]
                 left = zero * stride + phase % stride - padding
@@ -259,12 +272,12 @@ def grad_input(
 @kernel
 def grad_filters(
     first, last, grad_channel_at, grad_spatial_at, grad_output_at, input_at, channel_at, spatial_at,
-    channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add,
+    channels, height, width, out_height, out_width, heads, size, stride, padding, dilation, add, factor,
     tile_rows, batch, sums_like, like,
 ):  # fmt: skip
-    """Items first to last of B * G * tiles.
+    """Items first to last of B * s*s * G * tiles.
 
-    The gradient of the channel filter is a sum over tiles: each tile writes its part, (tiles, B, C, K, K) at
+    The gradient of the channel filter is a sum over tiles: each tile writes its part, (tiles, B, s*s*C, K, K) at
     ``grad_channel_at``, stored like ``sums_like``. That of the spatial filter is whole.
     """
     parts, grad_spatial = pointer(grad_channel_at, sums_like), pointer(grad_spatial_at, like)
@@ -299,11 +312,14 @@ def grad_filters(
 
     tiles = ceil_div(out_height, tile_rows)
     per_head = channels // heads
+    filters = factor * factor
     for item in range(first, last):
         top = item % tiles * tile_rows
-        image_head = item // tiles
+        filter_head = item // tiles
+        filter = filter_head // heads % filters
+        image_head = filter_head // heads // filters * heads + filter_head % heads
         rows = min(tile_rows, out_height - top)
-        filters_at = (image_head * taps * out_height + top) * out_width
+        filters_at = (filter_head * taps * out_height + top) * out_width
         _block_spatial(
             blocked, spatial_line, spatial_filter + filters_at, taps, out_width, out_height * out_width,
             rows, vectors, last_vector, order,
@@ -311,26 +327,28 @@ def grad_filters(
         clear(tile, tile_size)
         clear(grad_blocked, line_size * taps)
         for index in range(per_head):
-            at = image_head * per_head + index
+            at = filter_head * per_head + index
             _reorder(weights, read_weights, channel_filter + at * taps, order, taps)
             clear(grad_weights, taps)
-            plane = source + at * height * width
+            here = image_head * per_head + index
+            plane = source + here * height * width
             _load_tile(tile, plane, height, width, top, stride, padding, rows + reach, columns, starts, phase_size)
-            origin = grad_output + (at * out_height + top) * out_width
+            origin = grad_output + fine_pixel(here, top, 0, out_height, out_width, factor, filter)
             for row in range(rows):
                 # All but the last vector's own elements, then that vector, its repeated lanes zero.
                 begin = line + row * pitch
                 own = out_width - (vectors - 1) * lane
-                read(begin, origin + row * out_width, 1, out_width - own)
-                read(begin + (pitch - lane + repeated), origin + (row * out_width + out_width - own), 1, own)
+                origin_row = origin + row * filters * out_width
+                read(begin, origin_row, factor, out_width - own)
+                read(begin + (pitch - lane + repeated), origin_row + (out_width - own) * factor, factor, own)
             next_plane = plane + (height + top * stride - padding) * width
             prefetch(next_plane, (rows * stride + extent) * width)
-            prefetch(origin + out_height * out_width, rows * out_width)
+            prefetch(origin + filters * out_height * out_width, rows * out_width)
             filter_gradients(
                 grad_weights, grad_blocked, blocked, tile, columns, line,
                 weights, offsets, taps, rows, vectors, last_vector, add,
             )  # fmt: skip
-            part = parts + (item % tiles * batch * channels + at) * taps
+            part = parts + (item % tiles * batch * filters * channels + at) * taps
             for place in range(taps):
                 part[order[place]] = grad_weights[place]
         for place in range(taps):

@@ -43,6 +43,17 @@ def tap_phases(size, stride, dilation):
 
 
 @njit
+def fine_pixel(image, row, column, height, width, factor, filter):
+    """Where, among the pixels of all images, a filter's result for a pixel is in maps that are upscaled by ``factor``.
+
+    ``height`` and ``width`` are those of the map before; filter ``dy * factor + dx`` makes the pixels
+    (factor * row + dy, factor * column + dx).
+    """
+    fine_row = (image * height + row) * factor + filter // factor
+    return (fine_row * width + column) * factor + filter % factor
+
+
+@njit
 def inside(first, step, size, count):
     """The range of k < count for which 0 <= first + k * step < size."""
     low = min(count, max(0, ceil_div(-first, step)))

@@ -12,6 +12,7 @@ from ddf_convert.arguments import DTYPES
 from ddf_convert.cuda import grid
 from ddf_convert.cuda.grid import Geometry, Launch
 from ddf_convert.cuda.variants import Variant
+from ddf_convert.reference import shuffle, unshuffle
 
 _DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 _WIDEST = 16  # bytes of the widest load
@@ -27,6 +28,7 @@ def forward(
     combine: str,
     layout: torch.memory_format,
     norm_scale: float | None = None,
+    upscale_factor: int = 1,
 ) -> Tensor:
     """See :func:`ddf_convert.ops.ddf`; the arguments have been checked. The output has ``layout``.
 
@@ -40,23 +42,23 @@ def forward(
         combine: As there.
         layout: Of the output: that of the input.
         norm_scale: Apply FilterNorm with this scale to the spatial filter first; None: take it as it is.
+        upscale_factor: As there.
     """
-    output = torch.empty(
-        (*input.shape[:2], *spatial_filter.shape[2:]), dtype=input.dtype, device=input.device, memory_format=layout
-    )
+    shape = (*channel_filter.shape[:2], *spatial_filter.shape[2:])
+    output = torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
     if output.numel() == 0:
-        return output
+        return shuffle(output, upscale_factor).contiguous(memory_format=layout)
     filters = _dense(channel_filter, spatial_filter, layout)
     input = input.contiguous(memory_format=layout)
     geometry = _geometry(input, *filters, stride, padding, dilation, combine, layout)
     if geometry.is_fast:
         launch = grid.window(geometry, gradient=False, normalise=norm_scale is not None)
         _start(launch, output, input, *filters, 1.0 if norm_scale is None else norm_scale)
-        return output
+        return shuffle(output, upscale_factor)
     if norm_scale is not None:
         filters = filters[0], filter_norm(filters[1], geometry.size**2, norm_scale, layout)
     _start(grid.plain(geometry, "forward", output.numel()), output, input, *filters)
-    return output
+    return shuffle(output, upscale_factor)
 
 
 def backward(
@@ -70,6 +72,7 @@ def backward(
     combine: str,
     needs: tuple[bool, bool, bool],
     layout: torch.memory_format,
+    upscale_factor: int = 1,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of (input, channel_filter, spatial_filter); those not needed have no elements.
 
@@ -77,7 +80,7 @@ def backward(
     """
     channel_filter, spatial_filter = _dense(channel_filter, spatial_filter, layout)
     tensors = (
-        grad_output.contiguous(memory_format=layout),
+        unshuffle(grad_output, upscale_factor).contiguous(memory_format=layout),
         input.contiguous(memory_format=layout),
         channel_filter,
         spatial_filter,
@@ -135,12 +138,16 @@ def _grad_input(
     gradient = torch.empty_like(input, memory_format=layout)
     if gradient.numel() == 0:
         return gradient
+    filters = channel_filter.shape[1] // input.shape[1]
+    if filters > 1:  # a gradient for each filter of a pixel, added up below
+        shape = (len(input), filters * input.shape[1], *input.shape[2:])
+        total, gradient = gradient, torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
     tensors = (gradient, grad_output, channel_filter, spatial_filter)
     if geometry.is_fast:
         _start(grid.window(geometry, gradient=True, normalise=False), *tensors, 1.0)
     else:
         _start(grid.plain(geometry, "grad_input", gradient.numel()), *tensors)
-    return gradient
+    return gradient if filters == 1 else torch.sum(gradient.unflatten(1, (filters, -1)), 1, out=total)
 
 
 def _grad_filters(
@@ -202,7 +209,7 @@ def _geometry(
     for other in others:
         addresses |= other.data_ptr()
     size = channel_filter.shape[-1]
-    batch, channels, height, width = input.shape
+    batch, source_channels, height, width = input.shape
     _, filter_channels, out_height, out_width = spatial_filter.shape
     return Geometry(
         _DTYPES[input.dtype],
@@ -210,7 +217,8 @@ def _geometry(
         layout == torch.channels_last,
         addresses % _WIDEST == 0,
         batch,
-        channels,
+        channel_filter.shape[1],
+        source_channels,
         filter_channels // (size * size),
         height,
         width,

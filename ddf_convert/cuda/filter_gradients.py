@@ -26,6 +26,7 @@ def filter_gradients(
     spatial,
     images,
     channels,
+    source_channels,
     heads,
     out_height,
     out_width,
@@ -36,6 +37,7 @@ def filter_gradients(
 ):
     """Writes what each block has of the gradients; see the module's text.
 
+    ``channels`` and ``heads`` are those of the filters; the source can have fewer channels, as in window.py.
     ``channel_parts`` is (blocks of pixels, B, C, K*K), ``spatial_parts`` (chunks of channels, B, G*K*K, Ho, Wo) in the
     layout of the map. A block takes ``chunk`` channels of one head (at most CHUNK) and ``span`` pixel groups, which are
     LANES, or STEPS, pixels of one row.
@@ -54,6 +56,7 @@ def filter_gradients(
     head = images_and_heads - image * heads
     first_channel = head * per_head + which_chunk * chunk
     last_channel = min(first_channel + chunk, (head + 1) * per_head)
+    repeated = divide(first_channel, source_channels) * source_channels
     first_group = which_span * span
     last_group = min(first_group + span, pixel_groups)
     thread = cuda.threadIdx.x
@@ -110,7 +113,8 @@ def filter_gradients(
             v = (group - u * groups_across) * PIXELS
             active = group < last_group
             pixel = image * out_plane + u * out_width + v
-            row[0] = shift(source, ((image * source_height + u * STRIDE) * source_width + v * STRIDE) * channels + here)
+            corner = (image * source_height + u * STRIDE) * source_width + v * STRIDE
+            row[0] = shift(source, corner * source_channels + here - repeated)
             for step in static(range(STEPS)):
                 across[step] = v + step < out_width
                 g[step] = load[LANES](grad_output, (pixel + step) * channels + here, active & exists, across[step])
@@ -122,7 +126,7 @@ def filter_gradients(
             for step in static(range(STEPS)):
                 at = (image * channels + here + step) * out_plane + u * out_width + v
                 g[step] = load[LANES](grad_output, at, active, WHOLE or here + step < last_channel)
-                row[step] = shift(source, (image * channels + here + step) * plane + corner)
+                row[step] = shift(source, (image * source_channels + here - repeated + step) * plane + corner)
                 for first in static(range(0, TAPS, 4)):
                     values = fetch[4](filters, (local + step) * FILTER_PITCH + first)
                     for tap in static(range(first, min(first + 4, TAPS))):
@@ -135,10 +139,10 @@ def filter_gradients(
         for i, _, dy in static(FILTER_TAPS):
             row_inside = (top + dy >= 0) & (top + dy < source_height)
             if CHANNELS_LAST:
-                row[0] = shift(row[0], ROW_STEPS[dy] * source_width * channels)
+                row[0] = shift(row[0], ROW_STEPS[dy] * source_width * source_channels)
                 column = row[0]
                 for piece in static(PIECES):
-                    column = shift(column, COLUMN_STEPS[piece.first] * channels)
+                    column = shift(column, COLUMN_STEPS[piece.first] * source_channels)
                     f[0, piece.first] = load[LANES](column, 0, row_inside & exists, piece_inside[piece.first])
                 for step in static(range(STEPS)):
                     for tap in static(range(i * SIZE, i * SIZE + SIZE)):

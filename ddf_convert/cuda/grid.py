@@ -37,8 +37,9 @@ class Geometry(NamedTuple):
         channels_last: The layout.
         aligned: Every map starts at a multiple of 16 bytes.
         batch: B.
-        channels: C.
-        heads: G.
+        channels: Of the filters and of what they make: C, and s*s*C for DDF-Up.
+        source_channels: Of the input: C.
+        heads: Of the filters: G, and s*s*G for DDF-Up.
         height: H, of the input.
         width: W, of the input.
         out_height: Ho.
@@ -56,6 +57,7 @@ class Geometry(NamedTuple):
     aligned: bool
     batch: int
     channels: int
+    source_channels: int
     heads: int
     height: int
     width: int
@@ -154,7 +156,8 @@ def window(geometry: Geometry, gradient: bool, normalise: bool) -> Launch:
         chunk //= 2
     blocks = geometry.images * blocks_of_tiles * up(geometry.per_head, chunk)
     maps = (*target, *source, geometry.out_height, geometry.out_width)
-    return Launch(variant, blocks, (geometry.channels, geometry.heads, down, across, *maps, chunk))
+    channels = (geometry.channels, geometry.channels if gradient else geometry.source_channels)
+    return Launch(variant, blocks, (*channels, geometry.heads, down, across, *maps, chunk))
 
 
 def _window_columns(geometry: Geometry, width: int, step_out: int) -> int:
@@ -205,8 +208,9 @@ def filter_gradients(geometry: Geometry) -> FilterLaunch:
         chunk, span = CHUNK[geometry.size], WARP
         while chunk > 2 * variant.warps * variant.steps and not geometry.enough(blocks(chunk, span)):
             chunk //= 2
-    sizes = (geometry.batch, geometry.channels, geometry.heads, geometry.out_height, geometry.out_width)
-    numbers = (*sizes, geometry.height, geometry.width, chunk, span)
+    channels = (geometry.channels, geometry.source_channels, geometry.heads)
+    sizes = (geometry.out_height, geometry.out_width, geometry.height, geometry.width)
+    numbers = (geometry.batch, *channels, *sizes, chunk, span)
     launch = Launch(variant, blocks(chunk, span), numbers)
     return FilterLaunch(launch, spans=up(groups, span), chunks=up(geometry.per_head, chunk))
 
@@ -222,11 +226,12 @@ def plain(geometry: Geometry, function: str, count: int) -> Launch:
             return channels * height * width, 1, width * channels, channels
         return channels * height * width, height * width, width, 1
 
+    source = geometry.channels if function == "grad_input" else geometry.source_channels
     numbers = (
-        *(count, geometry.channels, geometry.heads, geometry.height, geometry.width),
+        *(count, geometry.channels, source, geometry.heads, geometry.height, geometry.width),
         *(geometry.out_height, geometry.out_width, geometry.size),
         *(geometry.stride, geometry.padding, geometry.dilation),
-        *strides(geometry.channels, geometry.height, geometry.width),
+        *strides(source, geometry.height, geometry.width),
         *strides(geometry.channels, geometry.out_height, geometry.out_width),
         *strides(geometry.heads * geometry.size**2, geometry.out_height, geometry.out_width),
     )

@@ -1,6 +1,7 @@
 """Kernels for whatever the fast ones are not made for: any kernel size, stride and plane, in any layout.
 
 One thread makes one element. Maps are told by their strides, in elements, so that one kernel serves every layout.
+``channels`` and ``heads`` are those of the filters; the source can have fewer channels, as in window.py.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from numba import cuda
 
 def forward(
     output, source, channel, spatial,
-    count, channels, heads, height, width, out_height, out_width, size, stride, padding, dilation,
+    count, channels, source_channels, heads, height, width, out_height, out_width, size, stride, padding, dilation,
     source_image, source_channel, source_row, source_column,
     out_image, out_channel, out_row, out_column,
     filter_image, filter_tap, filter_row, filter_column,
@@ -33,7 +34,7 @@ def forward(
             column = x * stride - padding + j * dilation
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
             tap = i * size + j
-            at = b * source_image + r * source_channel + row * source_row + column * source_column
+            at = b * source_image + r % source_channels * source_channel + row * source_row + column * source_column
             f = load[1](source, at, inside, True)
             c = load[1](channel, (b * channels + r) * size * size + tap, inside, True)
             at = b * filter_image + (head * size * size + tap) * filter_tap + y * filter_row + x * filter_column
@@ -44,7 +45,7 @@ def forward(
 
 def grad_input(
     gradient, grad_output, channel, spatial,
-    count, channels, heads, height, width, out_height, out_width, size, stride, padding, dilation,
+    count, channels, source_channels, heads, height, width, out_height, out_width, size, stride, padding, dilation,
     source_image, source_channel, source_row, source_column,
     out_image, out_channel, out_row, out_column,
     filter_image, filter_tap, filter_row, filter_column,
@@ -79,7 +80,7 @@ def grad_input(
 
 def grad_channel(
     gradient, grad_output, source, spatial,
-    count, channels, heads, height, width, out_height, out_width, size, stride, padding, dilation,
+    count, channels, source_channels, heads, height, width, out_height, out_width, size, stride, padding, dilation,
     source_image, source_channel, source_row, source_column,
     out_image, out_channel, out_row, out_column,
     filter_image, filter_tap, filter_row, filter_column,
@@ -102,7 +103,7 @@ def grad_channel(
         for x in range(out_width):
             column = x * stride - padding + j * dilation
             inside = (row >= 0) & (row < height) & (column >= 0) & (column < width)
-            at = b * source_image + r * source_channel + row * source_row + column * source_column
+            at = b * source_image + r % source_channels * source_channel + row * source_row + column * source_column
             f = load[1](source, at, inside, True)
             g = load[1](grad_output, b * out_image + r * out_channel + y * out_row + x * out_column, inside, True)
             at = b * filter_image + (head * size * size + tap) * filter_tap + y * filter_row + x * filter_column
@@ -114,7 +115,7 @@ def grad_channel(
 
 def grad_spatial(
     gradient, grad_output, source, channel,
-    count, channels, heads, height, width, out_height, out_width, size, stride, padding, dilation,
+    count, channels, source_channels, heads, height, width, out_height, out_width, size, stride, padding, dilation,
     source_image, source_channel, source_row, source_column,
     out_image, out_channel, out_row, out_column,
     filter_image, filter_tap, filter_row, filter_column,
@@ -138,7 +139,7 @@ def grad_spatial(
     per_head = channels // heads
     total = COMPUTE(0)
     for r in range(head * per_head, (head + 1) * per_head):
-        at = b * source_image + r * source_channel + row * source_row + column * source_column
+        at = b * source_image + r % source_channels * source_channel + row * source_row + column * source_column
         f = load[1](source, at, inside, True)
         g = load[1](grad_output, b * out_image + r * out_channel + y * out_row + x * out_column, inside, True)
         c = load[1](channel, (b * channels + r) * size * size + tap, inside, True)

@@ -159,7 +159,7 @@ class Window(Unrolled):
     @property
     def arguments(self) -> str:
         """See Variant."""
-        return "ssss" + "f" + "i" * 11
+        return "ssss" + "f" + "i" * 12
 
     @property
     def purpose(self) -> str:
@@ -257,7 +257,7 @@ class FilterGradients(Unrolled):
     @property
     def arguments(self) -> str:
         """See Variant."""
-        return "ccssss" + "i" * 9
+        return "ccssss" + "i" * 10
 
     @property
     def purpose(self) -> str:
@@ -332,7 +332,7 @@ class Plain(Variant):
     @property
     def arguments(self) -> str:
         """See Variant."""
-        return "ssss" + "i" * 23
+        return "ssss" + "i" * 24
 
 
 @dataclass(frozen=True)

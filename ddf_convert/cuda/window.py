@@ -26,6 +26,7 @@ def window(
     spatial,
     scale,
     channels,
+    source_channels,
     heads,
     places_down,
     places_across,
@@ -39,6 +40,8 @@ def window(
 ):
     """Writes ``target``; see the module's text.
 
+    ``channels`` and ``heads`` are those of the filters; the source can have fewer channels, which then serve several
+    filters in turn: s*s of them for DDF-Up.
     ``places_down`` x ``places_across`` are the places (u, v) of the map, ``filter_height`` x ``filter_width`` the
     size of the spatial filter's map, ``chunk`` the channels of a block (at most CHUNK).
     """
@@ -56,6 +59,7 @@ def window(
     head = images_and_heads - image * heads
     last_channel = min(first_channel + chunk, per_head) + head * per_head
     first_channel += head * per_head
+    first_source = first_channel - divide(first_channel, source_channels) * source_channels
     thread = cuda.threadIdx.x
 
     # The channel filter: tap by tap, the channels of the chunk side by side.
@@ -137,17 +141,17 @@ def window(
             here = first_channel + local
             this_tile = anew(which_tile)
             if CHANNELS_LAST:
-                row[0] = shift(source, (image * source_plane + corner) * channels + here)
+                row[0] = shift(source, (image * source_plane + corner) * source_channels + first_source + local)
             else:
-                row[0] = shift(source, (image * channels + here) * source_plane + corner)
+                row[0] = shift(source, (image * source_channels + first_source + local) * source_plane + corner)
                 for q in static(range(1, Q)):
                     row[q] = shift(row[q - 1], source_plane)
             for dy in static(SOURCE_ROWS):
                 if CHANNELS_LAST:
-                    row[0] = shift(row[0], ROW_STEPS[dy] * source_width * channels)
+                    row[0] = shift(row[0], ROW_STEPS[dy] * source_width * source_channels)
                     pixel = row[0]
                     for dx in static(SOURCE_COLUMNS):
-                        pixel = shift(pixel, COLUMN_STEPS[dx] * channels)
+                        pixel = shift(pixel, COLUMN_STEPS[dx] * source_channels)
                         for first in static(range(0, Q, CHANNEL_LANES)):
                             exist = piece_inside[dx] & (WHOLE or here + first < last_channel)
                             values = load[CHANNEL_LANES](pixel, first, row_inside[dy], exist)

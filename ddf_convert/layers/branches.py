@@ -42,6 +42,16 @@ class SpatialBranch(nn.Sequential):
             SpatialFilterNorm(kernel_size, nonlinearity, heads, affine, device=device, dtype=dtype),
         )
 
+    @property
+    def conv(self) -> nn.Conv2d:
+        """The 1x1 conv."""
+        return cast(nn.Conv2d, self[0])
+
+    @property
+    def norm(self) -> SpatialFilterNorm:
+        """FilterNorm."""
+        return cast(SpatialFilterNorm, self[1])
+
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, G*K*K, ceil(H / stride), ceil(W / stride))."""
         return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
@@ -79,22 +89,37 @@ class ChannelBranch(nn.Sequential):
             ChannelFilterNorm(channels, kernel_size, nonlinearity, affine, device=device, dtype=dtype),
         )
 
+    @property
+    def squeeze(self) -> nn.Conv2d:
+        """The 1x1 conv to fewer channels."""
+        return cast(nn.Conv2d, self[1])
+
+    @property
+    def expand(self) -> nn.Conv2d:
+        """The 1x1 conv to all taps of all channels."""
+        return cast(nn.Conv2d, self[3])
+
+    @property
+    def norm(self) -> ChannelFilterNorm:
+        """FilterNorm."""
+        return cast(ChannelFilterNorm, self[4])
+
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, K, K)."""
-        if not self._is_as_built():
+        if not self.is_as_built():
             return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
-        squeeze, expand, norm = cast(nn.Conv2d, self[1]), cast(nn.Conv2d, self[3]), self[4]
+        squeeze, expand = self.squeeze, self.expand
         # On maps of one pixel a 1x1 convolution is a matrix product, and as one it takes fewer steps to start.
         pooled = input.mean((-2, -1))
         squeezed = F.relu(F.linear(pooled, squeeze.weight.flatten(1), squeeze.bias), inplace=True)
-        return cast(Tensor, norm(F.linear(squeezed, expand.weight.flatten(1), expand.bias)))
+        return cast(Tensor, self.norm(F.linear(squeezed, expand.weight.flatten(1), expand.bias)))
 
-    def _is_as_built(self) -> bool:
+    def is_as_built(self) -> bool:
         """Whether the children are those of the constructor, and nothing watches them."""
         kinds = (nn.AdaptiveAvgPool2d, nn.Conv2d, nn.ReLU, nn.Conv2d, ChannelFilterNorm)
         if len(self) != len(kinds) or not all(map(is_plain, self, kinds)):
             return False
-        pool, convolutions = cast(nn.AdaptiveAvgPool2d, self[0]), cast(list[nn.Conv2d], [self[1], self[3]])
+        pool, convolutions = cast(nn.AdaptiveAvgPool2d, self[0]), (self.squeeze, self.expand)
         return pool.output_size == 1 and all(
             convolution.kernel_size == (1, 1) and convolution.padding == (0, 0) and convolution.groups == 1
             for convolution in convolutions

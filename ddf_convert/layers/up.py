@@ -1,0 +1,197 @@
+"""DDFUp2d: upsampling with decoupled dynamic filters (the authors' DDFUpPack)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddf_convert.layers.branches import ChannelBranch, SpatialBranch
+from ddf_convert.layers.ddf import PADDING_MODES, normalises_inside
+from ddf_convert.layers.together import alike_spatial_branches, channel_filters, normalised, raw_spatial_filters
+from ddf_convert.ops import COMBINATIONS, ddf, ddf_normalised
+
+
+class DDFUp2d(nn.Module):
+    """Upsamples by an integer factor: every pixel of the output has a K x K filter of its own over the input.
+
+    There are s*s branches, each of which predicts the filters of the pixels at one place in the s x s cells that the
+    input's pixels become. Channels are not mixed.
+
+    Args:
+        in_channels: C, of the input and of the output.
+        scale_factor: s, 2 or more. For large factors stack several layers: 16x is four layers of 2x.
+        kernel_size: K, odd and at least 3.
+        guide_channels: C of the guide, a feature of the input's height and width that the spatial filters are predicted
+            from (joint upsampling); None predicts them from the input, through a depthwise K x K convolution.
+        dilation: Distance between taps, in pixels of the input.
+        heads: G; the channels of a head share a spatial filter.
+        se_ratio: Width of the channel branches' squeeze, as a fraction of C (sigma in the paper).
+        combine: "mul" or "add": how the two filters make one.
+        nonlinearity: What follows the layer, by the names of ``torch.nn.init.calculate_gain``; sets the filters' scale.
+        affine: Both FilterNorms learn a scale and a shift for each tap, so that :meth:`fix` can take over an
+            interpolation, or a transposed convolution.
+        bias: Add a learned constant to each channel.
+        padding_mode: What taps outside the input read: "zeros" (the authors'), "replicate" (as interpolation does),
+            "reflect" or "circular".
+        device: Of the parameters.
+        dtype: Of the parameters.
+
+    Attributes:
+        spatial_branch: s*s modules that predict spatial filters, (B, G*K*K, H, W).
+        channel_branch: s*s modules that predict channel filters, (B, C, K, K).
+        bias: (C,), or None.
+
+    Raises:
+        ValueError: An argument does not fit.
+
+    Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, section 3.4.
+    """
+
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        in_channels: int,
+        scale_factor: int = 2,
+        kernel_size: int = 3,
+        guide_channels: int | None = None,
+        dilation: int = 1,
+        heads: int = 1,
+        se_ratio: float = 0.2,
+        combine: str = "mul",
+        nonlinearity: str = "linear",
+        affine: bool = False,
+        bias: bool = False,
+        padding_mode: str = "zeros",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        if in_channels < 1 or heads < 1 or in_channels % heads:
+            raise ValueError(f"DDFUp2d: heads must divide in_channels, got {heads} heads and {in_channels} channels")
+        if scale_factor != int(scale_factor) or scale_factor < 2:
+            raise ValueError(f"DDFUp2d: scale_factor must be a whole number from 2 on, got {scale_factor}")
+        if guide_channels is not None and guide_channels < 1:
+            raise ValueError(f"DDFUp2d: guide_channels must be 1 or more, or None, got {guide_channels}")
+        if dilation < 1:
+            raise ValueError(f"DDFUp2d: dilation must be 1 or more, got {dilation}")
+        if combine not in COMBINATIONS:
+            raise ValueError(f"DDFUp2d: combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
+        if padding_mode not in PADDING_MODES:
+            raise ValueError(f"DDFUp2d: padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+        if not se_ratio > 0:
+            raise ValueError(f"DDFUp2d: se_ratio must be above 0, got {se_ratio}")
+        self.in_channels = self.out_channels = in_channels
+        self.scale_factor = int(scale_factor)
+        self.kernel_size = kernel_size
+        self.guide_channels = guide_channels
+        self.dilation = dilation
+        self.heads = heads
+        self.se_ratio = se_ratio
+        self.combine = combine
+        self.affine = affine
+        self.padding_mode = padding_mode
+        where: dict[str, Any] = {"device": device, "dtype": dtype}
+
+        def spatial() -> nn.Module:
+            read = in_channels if guide_channels is None else guide_channels
+            branch = SpatialBranch(read, kernel_size, heads, 1, nonlinearity, affine, **where)
+            if guide_channels is not None:
+                return branch
+            depthwise = nn.Conv2d(
+                in_channels, in_channels, kernel_size, padding=kernel_size // 2, groups=in_channels, **where
+            )
+            return nn.Sequential(depthwise, branch)
+
+        branches = range(self.scale_factor**2)
+        self.spatial_branch = nn.ModuleList(spatial() for _ in branches)
+        self.channel_branch = nn.ModuleList(
+            ChannelBranch(in_channels, kernel_size, se_ratio, nonlinearity, affine, **where) for _ in branches
+        )
+        self.bias = nn.Parameter(torch.zeros(in_channels, **where)) if bias else None
+
+    def forward(self, input: Tensor, guide: Tensor | None = None, output_size: Sequence[int] | None = None) -> Tensor:
+        """(B, C, H, W) -> (B, C, s*H, s*W).
+
+        Args:
+            input: (B, C, H, W).
+            guide: (B, guide_channels, H, W), where the layer has a guide.
+            output_size: (height, width) of the output, where it is not s*H and s*W: the map is then resized to it, to
+                the nearest pixel.
+
+        Raises:
+            ValueError: The guide is missing, is not wanted, or has another size than the input.
+        """
+        self._check_guide(input, guide)
+        read = input if guide is None else guide
+        channel_filter = channel_filters(list(self.channel_branch), input)
+        padding = self.dilation * (self.kernel_size - 1) // 2
+        if self.padding_mode != "zeros":
+            input, padding = F.pad(input, (padding,) * 4, mode=self.padding_mode), 0
+        options: dict[str, Any] = {
+            "padding": padding,
+            "dilation": self.dilation,
+            "combine": self.combine,
+            "upscale_factor": self.scale_factor,
+        }
+        branches = alike_spatial_branches(self.spatial_branch, self.guide_channels is not None)
+        if not branches:
+            spatial_filter = torch.cat([branch(read) for branch in self.spatial_branch], 1)
+            output = ddf(input, channel_filter, spatial_filter, **options)
+        elif normalises_inside(branches[0][1], read):
+            spatial_filter = raw_spatial_filters(branches, read)
+            scale = branches[0][1].norm.scale
+            output = ddf_normalised(input, channel_filter, spatial_filter, scale=scale, **options)
+        else:
+            spatial_filter = normalised(branches, raw_spatial_filters(branches, read))
+            output = ddf(input, channel_filter, spatial_filter, **options)
+        if self.bias is not None:
+            output = output + self.bias.to(output.dtype).view(1, -1, 1, 1)
+        if output_size is None or tuple(output_size) == tuple(output.shape[-2:]):
+            return output
+        return F.interpolate(output, size=tuple(output_size), mode="nearest")
+
+    def fix(self, filters: Tensor) -> None:
+        """Makes the layer a fixed linear one, whose filters no longer depend on the input.
+
+        The dynamic parts are there and learn: the scales of FilterNorm, which are 0, have gradients from the first
+        step; what stands before them, once they have moved.
+
+        Args:
+            filters: (s*s, C, K, K), any dtype; filter ``dy * s + dx`` makes the pixels (s*y + dy, s*x + dx).
+
+        Raises:
+            ValueError: The layer is not affine.
+        """
+        neutral = 1.0 if self.combine == "mul" else 0.0
+        for filter, spatial, channel in zip(filters, self.spatial_branch, self.channel_branch, strict=True):
+            branch = spatial if isinstance(spatial, SpatialBranch) else cast(nn.Sequential, spatial)[1]
+            cast(SpatialBranch, branch).norm.fix(neutral)
+            cast(ChannelBranch, channel).norm.fix(filter)
+
+    def _check_guide(self, input: Tensor, guide: Tensor | None) -> None:
+        if self.guide_channels is None:
+            if guide is not None:
+                raise ValueError("DDFUp2d: this layer takes no guide: it was made without guide_channels")
+            return
+        if guide is None:
+            raise ValueError(f"DDFUp2d: this layer needs a guide of {self.guide_channels} channels")
+        expected = (input.shape[0], self.guide_channels, *input.shape[2:])
+        if tuple(guide.shape) != expected:
+            raise ValueError(
+                f"DDFUp2d: the guide must be (B, guide_channels, H, W) = {expected}, the input's height and width, got"
+                f" {tuple(guide.shape)}"
+            )
+
+    def extra_repr(self) -> str:
+        """The arguments, as ``print`` shows them."""
+        return (
+            f"{self.in_channels}, scale_factor={self.scale_factor}, kernel_size={self.kernel_size},"
+            f" guide_channels={self.guide_channels}, dilation={self.dilation}, heads={self.heads},"
+            f" se_ratio={self.se_ratio}, combine={self.combine!r}, affine={self.affine},"
+            f" bias={self.bias is not None}, padding_mode={self.padding_mode!r}"
+        )
