@@ -32,7 +32,7 @@ from gpu_parts.determinism import determinism
 from gpu_parts.limits import large, sanitizer
 from gpu_parts.page import page
 from gpu_parts.run import DroppedError, Run, complaints
-from gpu_parts.speed import compiled, model, op
+from gpu_parts.speed import compiled, model, op, up
 
 from ddf_convert.devices import choose
 from ddf_convert.errors import UsageError
@@ -68,6 +68,7 @@ PARTS = (  # in order of importance
     Part("correctness", correctness, 0.25),
     Part("determinism", determinism, 0.2),
     Part("op", op, 0.4),
+    Part("up", up, 0.15),
     Part("model", model, 0.25),
     Part("compiled", compiled, 0.3),
     Part("large", large, 0.2),

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from ddf_convert import cli, cuda, ops, timing
-from ddf_convert.bench import bandwidth, device, layer, measure, memory, op, peers, plot
+from ddf_convert.bench import bandwidth, device, layer, measure, memory, op, peers, plot, up
 from ddf_convert.bench import model as models
 from ddf_convert.errors import UsageError
 from ddf_convert.report import units
@@ -65,7 +65,7 @@ def tiny_model(*arguments: object) -> tuple[object, ...]:
 # --- the commands ----------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["op", "layer", "model"])
+@pytest.mark.parametrize("command", ["op", "up", "layer", "model"])
 def test_help_fits_the_terminal(run, command):
     shown = run(command, "--help")
     assert shown.code == 0
@@ -86,6 +86,8 @@ MISTAKES = [
     (("op", "--json", "."), "--json .: is a folder; give a file"),
     (("op", "--plot", "nowhere/figures.png"), "--plot nowhere/figures.png: there is no folder nowhere"),
     (("op", "--plot", "figures.svg"), "--plot figures.svg: plots are PNG; give a name that ends in .png"),
+    (("up", "--scale-factor", 3), "--scale-factor 3: must be even, and at least 2"),
+    (("up", "--kernel-size", 2), "--kernel-size 2: must be odd"),
     (("layer", "--heads", 3), "--heads 3: must divide the 256 channels"),
     (("layer", "--se-ratio", 0), "--se-ratio 0.0: must be above 0"),
     (("layer", "--combine", "sub"), "'mul', 'add'"),
@@ -156,7 +158,12 @@ def test_figures_of_older_runs_are_read_alike():
 
 @pytest.mark.parametrize(
     "arguments",
-    [("op", *TINY_OP, "--resolution", 5), ("layer", *TINY_LAYER, "--stride", 2), tiny_model("--device", "cpu")],
+    [
+        ("op", *TINY_OP, "--resolution", 5),
+        ("up", *TINY_OP, "--resolution", 5),
+        ("layer", *TINY_LAYER, "--stride", 2),
+        tiny_model("--device", "cpu"),
+    ],
     ids=lambda value: value[0],
 )
 def test_tables_fit_and_files_are_written(run, folder, arguments):
@@ -170,6 +177,23 @@ def test_tables_fit_and_files_are_written(run, folder, arguments):
     assert png.startswith(b"\x89PNG\r\n\x1a\n")
     assert png.rstrip(b"\x00").endswith(b"IEND\xaeB`\x82")
     assert sorted(path.name for path in folder.iterdir()) == ["figures.json", "figures.png", "net_for_bench.py"]
+
+
+def test_the_forms_of_upsampling_agree():
+    """The branches apart are the fused layer; what unfolds is bilinear once its filters are."""
+    settings = up.Settings((5,), 4, 2, 1, 3, "float64", "channels_last", CPU, 0.001)
+    named = dict(up.layers(settings))
+    input = torch.randn(2, 4, 5, 6, dtype=torch.float64)
+    fused, apart = named[up.UP](input), named[up.SEPARATE](input)
+    torch.testing.assert_close(fused, apart)
+    assert all(layer(input).shape == (2, 4, 10, 12) for layer in named.values())
+    unfolded = named[up.UNFOLDED]
+    weights = torch.tensor([[0.25, 0.75, 0.0], [0.0, 0.75, 0.25]], dtype=torch.float64)
+    filters = torch.einsum("yi,xj->yxij", weights, weights).reshape(4, 9)
+    unfolded.encode.weight.data.zero_()
+    unfolded.encode.bias.data.copy_(filters.clamp_min(1e-300).log().flatten())
+    inside = (..., slice(2, -2), slice(2, -2))
+    torch.testing.assert_close(unfolded(input)[inside], named[up.BILINEAR](input)[inside])
 
 
 def test_layer_counts_what_it_measures(run):
@@ -427,6 +451,7 @@ def test_gpu_check_rehearsed(folder):
             "correctness",
             "determinism",
             "op",
+            "up",
             "model",
             "compiled",
             "large",
@@ -441,6 +466,8 @@ def test_gpu_check_rehearsed(folder):
     page = (folder / "gpu_dry-run.md").read_text()
     assert "CUDA graph: needs a GPU" in page
     assert "| DDF op |" in page
+    assert "| DDF-Up apart |" in page
+    assert worst["grad_input K 3 upscaled: bfloat16, contiguous"]["cases"] == 1
 
 
 @pytest.fixture
@@ -508,8 +535,9 @@ def test_gpu_check_finds_wrong_kernels(parts, monkeypatch):
     monkeypatch.setattr(ops, "ddf", misses_a_pixel)
     record: dict[str, Any] = {}
     correctness.correctness(run, record)
-    wrong = {words.split(":")[0] for words in record["failures"]}
-    assert wrong == {f"forward K {size}{which}" for size in (3, 5) for which in ("", ", before rounding")}
+    wrong = {what.split(":")[0] for what, found in record["worst"].items() if found["error"] > found["tolerance"]}
+    kinds = ("3", "5", "3 upscaled")
+    assert wrong == {f"forward K {kind}{which}" for kind in kinds for which in ("", ", before rounding")}
     assert record["failed"] >= 12
 
 

@@ -59,6 +59,7 @@ class Case:
     channels: int
     heads: int
     combine: str
+    upscale: int = 1
 
     def options(self) -> tuple[int, int, int, str]:
         """(stride, padding, dilation, combine), as the operators take them."""
@@ -73,12 +74,12 @@ class Case:
             ops.output_size(size, self.kernel, stride, padding, dilation)
             for size in (self.geometry.height, self.geometry.width)
         )
-        maps = (BATCH, self.channels)
+        maps, filters = (BATCH, self.channels), self.upscale**2
         shapes = (
             (*maps, self.geometry.height, self.geometry.width),
-            (*maps, self.kernel, self.kernel),
-            (BATCH, self.heads * self.kernel**2, rows, columns),
-            (*maps, rows, columns),
+            (BATCH, filters * self.channels, self.kernel, self.kernel),
+            (BATCH, filters * self.heads * self.kernel**2, rows, columns),
+            (*maps, self.upscale * rows, self.upscale * columns),
         )
         layouts = (self.layout, "contiguous", self.layout, self.layout)
         input, channel, spatial, grad = (
@@ -91,7 +92,8 @@ class Case:
         """Everything that differs between cases, in one line."""
         window = [f"{field.name} {getattr(self.geometry, field.name)}" for field in fields(Geometry)[2:]]
         map = f"{self.channels} channels of {self.geometry.height}x{self.geometry.width}"
-        kind = f"K {self.kernel}, {self.dtype}, {self.layout}"
+        upscaled = f", upscaled {self.upscale}x" if self.upscale > 1 else ""
+        kind = f"K {self.kernel}, {self.dtype}, {self.layout}{upscaled}"
         return f"{kind}, {map}, {', '.join(window)}, {self.heads} heads, {self.combine}"
 
 

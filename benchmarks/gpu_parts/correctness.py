@@ -50,6 +50,9 @@ def correctness(run: Run, record: dict[str, Any]) -> None:
         for kernel, heads, geometry in itertools.product((3,) if run.dry else (3, 5, 7), (1, 2), geometries[:2]):
             combine = "mul" if heads == 1 else "add"
             _normalised(run, record, Case(kernel, dtype, layout, geometry, 48, heads, combine))
+        for geometry, upscale in ((geometries[0], 2),) if run.dry else ((geometries[0], 2), (geometries[2], 3)):
+            for kernel in (3,) if run.dry else (3, 5, 9):
+                _operator(run, record, Case(kernel, dtype, layout, geometry, 48, 2, "mul", upscale))
         _layer(run, record, dtype, layout)
     run.save()
     for case in large_cases(run):
@@ -119,23 +122,24 @@ def _operator(run: Run, record: dict[str, Any], case: Case) -> None:
     exact = [tensor.double() for tensor in tensors]
     terms = [tensor.abs() for tensor in exact]
 
-    output = ops.ddf(
-        input, channel, spatial, stride=options[0], padding=options[1], dilation=options[2], combine=options[3]
-    )
+    named = dict(zip(("stride", "padding", "dilation", "combine"), options, strict=True))
+    output = ops.ddf(input, channel, spatial, **named, upscale_factor=case.upscale)
     if not output.is_contiguous(memory_format=ops.memory_format(input)):
         fail(record, f"forward: the layout is not kept ({case})")
-    expected = reference.forward(*exact[:3], *options)
-    bound = reference.forward(*terms[:3], *options)
-    _judge(record, f"forward K {case.kernel}", case, output, expected, bound, rounded_once=True)
+    kind = f"K {case.kernel}{' upscaled' if case.upscale > 1 else ''}"
+    expected = reference.forward(*exact[:3], *options, case.upscale)
+    bound = reference.forward(*terms[:3], *options, case.upscale)
+    _judge(record, f"forward {kind}", case, output, expected, bound, rounded_once=True)
 
     needs = (True, True, True)
-    gradients = torch.ops.ddf_convert.ddf_backward(grad, input, channel, spatial, *options, list(needs))
-    expected = reference.backward(exact[3], *exact[:3], *options, needs)
-    bounds = reference.backward(terms[3], *terms[:3], *options, needs)
+    gradients = torch.ops.ddf_convert.ddf_backward(grad, input, channel, spatial, *options, list(needs), case.upscale)
+    expected = reference.backward(exact[3], *exact[:3], *options, needs, case.upscale)
+    bounds = reference.backward(terms[3], *terms[:3], *options, needs, case.upscale)
     for name, found, right, bound in zip(GRADIENTS, gradients, expected, bounds, strict=True):
         assert right is not None
         assert bound is not None
-        _judge(record, f"{name} K {case.kernel}", case, found, right, bound, rounded_once=True)
+        once = case.upscale == 1 or name != "grad_input"  # the input's is a sum of what the filters of a pixel give
+        _judge(record, f"{name} {kind}", case, found, right, bound, rounded_once=once)
 
 
 def _subsets(run: Run, record: dict[str, Any], case: Case) -> None:

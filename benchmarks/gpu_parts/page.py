@@ -44,6 +44,8 @@ def _lines(report: dict[str, Any]) -> Iterator[str]:
         yield from _aims(parts["aims"])
     if "op" in parts:
         yield from _op(parts)
+    if "up" in parts:
+        yield from _up(parts["up"])
     if "model" in parts:
         yield from _model(parts["model"])
     if "correctness" in parts:
@@ -91,20 +93,34 @@ def _op(parts: dict[str, Any]) -> Iterator[str]:
         for layout, rows in layouts.items():
             more = parts.get("compiled", {}).get("tables", {}).get(dtype, {}).get(layout, {})
             merged = {size: {**rows[size], **more.get(size, {})} for size in sorted(rows, key=int)}
-            names = list(dict.fromkeys(name for row in merged.values() for name in row))
-            for title, key in (
-                ("forward, ms", "forward_ms"),
-                ("forward + backward, ms", "forward_backward_ms"),
-                ("peak memory, MiB", "peak_mib"),
-            ):
-                yield f"### {dtype}, {layout}: {title}"
-                yield ""
-                body = [(name, *(_cell(row.get(name, {}), key) for row in merged.values())) for name in names]
-                if key != "peak_mib":
-                    share = key.replace("_ms", "_of_copy")
-                    shares = (percent(row.get(OP, {}).get(share)) for row in merged.values())
-                    body.append((f"{OP}, share of the copy", *shares))
-                yield from _table(("", *merged), body)
+            yield from _figures(f"{dtype}, {layout}", merged, shares=True)
+
+
+def _up(part: dict[str, Any]) -> Iterator[str]:
+    yield "## DDF-Up, 2x"
+    yield ""
+    for dtype, layouts in part.get("tables", {}).items():
+        for layout, rows in layouts.items():
+            yield from _figures(
+                f"{dtype}, {layout}", {size: rows[size] for size in sorted(rows, key=int)}, shares=False
+            )
+
+
+def _figures(heading: str, rows: dict[str, dict[str, Any]], shares: bool) -> Iterator[str]:
+    """Tables of times and memory, a column for each size; ``shares`` adds the operator's share of a copy."""
+    names = list(dict.fromkeys(name for row in rows.values() for name in row))
+    for title, key in (
+        ("forward, ms", "forward_ms"),
+        ("forward + backward, ms", "forward_backward_ms"),
+        ("peak memory, MiB", "peak_mib"),
+    ):
+        yield f"### {heading}: {title}"
+        yield ""
+        body = [(name, *(_cell(row.get(name, {}), key) for row in rows.values())) for name in names]
+        if shares and key != "peak_mib":
+            share = key.replace("_ms", "_of_copy")
+            body.append((f"{OP}, share of the copy", *(percent(row.get(OP, {}).get(share)) for row in rows.values())))
+        yield from _table(("", *rows), body)
 
 
 def _cell(found: dict[str, Any], key: str) -> str:

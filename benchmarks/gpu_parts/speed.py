@@ -15,12 +15,15 @@ from ddf_convert.bench.measure import Figures, random_leaf
 from ddf_convert.bench.model import Settings, throughput
 from ddf_convert.bench.op import measure
 from ddf_convert.bench.peers import COMPILED, OP, Workload
+from ddf_convert.bench.up import Settings as UpSettings
+from ddf_convert.bench.up import run as measure_up
 from ddf_convert.timing import host_us
 from gpu_parts.run import Run
 
 SECONDS = 0.08  # for each time
 SIZES = (56, 112, 224, 14, 7, 28)  # the aims' first
 BATCH, CHANNELS = 32, 256
+UP_SIZES, UP_BATCH = (56, 28, 112), 16
 MODELS = ("resnet50", "ddf_mul_resnet50")
 DRY_MODELS = ("resnet18", "ddf_mul_resnet18")
 MODEL_BATCH = 64
@@ -49,6 +52,19 @@ def compiled(run: Run, record: dict[str, Any]) -> None:
     for dtype, layout, operator_only in TABLES[:1] if run.dry else TABLES:
         if not operator_only and not run.without_gpu(record, "the reference under torch.compile"):
             _table(run, record, dtype, layout, lambda name: name == COMPILED, compiled=True)
+
+
+def up(run: Run, record: dict[str, Any]) -> None:
+    """DDF-Up and its peers, as ``ddf-convert bench up`` measures them."""
+    sizes, channels, batch = ((5,), 16, 1) if run.dry else (UP_SIZES, CHANNELS, UP_BATCH)
+    seconds = 0.002 if run.dry else SECONDS
+    for dtype, layout, _ in TABLES[:1] if run.dry else TABLES[:4]:
+        for size in sizes:
+            run.need(1 if run.dry else 10, f"from DDF-Up, {dtype}, {layout}, {size}x{size} on")
+            settings = UpSettings((size,), channels, 2, batch, 3, dtype, layout, run.device, seconds)
+            found = measure_up(settings)["results"][layout]
+            record.setdefault("tables", {}).setdefault(dtype, {}).setdefault(layout, {}).update(found)
+            run.save()
 
 
 def _table(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ddf_convert.bench.peers import COMPILED, DENSE, DEPTHWISE, MODULE, OP, SLICES, TF32, UNFOLD
+from ddf_convert.bench.up import BILINEAR, SEPARATE, TRANSPOSED, UP
 from ddf_convert.errors import UsageError
 from ddf_convert.machine import called
 
@@ -19,6 +20,10 @@ _COLOURS = {
     UNFOLD: "#7f7f7f",
     SLICES: "#9467bd",
     COMPILED: "#c5b0d5",
+    UP: "#d62728",
+    SEPARATE: "#ff7f0e",
+    BILINEAR: "#17becf",
+    TRANSPOSED: "#1f77b4",
 }
 _BEFORE, _AFTER = "#1f77b4", "#d62728"
 _DPI = 150
@@ -40,7 +45,7 @@ def check_plot(file: Path) -> None:
 
 def png(document: dict[str, Any]) -> bytes:
     """What a ``run`` of this package returned, as the contents of a PNG file."""
-    drawn = {"op": _op, "layer": _layer, "model": _model}[document["bench"]](document)
+    drawn = {"op": _op, "layer": _layer, "model": _model, "up": _op}[document["bench"]](document)
     contents = io.BytesIO()
     drawn.savefig(contents, format="png", dpi=_DPI)
     return contents.getvalue()
@@ -60,7 +65,7 @@ def _op(document: dict[str, Any]) -> Any:
                 points = [(int(size), columns.get(name, {}).get(key)) for size, columns in rows.items()]
                 points = sorted((size, value) for size, value in points if value is not None)
                 style = "--" if name.endswith(TF32) else "-"
-                width = 2.5 if name == OP else 1.3
+                width = 2.5 if name in (OP, UP) else 1.3
                 colour = _COLOURS[name.removesuffix(TF32)]
                 if points:
                     axis.plot(*zip(*points, strict=True), style, marker="o", ms=4, lw=width, color=colour, label=name)

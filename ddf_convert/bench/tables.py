@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from ddf_convert.bench.measure import Figures
 from ddf_convert.bench.peers import DENSE, DEPTHWISE, MODULE, OP
+from ddf_convert.bench.up import SEPARATE, UNFOLDED, UP
 from ddf_convert.machine import called
 from ddf_convert.report import units
 from ddf_convert.report.units import figure
@@ -20,7 +22,7 @@ _TIMES = (("forward, ms", "forward_ms"), ("forward + backward, ms", "forward_bac
 
 def tables(document: dict[str, Any]) -> RenderableType:
     """What a ``run`` of this package returned."""
-    shown = {"op": _op, "layer": _layer, "model": _model}[document["bench"]]
+    shown = {"op": _op, "layer": _layer, "model": _model, "up": _up}[document["bench"]]
     return Group(Text(called(document["machine"]), style="bold"), *shown(document))
 
 
@@ -40,7 +42,8 @@ def _op(document: dict[str, Any]) -> list[RenderableType]:
     for layout, rows in document["results"].items():
         for title, key in _TIMES:
             share = key.replace("_ms", "_of_copy")
-            parts += _by_size(f"{layout}: {title}", rows, key, document["batches"], share)
+            ratios = ((OP, DEPTHWISE), (MODULE, DENSE))
+            parts += _by_size(f"{layout}: {title}", rows, key, document["batches"], share, ratios)
         parts += _by_size(f"{layout}: peak memory of forward + backward, MiB", rows, "peak_mib", document["batches"])
         if document["machine"]["device"] == "cuda":
             parts += _by_size(f"{layout}: the host's time of a forward call, us", rows, "host_us", {})
@@ -50,12 +53,28 @@ def _op(document: dict[str, Any]) -> list[RenderableType]:
     return parts
 
 
+def _up(document: dict[str, Any]) -> list[RenderableType]:
+    factor, kernel, images = document["scale_factor"], document["kernel_size"], set(document["batches"].values())
+    words = f"{document['dtype']}, {document['channels']} channels, {factor}x larger, {kernel}x{kernel}"
+    parts: list[RenderableType] = [Text(f"{words}, {_images(*images)}")]
+    for layout, rows in document["results"].items():
+        for title, key in (*_TIMES, ("peak memory of forward + backward, MiB", "peak_mib")):
+            parts += _by_size(
+                f"{layout}: {title}", rows, key, {}, ratios=[(UP, other) for other in (SEPARATE, UNFOLDED)]
+            )
+        parts += _gaps(layout, rows)
+    apart = f"{SEPARATE}: the same layer with a call of the operator for each branch, then pixel shuffle."
+    parts.append(Text(f"\n{apart}\n{UNFOLDED}: content-aware filters (CARAFE) on unfolded windows.", style="dim"))
+    return parts
+
+
 def _by_size(
     title: str,
     rows: dict[str, dict[str, Figures]],
     key: str,
     batches: dict[str, int],
     share: str | None = None,
+    ratios: Sequence[tuple[str, str]] = (),
 ) -> list[RenderableType]:
     """A row for each column of the measurements: there are more of those than sizes."""
     table = _table(Column("", no_wrap=True), *(_right(f"{size}x{size}") for size in rows))
@@ -63,13 +82,12 @@ def _by_size(
         table.add_row("images", *(str(batches[size]) for size in rows), style="dim")
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
     for name in names:
-        style = "bold" if name == OP else ""
+        style = "bold" if name in (OP, UP) else ""
         table.add_row(name, *(figure(row.get(name, {}).get(key)) for row in rows.values()), style=style)
+    table.add_section()
+    for over, under in ratios:
+        table.add_row(f"{over} / {under}", *(_ratio(row, over, under, key) for row in rows.values()))
     if share is not None:
-        table.add_section()
-        for over, under in ((OP, DEPTHWISE), (MODULE, DENSE)):
-            ratios = (_ratio(row, over, under, key) for row in rows.values())
-            table.add_row(f"{over} / {under}", *ratios)
         table.add_row("share of the copy", *(percent(row.get(OP, {}).get(share)) for row in rows.values()))
     return [Text(f"\n{title}", style="bold"), table]
 
