@@ -116,7 +116,9 @@ def backward(
                 per_channel = grad_weight * _by_head(_channel_tap(channel, tap), heads)
             grad_spatial[:, tap::taps] = per_channel.sum(2)
     bottom, right = padding + input.shape[-2], padding + input.shape[-1]
-    grad_input = grad_padded[:, :, padding:bottom, padding:right].unflatten(1, (-1, input.shape[1])).sum(1)
+    grad_input = (
+        grad_padded[:, :, padding:bottom, padding:right].unflatten(1, (upscale_factor**2, input.shape[1])).sum(1)
+    )
     return (
         grad_input.to(input.dtype) if needs[0] else None,
         grad_channel.to(channel_filter.dtype) if needs[1] else None,
@@ -131,7 +133,7 @@ def shuffle(maps: Tensor, factor: int) -> Tensor:
     """
     if factor == 1:
         return maps
-    split = maps.unflatten(1, (factor, factor, -1))  # (B, s, s, C, H, W)
+    split = maps.unflatten(1, (factor, factor, maps.shape[1] // factor**2))  # (B, s, s, C, H, W)
     if memory_format(maps) == torch.channels_last:
         return cast(Tensor, split.permute(0, 4, 1, 5, 2, 3).flatten(3, 4).flatten(1, 2).permute(0, 3, 1, 2))
     return cast(Tensor, split.permute(0, 3, 4, 1, 5, 2).flatten(4, 5).flatten(2, 3))
@@ -141,7 +143,8 @@ def unshuffle(map: Tensor, factor: int) -> Tensor:
     """Undoes :func:`shuffle`."""
     if factor == 1:
         return map
-    split = map.unflatten(3, (-1, factor)).unflatten(2, (-1, factor))  # (B, C, H, s, W, s)
+    height, width = (size // factor for size in map.shape[2:])
+    split = map.unflatten(3, (width, factor)).unflatten(2, (height, factor))  # (B, C, H, s, W, s)
     if memory_format(map) == torch.channels_last:
         return cast(Tensor, split.permute(0, 2, 4, 3, 5, 1).flatten(3, 5).permute(0, 3, 1, 2))
     return cast(Tensor, split.permute(0, 3, 5, 1, 2, 4).flatten(1, 3))

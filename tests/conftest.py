@@ -1,7 +1,9 @@
 """Shared by all tests."""
 
+import gc
 import os
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import pytest
@@ -15,6 +17,25 @@ def pytest_configure(config: pytest.Config) -> None:
     threads = max(1, (os.cpu_count() or 1) // workers)
     torch.set_num_threads(threads)
     os.environ["OMP_NUM_THREADS"] = str(threads)
+    # Compilers make millions of objects that live on: to look at those again and again is a tenth of their time.
+    gc.set_threshold(50_000)
+
+
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Compiles the CPU kernels, if that is still to be done, before workers of pytest-xdist do it, each for itself."""
+    if getattr(session.config.option, "numprocesses", None) and not session.config.option.collectonly:
+        with ProcessPoolExecutor(2) as pool:
+            for layout in (torch.contiguous_format, torch.channels_last):
+                pool.submit(_compile_cpu_kernels, layout)  # of what goes wrong here the tests will tell
+
+
+def _compile_cpu_kernels(layout: torch.memory_format) -> None:
+    from ddf_convert import ops
+
+    for dtype in (torch.float32, torch.float64, torch.float16, torch.bfloat16):
+        shapes = (1, 4, 5, 5), (1, 4, 3, 3), (1, 9, 5, 5)
+        made = [torch.ones(shape, dtype=dtype).to(memory_format=layout).requires_grad_() for shape in shapes]
+        ops.ddf(*made, padding=1).sum().backward()
 
 
 @pytest.fixture

@@ -88,7 +88,7 @@ def checkpointed(model):
 def compiled(model, family):
     """Whole. AOTAutograd takes long, so it has one family; Inductor longer still: see test_layers.py.
 
-    So does Dynamo for many layers: two families are left to `make test-long`.
+    So does Dynamo for many layers: the other families are left to `make test-long`.
     """
     return torch.compile(model, backend="aot_eager" if family == "basic blocks" else "eager", fullgraph=True)
 
@@ -102,7 +102,7 @@ WAYS = {
     "checkpoint": (lambda model, family: checkpointed(model), assert_equal),
     "compiled": (compiled, assert_near),
 }
-LONG = [("compiled", "mobilenet"), ("compiled", "unet")]
+LONG = [("compiled", "mobilenet"), ("compiled", "bottlenecks"), ("compiled", "unet")]
 CASES = [
     pytest.param(*case, marks=pytest.mark.long if case in LONG else ())
     for case in itertools.product(WAYS, net.FAMILIES)
@@ -138,7 +138,11 @@ def test_copies_share_no_memory(way):
     assert_equal(model.state_dict(), before)
 
 
-@pytest.mark.parametrize("family", net.FAMILIES)
+# These take longest, and are made of what the others are made of.
+LONG_TO_EXPORT = [pytest.param(family, marks=pytest.mark.long) for family in ("mobilenet", "bottlenecks")]
+
+
+@pytest.mark.parametrize("family", ["basic blocks", "unet", *LONG_TO_EXPORT])
 def test_exports_with_any_number_of_images(family):
     model = net.converted(family)
     batch = {0: torch.export.Dim("batch")}

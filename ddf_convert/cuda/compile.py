@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ddf_convert.cuda.variants import Variant
+from ddf_convert.reference import EPSILON, LEAST_SQUARE
 from ddf_convert.notices import tell_once, told_if_slow
 
 _BFLOAT16 = (8, 0)  # the first architecture that rounds to bfloat16 itself
@@ -119,6 +120,7 @@ def _makers() -> str:
             version = "none"
         digest.update(f"{package} {version};".encode())
     digest.update(os.environ.get("CUDA_HOME", "").encode())
+    digest.update(f"{EPSILON} {LEAST_SQUARE}".encode())  # of FilterNorm, defined outside of this package
     return digest.hexdigest()
 
 

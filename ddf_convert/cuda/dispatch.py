@@ -147,7 +147,7 @@ def _grad_input(
         _start(grid.window(geometry, gradient=True, normalise=False), *tensors, 1.0)
     else:
         _start(grid.plain(geometry, "grad_input", gradient.numel()), *tensors)
-    return gradient if filters == 1 else torch.sum(gradient.unflatten(1, (filters, -1)), 1, out=total)
+    return gradient if filters == 1 else torch.sum(gradient.unflatten(1, (filters, input.shape[1])), 1, out=total)
 
 
 def _grad_filters(

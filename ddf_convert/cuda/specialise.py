@@ -16,12 +16,12 @@ from __future__ import annotations
 
 import ast
 import builtins
-import copy
+import functools
 import inspect
 import linecache
 import textwrap
-from collections.abc import Callable, Iterator
-from types import NoneType
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType, NoneType
 from typing import Any
 
 from numba.core import types
@@ -68,7 +68,7 @@ def specialise(function: Callable[..., None], name: str, constants: dict[str, An
         argument.annotation = None
     unroller = _Unroller(constants)
     definition.body = unroller.block(_without_docstring(definition.body))
-    source = ast.unparse(ast.fix_missing_locations(tree)) + "\n"
+    source = ast.unparse(tree) + "\n"
     file = f"<ddf_convert {name}>"
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     scope = {**inspect.unwrap(function).__globals__, **unroller.objects}
@@ -85,19 +85,51 @@ def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
     return body[1:] if has_one else body
 
 
-class _Unroller(ast.NodeTransformer):
+class _Expression:
+    """What can be said of an expression whatever is known: loops come to the same one thousands of times."""
+
+    def __init__(self, node: ast.expr) -> None:
+        parts = list(ast.walk(node))
+        names = [each for each in parts if isinstance(each, ast.Name)]
+        called = [each.func for each in parts if isinstance(each, ast.Call)]
+        self.node = node
+        self.names = {each.id for each in names}
+        self.needed = {name for name in self.names if not hasattr(builtins, name)}
+        self.called = {each.id for each in called if isinstance(each, ast.Name)}
+        self.only_reads = all(isinstance(each.ctx, ast.Load) for each in names)
+        self.only_calls_names = all(isinstance(each, ast.Name) for each in called)
+        self.is_arithmetic = not isinstance(node, ast.Constant) and all(isinstance(each, _ARITHMETIC) for each in parts)
+
+    @functools.cached_property
+    def code(self) -> CodeType:
+        return compile(ast.fix_missing_locations(ast.Expression(self.node)), "<constant>", "eval")
+
+
+class _Unroller(ast.NodeVisitor):
+    """Makes new statements and expressions; those of the kernel stay as they are, for the next turn of a loop."""
+
     def __init__(self, constants: dict[str, Any]) -> None:
         self.known = dict(constants)
         self.registers: set[str] = set()
         self.objects: dict[str, Any] = {}
+        self._read = functools.cache(_Expression)
 
-    def block(self, statements: list[ast.stmt]) -> list[ast.stmt]:
-        """Each statement, or what becomes of it."""
-        made: list[ast.stmt] = []
-        for statement in statements:
-            result = self.visit(statement)
+    def block(self, nodes: Iterable[ast.AST]) -> list[Any]:
+        """Each statement (or expression), or what becomes of it."""
+        made = []
+        for node in nodes:
+            result = self.visit(node)
             made.extend(result if isinstance(result, list) else [result])
         return made
+
+    def generic_visit(self, node: ast.AST) -> Any:
+        """The same, of what becomes of its parts."""
+        return type(node)(**{name: self._part(value) for name, value in ast.iter_fields(node)})
+
+    def _part(self, value: Any) -> Any:
+        if isinstance(value, list):
+            return self.block(value)
+        return self.visit(value) if isinstance(value, ast.AST) else value
 
     # --- statements ---------------------------------------------------------------------------------------------------
 
@@ -115,7 +147,7 @@ class _Unroller(ast.NodeTransformer):
 
     def visit_For(self, node: ast.For) -> Any:
         if _is_static(node.iter):
-            return [each for part in self._unrolled(node.target, node.iter, node.body) for each in self.block(part)]
+            return [each for _ in self._turns(node.target, node.iter) for each in self.block(node.body)]
         return ast.For(node.target, self.visit(node.iter), self.block(node.body), [], lineno=node.lineno)
 
     # --- expressions --------------------------------------------------------------------------------------------------
@@ -150,7 +182,7 @@ class _Unroller(ast.NodeTransformer):
     def visit_Call(self, node: ast.Call) -> Any:
         if isinstance(node.func, ast.Name) and node.func.id == "tuple" and isinstance(node.args[0], ast.GeneratorExp):
             each, (loop,) = node.args[0].elt, node.args[0].generators
-            return ast.Tuple([self.visit(part) for part in self._unrolled(loop.target, loop.iter, each)], ast.Load())
+            return ast.Tuple([self.visit(each) for _ in self._turns(loop.target, loop.iter)], ast.Load())
         return self.generic_visit(node)
 
     def visit_Subscript(self, node: ast.Subscript) -> Any:
@@ -162,15 +194,15 @@ class _Unroller(ast.NodeTransformer):
         parts = index if isinstance(index, tuple) else (index,)
         return ast.Name("_".join([node.value.id, *(str(part).replace("-", "m") for part in parts)]), node.ctx)
 
-    def _unrolled(self, target: ast.expr, over: ast.expr, part: Any) -> Iterator[Any]:
-        """A copy of ``part`` for each value of a static loop, while that value is known."""
+    def _turns(self, target: ast.expr, over: ast.expr) -> Iterator[None]:
+        """The turns of a static loop; in each of them its value is known."""
         values = over.args[0] if isinstance(over, ast.Call) and _is_static(over) else None
         if values is None or not self._can_be_known(values):
             raise TypeError(f"line {over.lineno}: what a static loop goes over must be known: {ast.unparse(over)}")
         outer = dict(self.known)
         for value in self._value(values):
             self._bind(target, value)
-            yield copy.deepcopy(part)
+            yield
         self.known = outer
 
     def _bind(self, target: ast.expr, value: Any) -> None:
@@ -181,25 +213,19 @@ class _Unroller(ast.NodeTransformer):
             self.known[target.id] = value
 
     def _can_be_known(self, node: ast.expr) -> bool:
-        named = all(
-            isinstance(each.ctx, ast.Load) and (each.id in self.known or hasattr(builtins, each.id))
-            for each in _names(node)
-        )
-        return named and all(self._is_pure(each.func) for each in ast.walk(node) if isinstance(each, ast.Call))
-
-    def _is_pure(self, function: ast.expr) -> bool:
-        """Python's own functions, and conversions to Numba's types; device functions are for the kernel to call."""
-        return isinstance(function, ast.Name) and isinstance(self.known.get(function.id), (types.Type, NoneType))
+        """Nothing in it is unknown."""
+        read = self._read(node)
+        if not (read.only_reads and read.only_calls_names and read.needed <= self.known.keys()):
+            return False
+        # Python's own functions, and conversions to Numba's types; device functions are for the kernel to call.
+        return all(isinstance(self.known.get(name), types.Type | NoneType) for name in read.called)
 
     def _is_known(self, node: ast.expr) -> bool:
-        if not self._can_be_known(node):
-            return False
-        return any(each.id in self.known for each in _names(node)) or _is_arithmetic(node)
+        read = self._read(node)
+        return self._can_be_known(node) and (read.is_arithmetic or not read.names.isdisjoint(self.known))
 
     def _value(self, node: ast.expr) -> Any:
-        return eval(
-            compile(ast.fix_missing_locations(ast.Expression(copy.deepcopy(node))), "<constant>", "eval"), self.known
-        )
+        return eval(self._read(node).code, self.known)
 
     def _literal(self, value: Any) -> ast.expr:
         if type(value) in _LITERALS:  # NumPy's scalars keep their type
@@ -214,12 +240,3 @@ class _Unroller(ast.NodeTransformer):
 
 def _is_static(over: ast.expr) -> bool:
     return isinstance(over, ast.Call) and isinstance(over.func, ast.Name) and over.func.id == "static"
-
-
-def _names(node: ast.expr) -> list[ast.Name]:
-    return [each for each in ast.walk(node) if isinstance(each, ast.Name)]
-
-
-def _is_arithmetic(node: ast.expr) -> bool:
-    """Numbers alone."""
-    return not isinstance(node, ast.Constant) and all(isinstance(each, _ARITHMETIC) for each in ast.walk(node))
