@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from ddf_convert.cuda.variants import Variant
-from ddf_convert.reference import EPSILON, LEAST_SQUARE
 from ddf_convert.notices import tell_once, told_if_slow
+from ddf_convert.reference import EPSILON, LEAST_SQUARE
 
 _BFLOAT16 = (8, 0)  # the first architecture that rounds to bfloat16 itself
 _lock = threading.Lock()  # Numba's compiler is not safe to enter twice
