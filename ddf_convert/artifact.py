@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 FORMAT = "ddf_convert"
-FORMAT_VERSION = 2  # 2: recipes, and the original's weights
+FORMAT_VERSION = 3  # 2: recipes, and the original's weights; 3: upsampling
 WEIGHTS = "model.safetensors"
 ORIGINAL = "original.safetensors"
 REPORT = "report.json"
@@ -108,7 +108,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["ddf_convert"] = "ddf_convert"
-    format_version: Literal[1, 2] = 2
+    format_version: Literal[1, 2, 3] = 3
     versions: dict[str, str]
     source: Annotated[TimmSource | OwnSource, Field(discriminator="kind")]
     conversion: Conversion

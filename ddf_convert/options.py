@@ -151,6 +151,9 @@ def _options(
     functional: Annotated[
         bool, _option("Replace F.conv2d calls too; the model becomes a GraphModule.", "--functional")
     ] = False,
+    upsample: Annotated[
+        bool, _option("Look at upsampling too: interpolation, transposed convolution, pixel shuffle.", "--upsample")
+    ] = False,
     allow_growth: Annotated[
         bool, _option("Replace also where that adds parameters or MACs.", "--allow-growth")
     ] = False,

@@ -395,3 +395,80 @@ def pruned():
 
 
 same = timm.layers.create_conv2d(32, 64, 3, stride=2, padding="same")
+
+
+class Up(nn.Module):
+    """An image into ``width`` channels, upsampled by a module."""
+
+    def __init__(self, up, width=8):
+        super().__init__()
+        self.first, self.up = nn.Conv2d(3, width, 1), up
+
+    def forward(self, x):
+        return self.up(self.first(x)).relu()
+
+
+class Interpolates(nn.Module):
+    """The same with F.interpolate, called with the arguments given."""
+
+    def __init__(self, **arguments):
+        super().__init__()
+        self.first, self.last, self.arguments = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 2, 1), arguments
+
+    def forward(self, x):
+        return self.last(F.interpolate(self.first(x), **self.arguments))
+
+
+class UNet(nn.Module):
+    """Goes down twice and up again, with F.interpolate to the sizes of the skipped features."""
+
+    def __init__(self, mode="bilinear"):
+        super().__init__()
+        self.mode = mode
+        self.down = nn.ModuleList([nn.Conv2d(3, 8, 1), nn.Conv2d(8, 8, 1), nn.Conv2d(8, 8, 1)])
+        self.across = nn.ModuleList([nn.Conv2d(16, 8, 1), nn.Conv2d(16, 8, 1)])
+
+    def forward(self, x):
+        skipped = []
+        for step, layer in enumerate(self.down):
+            x = layer(F.max_pool2d(x, 2) if step else x)
+            skipped.append(x)
+        for layer, skip in zip(self.across, skipped[-2::-1], strict=True):
+            x = layer(torch.cat([F.interpolate(x, size=skip.shape[-2:], mode=self.mode), skip], 1))
+        return x
+
+
+class Pyramid(nn.Module):
+    """Calls F.interpolate itself, and modules that do: one of its own, one of torch, one that it calls twice."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.inner, self.up = nn.Conv2d(3, 8, 1), Interpolates(scale_factor=2), nn.Upsample(scale_factor=2)
+        self.inner.first, self.inner.last = nn.Identity(), nn.Conv2d(8, 8, 1)
+
+    def forward(self, x):
+        x = F.interpolate(self.inner(F.interpolate(self.first(x), scale_factor=2)), scale_factor=0.5)
+        x = self.inner(self.up(x))
+        return F.interpolate(x, scale_factor=3, mode="bilinear")
+
+
+class Shuffles(nn.Module):
+    """A head of a super-resolution network: a convolution and a pixel shuffle."""
+
+    def __init__(self, conv=None, shuffle=None, between=None):
+        super().__init__()
+        self.first = nn.Conv2d(3, 32, 1)
+        self.conv = conv or nn.Conv2d(32, 64, 3, padding=1)
+        self.between = between or nn.Identity()
+        self.shuffle = shuffle or nn.PixelShuffle(2)
+
+    def forward(self, x):
+        return self.shuffle(self.between(self.conv(self.first(x))))
+
+
+class ShufflesAndMore(Shuffles):
+    """The same, whose convolution is read by something else too."""
+
+    def forward(self, x):
+        x = self.conv(self.first(x))
+        return self.shuffle(x).mean() + x.mean()

@@ -167,6 +167,7 @@ def test_options_reach_the_plan(run: Any) -> None:
             "stem": True,
             "depthwise": True,
             "affine": False,
+            "upsample": False,
         },
         **{"allow_growth": True, "functional": True, "kernel_size": [3, 5], "keep_first": 1, "keep_last": 2},
         **{"target_macs": 1_500_000, "target_params": 200_000, "only_faster": True},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -11,9 +12,10 @@ from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ddf_convert.graph.intercept import class_of
 from ddf_convert.graph.plan import ConvertConfig, Replacement
-from ddf_convert.graph.record import Call
-from ddf_convert.layers import DDF2d, DDFConv2d
+from ddf_convert.graph.record import DDF_LAYERS, Call
+from ddf_convert.layers import DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d
 from ddf_convert.ops import DTYPES
 
 # Convolutions whose forward is known to be that of Conv2d but for the weights; and what is special about the weights.
@@ -25,21 +27,40 @@ _KNOWN = {
     ScaledStdConv2d.forward: "standardises and scales its weights",
     ScaledStdConv2dSame.forward: "standardises and scales its weights",
 }
+_UPSAMPLERS = (nn.ConvTranspose2d, nn.Upsample, nn.PixelShuffle)
+_LAYERS: dict[str, Callable[..., nn.Module]] = {layer.__name__: layer for layer in DDF_LAYERS}
 
 
 def kind_of(module: nn.Module) -> str:
-    """A module in words: "dense 3x3", "depthwise 3x3", "grouped 3x3", "pointwise 1x1", "transposed 4x4", "DDF"."""
+    """A module in words: "dense 3x3", "grouped 3x3", "transposed 4x4", "bilinear 2x", "pixel shuffle 2x", "DDF", ..."""
+    if isinstance(module, DDFUp2d | DDFUpConv2d):
+        return (
+            ddf_up(module.scale_factor) if isinstance(module, DDFUp2d) else ddf_up(module.up.scale_factor, mixes=True)
+        )
     if isinstance(module, DDF2d | DDFConv2d):
         return "DDF"
+    if isinstance(module, nn.PixelShuffle):
+        return f"pixel shuffle {module.upscale_factor}x"
+    if isinstance(module, nn.Upsample):
+        if module.scale_factor is None:
+            size = module.size if isinstance(module.size, tuple) else (module.size,)
+            return f"{module.mode} to {'x'.join(map(str, size))}"
+        factors = module.scale_factor if isinstance(module.scale_factor, tuple) else (module.scale_factor,)
+        return f"{module.mode} {' by '.join(f'{factor:.3g}x' for factor in dict.fromkeys(factors))}"
     assert isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
-    size = "x".join(map(str, module.kernel_size))
+    size_of_kernel = "x".join(map(str, module.kernel_size))
     if isinstance(module, nn.ConvTranspose2d):
-        return f"transposed {size}"
+        return f"transposed {size_of_kernel}"
     if is_depthwise(module):
-        return f"depthwise {size}"
+        return f"depthwise {size_of_kernel}"
     if module.groups > 1:
-        return f"grouped {size}"
-    return f"pointwise {size}" if module.kernel_size == (1, 1) else f"dense {size}"
+        return f"grouped {size_of_kernel}"
+    return f"pointwise {size_of_kernel}" if module.kernel_size == (1, 1) else f"dense {size_of_kernel}"
+
+
+def ddf_up(factor: int | float | bool | str, mixes: bool = False) -> str:
+    """A DDF-Up layer in words, with the 1x1 convolution before it if there is one."""
+    return f"DDF-Up {factor}x after 1x1" if mixes else f"DDF-Up {factor}x"
 
 
 def is_depthwise(conv: nn.Conv2d) -> bool:
@@ -47,14 +68,19 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
     return conv.groups > 1 and conv.groups == conv.in_channels
 
 
-def obstacle(module: nn.Module) -> str | None:
-    """Why nothing can take a module's place, whatever the options; None if something can."""
-    if isinstance(module, DDF2d | DDFConv2d):
+def obstacle(module: nn.Module, upsample: bool = False) -> str | None:
+    """Why nothing can take a module's place, whatever the options; None if something can.
+
+    Args:
+        module: A convolution or, with ``upsample``, what upsamples.
+        upsample: Whether upsampling is asked for.
+    """
+    if isinstance(module, DDF_LAYERS):
         return "already a DDF layer"
-    if isinstance(module, nn.ConvTranspose2d):
+    if not upsample and isinstance(module, nn.ConvTranspose2d):
         return "transposed convolution; DDF replaces ordinary ones"
-    if not isinstance(module, nn.Conv2d):
-        return f"{type(module).__name__} is not a 2D convolution"
+    if not isinstance(module, nn.Conv2d) and not (upsample and isinstance(module, _UPSAMPLERS)):
+        return f"{type(module).__name__} is not a 2D convolution{' and does not upsample' if upsample else ''}"
     if parametrize.is_parametrized(module):
         return f"its {' and '.join(module.parametrizations)} is parametrised"  # type: ignore[arg-type]
     for hook in module._forward_pre_hooks.values():
@@ -63,8 +89,11 @@ def obstacle(module: nn.Module) -> str | None:
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     if any(hooks):
         return "has hooks that would be lost"
-    if "forward" in vars(module) or type(module).forward not in _KNOWN:
+    forwards = {*_KNOWN, *(kind.forward for kind in _UPSAMPLERS)}
+    if "forward" in vars(module) or class_of(module).forward not in forwards:
         return f"{type(module).__name__} has a forward of its own"
+    if isinstance(module, nn.Upsample | nn.PixelShuffle):
+        return None
     if module.weight.dtype not in DTYPES:
         return f"its weights are {module.weight.dtype}; DDF takes float32, float64, float16 or bfloat16"
     for option in ("stride", "padding", "dilation"):
@@ -161,6 +190,12 @@ def geometry(conv: nn.Conv2d) -> dict[str, int | str]:
     }
 
 
+def kernel_for(kernel_size: int, stride: int, padding: int) -> int:
+    """K of the DDF-Up layer whose K x K windows hold all that outputs of a transposed convolution read; at least 3."""
+    reach = max((stride - 1 + padding) // stride, (kernel_size - 1 - padding) // stride)
+    return max(2 * reach + 1, 3)
+
+
 def build(replacement: Replacement, device: torch.device | str = "cpu") -> nn.Module:
     """A new layer, in float32.
 
@@ -169,4 +204,4 @@ def build(replacement: Replacement, device: torch.device | str = "cpu") -> nn.Mo
         TypeError: The layer has no such option.
     """
     options: dict[str, Any] = {**replacement.options, "device": device, "dtype": torch.float32}
-    return DDF2d(**options) if replacement.layer == "DDF2d" else DDFConv2d(**options)
+    return _LAYERS[replacement.layer](**options)

@@ -14,6 +14,7 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ddf_convert.accounting import Cost
 from ddf_convert.errors import UsageError
 
+_UPSAMPLING = ("nearest", "area", "linear", "bilinear", "bicubic", "trilinear", "pixel shuffle")  # kinds begin so
 _MULTIPLES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
 
@@ -54,6 +55,8 @@ class ConvertConfig(BaseModel):
         allow_growth: Replace convolutions also where that adds parameters or MACs.
         functional: Replace convolutions that are called as functions with weights of the model's own, too; the
             converted model is then a torch.fx GraphModule.
+        upsample: Look at upsampling too, and replace it by DDF-Up: interpolations, which adds parameters and MACs,
+            and, where that saves, transposed convolutions and pixel shuffles.
         kernel_size: Sizes K of the K x K convolutions to look at; one number or several.
         keep_first: Leave alone so many of the convolutions that would be replaced, the first ones of the forward pass.
         keep_last: The same for the last ones.
@@ -74,6 +77,7 @@ class ConvertConfig(BaseModel):
     depthwise: bool = False
     allow_growth: bool = False
     functional: bool = False
+    upsample: bool = False
     kernel_size: Annotated[tuple[int, ...], BeforeValidator(_sizes), AfterValidator(_odd)] = (3,)
     keep_first: int = Field(default=0, ge=0)
     keep_last: int = Field(default=0, ge=0)
@@ -97,27 +101,45 @@ class FoundBy(StrEnum):
     HOOKS = "hooks"  # by running the model
 
 
-class Replacement(BaseModel):
-    """Everything needed to build what takes a convolution's place, so that loading never decides again.
+class Interpolation(BaseModel):
+    """How an interpolation found its pixels, in the words of ``F.interpolate``.
 
     Attributes:
-        layer: "DDF2d" (DDF alone) or "DDFConv2d" (DDF, then a 1x1 convolution).
-        options: Keyword arguments of that class.
+        mode: Of the interpolation.
+        align_corners: Whether the centres of the corners' pixels, and not their corners, keep their places.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    layer: Literal["DDF2d", "DDFConv2d"]
+    mode: Literal["nearest", "nearest-exact", "area", "bilinear", "bicubic"]
+    align_corners: bool = False
+
+
+class Replacement(BaseModel):
+    """Everything needed to build what takes a convolution's place, so that loading never decides again.
+
+    Attributes:
+        layer: "DDF2d" (DDF alone), "DDFConv2d" (DDF, then a 1x1 convolution), "DDFUp2d" (DDF-Up) or "DDFUpConv2d" (a
+            1x1 convolution, then DDF-Up).
+        options: Keyword arguments of that class.
+        interpolation: What it replaces, if that is an interpolation.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: Literal["DDF2d", "DDFConv2d", "DDFUp2d", "DDFUpConv2d"]
     options: dict[str, int | float | bool | str]
+    interpolation: Interpolation | None = None
 
 
 class Site(BaseModel):
-    """One convolution of the model and the decision about it.
+    """One convolution of the model, or one upsampling, and the decision about it.
 
     Attributes:
         name: Path of the module, as in ``model.get_submodule``; for a functional call, the path of the module whose
-            forward makes it, and ``conv2d()``.
-        kind: "dense 3x3", "depthwise 3x3", "grouped 3x3", "pointwise 1x1", "dense 7x7", "functional", ...
+            forward makes it, and ``conv2d()`` or ``interpolate()``.
+        kind: "dense 3x3", "depthwise 3x3", "grouped 3x3", "pointwise 1x1", "dense 7x7", "functional", ...; of
+            upsampling, "bilinear 2x", "transposed 4x4", "pixel shuffle 2x", "functional nearest 2x", ...
         in_channels: C of the input.
         out_channels: C of the output.
         stride: Of the convolution, in pixels (rows, columns).
@@ -129,6 +151,8 @@ class Site(BaseModel):
         found_by: How it was found.
         caution: What is less certain for it, in words; empty where nothing is.
         replacement: What takes its place, for every convolution that could be replaced (also while skipped).
+        convolution: Of a pixel shuffle, the name of the convolution that is replaced with it; its cost is then in
+            ``before``.
         before: Cost of the convolution, over all its calls.
         after: Cost of what takes its place; equal to ``before`` while it is skipped.
         replacement_cost: What ``after`` is once replaced, wherever there is a replacement.
@@ -149,9 +173,15 @@ class Site(BaseModel):
     found_by: FoundBy = FoundBy.FX
     caution: str = ""
     replacement: Replacement | None = None
+    convolution: str = ""
     before: Cost
     after: Cost
     replacement_cost: Cost | None = None
+
+    @property
+    def upsampling(self) -> bool:
+        """Whether it is an interpolation or a pixel shuffle; a transposed convolution is a convolution."""
+        return is_upsampling(self.kind)
 
     def skip(self, reason: str = "left alone by the plan's editor") -> None:
         """Leaves this convolution alone."""
@@ -222,7 +252,7 @@ class Plan(BaseModel):
     @property
     def functional(self) -> bool:
         """Whether convolutions that are called as functions are replaced, so that the model becomes a GraphModule."""
-        return any(site.kind.startswith("functional") for site in self.replaced)
+        return any(site.kind.startswith("functional") and not site.upsampling for site in self.replaced)
 
     @property
     def timed_whole(self) -> bool:
@@ -249,7 +279,7 @@ class Plan(BaseModel):
         for site in self.sites:
             if site.name == name:
                 return site
-        raise KeyError(f"the plan has no convolution {name!r}{suggestion(name, self.names())}")
+        raise KeyError(f"the plan has no site {name!r}{suggestion(name, self.names())}")
 
     def __len__(self) -> int:
         return len(self.sites)
@@ -286,6 +316,11 @@ class Plan(BaseModel):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise UsageError(f"not a plan of ddf_convert: {in_one_line(error)}") from error
+
+
+def is_upsampling(kind: str) -> bool:
+    """Whether a site's kind is that of an interpolation or a pixel shuffle."""
+    return kind.removeprefix("functional ").startswith(_UPSAMPLING)
 
 
 def make_config(config: ConvertConfig | None, options: dict[str, Any]) -> ConvertConfig:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -13,17 +13,19 @@ from ddf_convert.graph.budget import apply_budgets
 from ddf_convert.graph.build import build, caution, is_depthwise, kind_of, obstacle, replacement_for, stand_in
 from ddf_convert.graph.costs import Costs, Stopwatch
 from ddf_convert.graph.plan import Action, ConvertConfig, FoundBy, Plan, Site, Timed, make_config
-from ddf_convert.graph.record import Recording, record
+from ddf_convert.graph.record import UPSAMPLING, Recording, record
 from ddf_convert.graph.select import Patterns, Selector
 from ddf_convert.graph.sites import Convolution, find_convolutions
 from ddf_convert.graph.swap import steps_of
 from ddf_convert.graph.trace import Traced, describe, trace
+from ddf_convert.graph.upsample import Refused, replacement_for_upsampling, stand_in_for_upsampling, upsamples
 from ddf_convert.graph.wrappers import bare
 from ddf_convert.inputs import ExampleInput, as_arguments, first_size
 from ddf_convert.layers import DDFConv2d
 
 Filter = Callable[[str, nn.Module], bool]
 
+_NUMBERED = "torch.fx does not see its calls: they are told apart by their order in one run of the module's forward"
 STEM_CHANNELS = 4  # a convolution of so few input channels reads the image
 
 
@@ -56,7 +58,8 @@ def plan(
         **options: Single fields of the config, e.g. ``se_ratio=0.5``.
 
     Returns:
-        A decision and a reason for every 2D convolution. It can be edited, and is applied by ``convert``.
+        A decision and a reason for every 2D convolution and, with ``upsample=True``, for every upsampling. It can be
+        edited, and is applied by ``convert``.
 
     Raises:
         UsageError: The model does not accept the input or cannot be looked at, a pattern matches nothing, or an option
@@ -66,15 +69,16 @@ def plan(
     return _plan(model, example_input, make_config(config, options), include, exclude, filter_fn, measure, measure)
 
 
-def as_it_stands(model: nn.Module, example_input: ExampleInput, measure: bool = False) -> Plan:
+def as_it_stands(model: nn.Module, example_input: ExampleInput, measure: bool = False, upsample: bool = False) -> Plan:
     """The plan of a model whose ``before`` is what matters: what could take a convolution's place is not timed.
 
     Args:
         model: As for :func:`plan`.
         example_input: As for :func:`plan`.
         measure: Time the model and every convolution, on the model's device.
+        upsample: List upsampling too.
     """
-    return _plan(model, example_input, ConvertConfig(), None, None, None, measure, False)
+    return _plan(model, example_input, ConvertConfig(upsample=upsample), None, None, None, measure, False)
 
 
 def _plan(
@@ -89,7 +93,7 @@ def _plan(
 ) -> Plan:
     model = bare(model)
     args, kwargs = as_arguments(model, example_input)
-    recording = record(model, args, kwargs, describe(model))
+    recording = record(model, args, kwargs, describe(model), config.upsample)
     traced = trace(model, recording)
     convolutions = find_convolutions(model, recording, traced)
     stopwatch = Stopwatch(model, measure) if measure or config.only_faster else None
@@ -102,8 +106,10 @@ def _plan(
         filter_fn,
         costs,
         costs if measure_replacements else Costs(None),
+        {name: convolution for convolution in convolutions for name in convolution.names},
     )
     sites = [planner.decide(convolution) for convolution in convolutions]
+    _give_up_to_shuffles(sites)
     before, timed = recording.cost, None
     if stopwatch:
         before = before.model_copy(update={"latency_ms": stopwatch.ms(model, *args, **kwargs)})
@@ -111,7 +117,11 @@ def _plan(
     if stopwatch:
         steps = steps_of(sites, model)
         after = stopwatch.ms_converted(model, steps, *args, **kwargs) if measure_replacements and steps else None
-        timed = Timed(machine=stopwatch.machine, replaced=tuple(step.names[0] for step in steps), after_ms=after)
+        timed = Timed(
+            machine=stopwatch.machine,
+            replaced=tuple(site.name for site in sites if site.action is Action.REPLACE),
+            after_ms=after,
+        )
     return Plan(
         model=describe(model),
         input_size=first_size(args, kwargs),
@@ -121,6 +131,14 @@ def _plan(
         notes=notes,
         timed=timed,
     )
+
+
+def _give_up_to_shuffles(sites: list[Site]) -> None:
+    """What is replaced together with a pixel shuffle is not replaced by itself."""
+    takers = {site.convolution: site.name for site in sites if site.convolution and site.action is Action.REPLACE}
+    for site in sites:
+        if site.name in takers:
+            site.skip(f"part of {takers[site.name]}, which is replaced with it")
 
 
 def _notes(recording: Recording, traced: Traced, sites: list[Site]) -> list[str]:
@@ -133,7 +151,8 @@ def _notes(recording: Recording, traced: Traced, sites: list[Site]) -> list[str]
         }
         counts = [(words, sum(site.found_by is found_by for site in sites)) for found_by, words in ways.items()]
         found = ", ".join(f"{number} {words}" for words, number in counts if number) or "none"
-        notes.append(f"The model as a whole {traced.untraced['']}. Convolutions found: {found}")
+        what = "Convolutions and upsampling" if UPSAMPLING[0] in recording.kinds else "Convolutions"
+        notes.append(f"The model as a whole {traced.untraced['']}. {what} found: {found}")
     if recording.on_values:
         notes.append("The forward pass depends on values: what it calls, and the shapes, are those of one run")
     return notes
@@ -150,6 +169,7 @@ class _Planner:
         filter_fn: Filter | None,
         costs: Costs,
         costs_of_replacements: Costs,
+        convolutions: Mapping[str, Convolution],
     ) -> None:
         self.config = config
         self.include = include
@@ -157,15 +177,20 @@ class _Planner:
         self.filter_fn = filter_fn
         self.costs = costs
         self.costs_of_replacements = costs_of_replacements
+        self.convolutions = convolutions
 
     def decide(self, convolution: Convolution) -> Site:
         module = convolution.module
         if module is None:
             try:
-                module = stand_in(convolution.calls[0])
+                called = convolution.calls[0]
+                module = stand_in_for_upsampling(called) if called.upsampled else stand_in(called)
             except (ValueError, TypeError, RuntimeError):
                 return _unusual(convolution)
         site = self._undecided(convolution, module)
+        if self.config.upsample and upsamples(convolution):
+            self._decide_upsampling(site, convolution, module)
+            return site
         site.reason = self._structure(convolution, module) or ""
         if site.reason or not isinstance(module, nn.Conv2d):
             return site
@@ -181,20 +206,65 @@ class _Planner:
             site.replace(why)
         return site
 
+    def _decide_upsampling(self, site: Site, convolution: Convolution, module: nn.Module) -> None:
+        try:
+            replacement, site.caution = replacement_for_upsampling(convolution, module, self.config, self.convolutions)
+        except Refused as reason:
+            site.reason = str(reason)
+            return
+        if convolution.owner is not None and convolution.found_by is FoundBy.HOOKS:
+            site.caution = "; ".join(filter(None, (site.caution, _NUMBERED)))
+        site.replacement = replacement
+        worked_on = convolution
+        if isinstance(module, nn.PixelShuffle):  # goes with its convolution
+            worked_on = self.convolutions[convolution.fed_by]
+            site.convolution = worked_on.name
+            assert worked_on.module is not None
+            site.before = site.after = site.before + self.costs.over_all_calls(worked_on.module, worked_on)
+        layer = build(replacement, device="meta").to(worked_on.dtype)
+        site.replacement_cost = self.costs_of_replacements.over_all_calls(layer, worked_on)
+        site.reason = (
+            self._unselected(convolution, module)
+            or self._excluded_with(convolution, worked_on)
+            or self._undesired(site, convolution, module)
+            or ""
+        )
+        if not site.reason:
+            site.replace(_why_upsampled(site, module))
+
+    def _excluded_with(self, convolution: Convolution, worked_on: Convolution) -> str | None:
+        excluded = self.exclude.matching(worked_on)
+        if worked_on is convolution or excluded is None:
+            return None
+        return f"its convolution, {worked_on.name}, is excluded by {excluded!r}"
+
+    def _undesired(self, site: Site, convolution: Convolution, module: nn.Module) -> str | None:
+        """What of upsampling is left alone unless asked for; interpolations were, which never save anything."""
+        if isinstance(module, nn.ConvTranspose2d | nn.PixelShuffle):
+            return None if self.config.allow_growth else _growth(site)
+        if convolution.on_image and not self.config.stem:
+            return "resizes the image: no convolution comes before it (stem=True replaces it)"
+        if site.in_channels == 1 and not self.config.stem:  # detectors paste a mask at a time, at any size
+            return "works on a single channel: a mask, or one map of scores (stem=True replaces it)"
+        return None
+
     def _undecided(self, convolution: Convolution, module: nn.Module) -> Site:
         before = self.costs.over_all_calls(module, convolution)
         kind = kind_of(module)
         function = convolution.calls[0].function if convolution.calls else None
         if function is not None:
-            before, kind = before.model_copy(update={"params": function.params}), f"functional {kind}"
+            before = before.model_copy(update={"params": function.params})
+        if convolution.module is None:
+            kind = f"functional {kind}"
         first = convolution.calls[0] if convolution.calls else None
-        shown: Any = module
-        stride = shown.ddf.stride if isinstance(module, DDFConv2d) else shown.stride
+        stride: Any = module.ddf.stride if isinstance(module, DDFConv2d) else getattr(module, "stride", 1)
+        shapes = (first.input_shape, first.output_shape) if first else ((), ())
+        channels = [shape[1] if len(shape) > 1 else 0 for shape in shapes]  # of what has no channels of its own
         return Site(
             name=convolution.name,
             kind=kind,
-            in_channels=shown.in_channels,
-            out_channels=shown.out_channels,
+            in_channels=getattr(module, "in_channels", channels[0]),
+            out_channels=getattr(module, "out_channels", channels[1]),
             stride=stride if isinstance(stride, tuple) else (stride, stride),
             input_shape=first.input_shape if first else (),
             output_shape=first.output_shape if first else (),
@@ -262,7 +332,7 @@ class _Planner:
             return True, f"{one_by_one}: nothing else is known to mix channels"
         return True, f"{one_by_one}: nothing else mixes channels"
 
-    def _unselected(self, convolution: Convolution, conv: nn.Conv2d) -> str | None:
+    def _unselected(self, convolution: Convolution, conv: nn.Module) -> str | None:
         """Whether the user's selection leaves it out."""
         excluded = self.exclude.matching(convolution)
         if excluded is not None:
@@ -277,25 +347,41 @@ class _Planner:
         """What is left alone unless asked for."""
         cost = site.replacement_cost
         assert cost is not None
-        params, macs = cost.params - site.before.params, cost.macs - site.before.macs
         if is_depthwise(conv):
             if self.config.depthwise:
                 return None
+            params = cost.params - site.before.params
             change = f"add {params:,} parameters to" if params > 0 else f"save {-params:,} parameters of"
             return f"DDF would {change} a depthwise convolution (depthwise=True replaces it)"
         if conv.in_channels <= STEM_CHANNELS and not self.config.stem:
             return f"stem: {conv.in_channels} input channels (stem=True replaces it)"
-        if self.config.allow_growth or (params < 0 and macs < 0):
-            return None
-        grown = [
-            f"{before:,} {what} would become {after:,}"
-            for what, before, after in (
-                ("parameters", site.before.params, cost.params),
-                ("MACs", site.before.macs, cost.macs),
-            )
-            if after >= before
-        ]
-        return f"would not save: its {' and '.join(grown)} (allow_growth=True replaces it)"
+        return None if self.config.allow_growth else _growth(site)
+
+
+def _growth(site: Site) -> str | None:
+    """What would not get less, if anything."""
+    cost = site.replacement_cost
+    assert cost is not None
+    grown = [
+        f"{before:,} {what} would become {after:,}"
+        for what, before, after in (
+            ("parameters", site.before.params, cost.params),
+            ("MACs", site.before.macs, cost.macs),
+        )
+        if after >= before
+    ]
+    return f"would not save: its {' and '.join(grown)} (allow_growth=True replaces it)" if grown else None
+
+
+def _why_upsampled(site: Site, module: nn.Module) -> str:
+    assert site.replacement is not None
+    assert site.replacement_cost is not None
+    mixes = site.replacement.layer == "DDFUpConv2d"
+    if isinstance(module, nn.PixelShuffle):
+        return f"1x1, then DDF-Up, for {site.convolution} and the shuffle"
+    if isinstance(module, nn.ConvTranspose2d):
+        return "1x1, then DDF-Up" if mixes else "DDF-Up alone: a depthwise convolution mixes no channels either"
+    return f"DDF-Up for an interpolation: adds {site.replacement_cost.params:,} parameters"
 
 
 def _unusual(convolution: Convolution) -> Site:

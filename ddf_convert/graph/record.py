@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
@@ -16,11 +17,15 @@ from torch.overrides import TorchFunctionMode
 from ddf_convert.accounting import Cost, counting
 from ddf_convert.copies import Copy, in_mode, watch_a_run
 from ddf_convert.errors import UsageError
+from ddf_convert.graph.intercept import INTERPOLATE, stands_for_a_call
 from ddf_convert.inputs import in_words
-from ddf_convert.layers import DDF2d, DDFConv2d
+from ddf_convert.layers import DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d
 
-CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, DDF2d, DDFConv2d)
+DDF_LAYERS = (DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d)
+CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, *DDF_LAYERS)
+UPSAMPLING = (nn.Upsample, nn.PixelShuffle)  # sites too, where upsampling is asked for
 FUNCTIONS = {torch.conv2d: "conv2d", torch.conv_transpose2d: "conv_transpose2d"}  # F.conv2d is torch.conv2d
+UPSAMPLING_FUNCTIONS = {F.interpolate: "interpolate", torch.pixel_shuffle: "pixel_shuffle"}
 ARGUMENTS = {
     torch.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     torch.conv_transpose2d: ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
@@ -54,20 +59,45 @@ class Function:
 
 
 @dataclass(frozen=True)
+class Upsampled:
+    """What an upsampling that is called as a function was called with, beside its input.
+
+    Attributes:
+        function: "interpolate" or "pixel_shuffle".
+        mode: Of the interpolation.
+        align_corners: Of the interpolation.
+        antialias: Of the interpolation.
+        of_parameter: What is interpolated is a parameter: a position embedding.
+    """
+
+    function: str
+    mode: str = ""
+    align_corners: bool = False
+    antialias: bool = False
+    of_parameter: bool = False
+
+
+@dataclass(frozen=True)
 class Call:
-    """One call of a convolution during the forward pass.
+    """One call of a convolution, or of an upsampling, during the forward pass.
 
     Attributes:
         name: The module's path; for a function, the path of the module that calls it, and ``conv2d()``.
         input_shape: (B, C, H, W).
         output_shape: (B, C, H, W).
-        function: Its arguments, if it is called as a function.
+        function: Its arguments, if it is a convolution that is called as a function.
+        upsampled: Its arguments, if it is an upsampling that is called as a function.
+        dtype: Of the input.
+        arguments: How many a module was called with.
     """
 
     name: str
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
     function: Function | None = None
+    upsampled: Upsampled | None = None
+    dtype: torch.dtype = torch.float32
+    arguments: int = 1
 
 
 @dataclass(frozen=True)
@@ -91,6 +121,7 @@ class Recording:
         read_directly: Paths of the convolutions whose parameters are used outside of their own forward.
         uses: How often each parameter is used as an argument outside of a convolution's forward, by path.
         cost: Of the whole model.
+        kinds: The modules that are sites.
     """
 
     copied: Copy
@@ -100,6 +131,7 @@ class Recording:
     read_directly: frozenset[str]
     uses: Counter[str]
     cost: Cost
+    kinds: tuple[type[nn.Module], ...] = CONVOLUTIONS
 
     @property
     def on_values(self) -> bool:
@@ -107,7 +139,9 @@ class Recording:
         return self.copied.mode is None
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str) -> Recording:
+def record(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, upsample: bool = False
+) -> Recording:
     """Runs a copy of a model and records it.
 
     Args:
@@ -115,15 +149,17 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name
         args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
         name: What to call the model in errors.
+        upsample: Note upsampling too.
 
     Raises:
         UsageError: The model cannot be copied, or does not accept the input.
     """
     recorders: list[_Recorder] = []
+    kinds = (*CONVOLUTIONS, *UPSAMPLING) if upsample else CONVOLUTIONS
 
     @contextmanager
     def watch(copied: Copy) -> Iterator[_Recorder]:
-        recorders.append(_Recorder(copied))
+        recorders.append(_Recorder(copied, kinds))
         with counting(copied) as tally, recorders[-1].listening():
             yield recorders[-1]
         recorders[-1].cost = tally.cost
@@ -142,7 +178,13 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name
         read_directly=frozenset(recorder.read_directly),
         uses=recorder.uses,
         cost=recorder.cost,
+        kinds=kinds,
     )
+
+
+def is_site(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, *UPSAMPLING)) -> bool:
+    """Whether a module is a site: one of these kinds, and no upsampling that its author gave parts of its own."""
+    return isinstance(module, kinds) and not (isinstance(module, UPSAMPLING) and any(module.children()))
 
 
 def first_line(error: BaseException) -> str:
@@ -165,7 +207,7 @@ class _Running:
 class _Recorder(TorchFunctionMode):
     """Notes calls of modules by hooks, and calls of functions by being torch's mode for them."""
 
-    def __init__(self, copied: Copy) -> None:
+    def __init__(self, copied: Copy, kinds: tuple[type[nn.Module], ...]) -> None:
         super().__init__()
         self.mode = copied.mode or FakeTensorMode(allow_non_fake_inputs=True)
         self.calls: list[Call] = []
@@ -176,9 +218,8 @@ class _Recorder(TorchFunctionMode):
         self._model = copied.module
         self._running: list[_Running] = []
         self._parameters = {id(parameter): path for path, parameter in copied.module.named_parameters()}
-        convolutions = {
-            path for path, module in copied.module.named_modules() if path and isinstance(module, CONVOLUTIONS)
-        }
+        self._upsample = nn.Upsample in kinds
+        convolutions = {path for path, module in copied.module.named_modules() if path and is_site(module, kinds)}
         self._convolutions = {path for path in convolutions if not _is_below(path, convolutions)}
         self._holders = {"", *(above for path in self._convolutions for above in _above(path))}
 
@@ -221,13 +262,19 @@ class _Recorder(TorchFunctionMode):
         result = func(*args, **kwargs)
         if func in FUNCTIONS and isinstance(result, Tensor):
             self._note_function(func, args, kwargs, result)
+        elif self._upsample and func in UPSAMPLING_FUNCTIONS and isinstance(result, Tensor):
+            self._note_upsampling(func, args, kwargs, result)
         return result
 
     def _note_module(self, left: _Running, output: Any) -> None:
         if left.path in self._convolutions:
             input = left.args[0] if left.args else next(iter(left.kwargs.values()), None)
             if isinstance(input, Tensor) and isinstance(output, Tensor) and not self._is_inside_convolution():
-                self.calls.append(Call(left.path, tuple(input.shape), tuple(output.shape)))
+                arguments = len(left.args) + len(left.kwargs)
+                shapes = tuple(input.shape), tuple(output.shape)
+                self.calls.append(Call(left.path, *shapes, dtype=input.dtype, arguments=arguments))
+                if self._running and stands_for_a_call(left.path):
+                    self._running[-1].functions["interpolate"] += 1  # the next call keeps its number
         elif left.path in self._holders:
             args, kwargs, output = in_mode(self.mode, (left.args, left.kwargs, output))
             self.entries.setdefault(left.path, []).append(Entry(args, kwargs, output))
@@ -259,9 +306,25 @@ class _Recorder(TorchFunctionMode):
             bias=bias is not None,
             options={name: given.get(name, default) for name, default in OPTIONS.items()},
         )
+        shapes = tuple(input.shape), tuple(result.shape)
+        self.calls.append(Call(self._name_of(func), *shapes, function, dtype=input.dtype))
+
+    def _note_upsampling(self, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
+        word = UPSAMPLING_FUNCTIONS[func]
+        input = args[0] if args else kwargs["input"]
+        if word == "interpolate":
+            given = dict(zip(INTERPOLATE, args, strict=False)) | kwargs
+            align_corners, antialias = (bool(given.get(flag)) for flag in ("align_corners", "antialias"))
+            of_parameter = isinstance(input, nn.Parameter)
+            upsampled = Upsampled(word, given.get("mode", "nearest"), align_corners, antialias, of_parameter)
+        else:
+            upsampled = Upsampled(word)
+        shapes = tuple(input.shape), tuple(result.shape)
+        self.calls.append(Call(self._name_of(func), *shapes, upsampled=upsampled, dtype=input.dtype))
+
+    def _name_of(self, func: Any) -> str:
         owner = self._running[-1] if self._running else _Running("", self._model, (), {})
-        name = function_name(owner.path, func, owner.functions)
-        self.calls.append(Call(name, tuple(input.shape), tuple(result.shape), function))
+        return function_name(owner.path, func, owner.functions)
 
     def refusal(self, name: str, sizes: str, error: Exception) -> UsageError:
         """The error of a run that failed, in words."""
@@ -286,10 +349,10 @@ def function_name(owner: str, func: Any, called: Counter[str]) -> str:
 
     Args:
         owner: Path of the module whose forward calls it.
-        func: One of ``FUNCTIONS``.
+        func: One of ``FUNCTIONS`` or ``UPSAMPLING_FUNCTIONS``.
         called: What this call of the module has called so far; it is counted up.
     """
-    word = FUNCTIONS[func]
+    word = FUNCTIONS.get(func) or UPSAMPLING_FUNCTIONS[func]
     number = called[word]
     called[word] += 1
     return f"{owner}{'.' if owner else ''}{word}{f'_{number}' if number else ''}()"

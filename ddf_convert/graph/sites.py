@@ -1,22 +1,22 @@
-"""Sites: every convolution of a model, its calls, and what is known of its surroundings."""
+"""Sites: every convolution and upsampling of a model, its calls, and what is known of its surroundings."""
 
 from __future__ import annotations
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import dataclass
 
-from torch import fx, nn
+import torch
+from torch import Tensor, fx, nn
 
 from ddf_convert.graph.bottleneck import is_bottleneck
 from ddf_convert.graph.plan import FoundBy
-from ddf_convert.graph.record import CONVOLUTIONS, Call, Recording
+from ddf_convert.graph.record import CONVOLUTIONS, DDF_LAYERS, UPSAMPLING, Call, Recording, is_site
 from ddf_convert.graph.trace import Traced
-from ddf_convert.layers import DDF2d, DDFConv2d
 
 
 @dataclass(frozen=True)
 class Convolution:
-    """One convolution of the model, before anything is decided about it.
+    """One convolution, or one upsampling, of the model, before anything is decided about it.
 
     Attributes:
         names: Every path at which the module is registered; for a functional call, its one name.
@@ -28,6 +28,10 @@ class Convolution:
         used_directly: The forward pass also reads its weight or bias by itself.
         shared_with: Another convolution (or other module) that holds the same weight or bias, if any.
         used_elsewhere: A functional call's weight or bias is used by something else too.
+        owner: Of a functional upsampling, the module whose forward makes the calls.
+        dtype: That a new layer in its place has, if it has no weights itself: that of the parameters around it.
+        fed_by: Of a pixel shuffle, the name of the convolution whose output it alone reads, if there is one.
+        on_image: It is called before any convolution is.
     """
 
     names: tuple[str, ...]
@@ -39,6 +43,10 @@ class Convolution:
     used_directly: bool = False
     shared_with: str | None = None
     used_elsewhere: bool = False
+    owner: nn.Module | None = None
+    dtype: torch.dtype = torch.float32
+    fed_by: str = ""
+    on_image: bool = False
 
     @property
     def name(self) -> str:
@@ -49,12 +57,14 @@ class Convolution:
 def find_convolutions(model: nn.Module, recording: Recording, traced: Traced) -> list[Convolution]:
     """Every 2D convolution of a model: in the order of the forward pass, then those that it does not reach.
 
-    The convolutions that belong to a DDF layer are part of it and not listed.
+    So is every upsampling, if it was recorded. The convolutions that belong to a DDF layer are part of it and not
+    listed.
     """
     calls: dict[str, list[Call]] = {}
     for call in recording.calls:
         calls.setdefault(call.name, []).append(call)
-    modules = {names[0]: (module, names) for module, names in module_names(model)}
+    modules = {names[0]: (module, names) for module, names in module_names(model, recording.kinds)}
+    early = _before_the_first_convolution(recording, modules)
     holders = _holders(model)
     found = []
     for name in dict.fromkeys([*calls, *modules]):
@@ -74,23 +84,79 @@ def find_convolutions(model: nn.Module, recording: Recording, traced: Traced) ->
                 used_directly=not recording.read_directly.isdisjoint(names),
                 shared_with=next(iter(sharing), None),
                 used_elsewhere=_is_used_elsewhere(own, recording, modules),
+                owner=model.get_submodule(name.rpartition(".")[0]) if own and own[0].upsampled else None,
+                dtype=_dtype(neighbour(model, name)),
+                fed_by=_producer(nodes, traced) if isinstance(module, nn.PixelShuffle) else "",
+                on_image=name in early,
             )
         )
     return found
 
 
-def module_names(model: nn.Module) -> list[tuple[nn.Module, tuple[str, ...]]]:
-    """Every convolution module below the model, with all its paths, in the order of registration."""
+def module_names(
+    model: nn.Module, kinds: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, *UPSAMPLING)
+) -> list[tuple[nn.Module, tuple[str, ...]]]:
+    """Every module of these kinds below the model, with all its paths, in the order of registration."""
     names: dict[int, tuple[nn.Module, list[str]]] = {}
     inside_ddf: tuple[str, ...] = ()
     for path, module in model.named_modules(remove_duplicate=False):
         if not path or path.startswith(inside_ddf):
             continue
-        if isinstance(module, CONVOLUTIONS):
+        if is_site(module, kinds):
             names.setdefault(id(module), (module, []))[1].append(path)
-        if isinstance(module, DDF2d | DDFConv2d):
+        if isinstance(module, DDF_LAYERS):
             inside_ddf = (*inside_ddf, f"{path}.")
     return [(module, tuple(paths)) for module, paths in names.values()]
+
+
+def neighbour(model: nn.Module, name: str) -> Tensor | None:
+    """A parameter that is like those of a new layer in the place of one that has none: the nearest one around it."""
+    path = name
+    while path:
+        path = path.rpartition(".")[0]
+        around = model.get_submodule(path)
+        found = [parameter for parameter in around.parameters() if parameter.is_floating_point()]
+        if found:
+            return next((parameter for parameter in found if parameter.requires_grad), found[0])
+    return None
+
+
+def _dtype(like: Tensor | None) -> torch.dtype:
+    return torch.float32 if like is None else like.dtype
+
+
+def _before_the_first_convolution(
+    recording: Recording, modules: Mapping[str, tuple[nn.Module, tuple[str, ...]]]
+) -> set[str]:
+    """Names of what is called before any convolution is, if one is called at all."""
+    early: set[str] = set()
+    for call in recording.calls:
+        module, _ = modules.get(call.name, (None, ()))
+        if call.function is not None or isinstance(module, CONVOLUTIONS):
+            return early
+        early.add(call.name)
+    return set()
+
+
+def _producer(nodes: list[fx.Node], traced: Traced) -> str:
+    """The convolution whose output a pixel shuffle, called once, reads, and nothing else does; "" if there is none."""
+    if len(nodes) != 1 or not nodes[0].args or not isinstance(source := nodes[0].args[0], fx.Node):
+        return ""
+    reader = nodes[0]
+    while _is_identity(source) and list(source.users) == [reader] and isinstance(source.args[0], fx.Node):
+        reader, source = source, source.args[0]
+    if list(source.users) != [reader]:
+        return ""
+    return next((name for piece in traced.pieces for name, calls in piece.nodes.items() if calls == [source]), "")
+
+
+def _is_identity(node: fx.Node) -> bool:
+    module = node.graph.owning_module
+    return (
+        node.op == "call_module"
+        and module is not None
+        and isinstance(module.get_submodule(str(node.target)), nn.Identity)
+    )
 
 
 def _surroundings(

@@ -3,59 +3,109 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from ddf_convert.errors import UsageError
-from ddf_convert.graph.build import build, kind_of, obstacle
-from ddf_convert.graph.functional import functional_convolutions, replace_functions
+from ddf_convert.graph.build import build, kernel_for, kind_of, obstacle
+from ddf_convert.graph.functional import functional_convolutions, place_of, replace_functions
+from ddf_convert.graph.intercept import Apart, intercept, is_intercepted, obstacle_to_intercepting
 from ddf_convert.graph.plan import Action, Replacement, Site, suggestion
 from ddf_convert.graph.record import first_line
-from ddf_convert.graph.sites import module_names
+from ddf_convert.graph.sites import module_names, neighbour
 from ddf_convert.graph.trace import describe
 
 
 class Replaced(BaseModel):
-    """One convolution that was replaced.
+    """One convolution, or one upsampling, that was replaced.
 
     Attributes:
         names: Every path at which it was registered; for one that was called as a function, its name in the plan.
         replacement: What took its place.
+        removed: Every path of the pixel shuffle that is part of what took its place.
+        apart: Of an interpolation that is called as a function, the modules inside the one that calls it that call the
+            same function, and stay as they are.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     names: tuple[str, ...] = Field(min_length=1)
     replacement: Replacement
+    removed: tuple[str, ...] = ()
+    apart: tuple[str, ...] = ()
 
     @property
     def functional(self) -> bool:
-        """Whether it was called as a function."""
+        """Whether it is a convolution that was called as a function."""
         return _is_functional(self.names[0])
+
+    @property
+    def intercepted(self) -> bool:
+        """Whether it is an interpolation that was called as a function."""
+        return is_intercepted(self.names[0])
 
 
 def _is_functional(name: str) -> bool:
     """Whether a name is that of a functional call (see ``record.function_name``), which no module's path can be."""
-    return name.endswith("()")
+    return name.endswith("()") and not is_intercepted(name)
 
 
 def steps_of(sites: Iterable[Site], model: nn.Module) -> list[Replaced]:
-    """What a plan's decisions come to for a model, in order."""
+    """What a plan's decisions come to for a model, in order.
+
+    Raises:
+        UsageError: A pixel shuffle is to be replaced together with a convolution that is replaced by itself too.
+    """
+    sites = list(sites)
     paths = {names[0]: names for _, names in module_names(model)}
-    return [
-        Replaced(names=paths.get(site.name, (site.name,)), replacement=site.replacement)
-        for site in sites
-        if site.action is Action.REPLACE and site.replacement is not None
-    ]
+    replaced = [site for site in sites if site.action is Action.REPLACE and site.replacement is not None]
+    known = {site.name for site in replaced}
+    callers = _callers(sites, model)
+    steps = []
+    for site in replaced:
+        assert site.replacement is not None
+        names = paths.get(site.name, (site.name,))
+        if site.convolution:
+            if site.convolution in known:
+                raise UsageError(
+                    f"{site.name} is replaced together with {site.convolution}, which the plan replaces by itself too:"
+                    " skip one of them"
+                )
+            convolution = paths.get(site.convolution, (site.convolution,))
+            steps.append(Replaced(names=convolution, replacement=site.replacement, removed=names))
+        elif is_intercepted(site.name):
+            owner = _owner(site.name)
+            inside = tuple(name for name in callers if name != owner and (not owner or name.startswith(f"{owner}.")))
+            steps.append(Replaced(names=names, replacement=site.replacement, apart=inside))
+        else:
+            steps.append(Replaced(names=names, replacement=site.replacement))
+    return steps
+
+
+def _owner(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def _callers(sites: Sequence[Site], model: nn.Module) -> list[str]:
+    """The modules whose forward interpolates, and that stay."""
+    modules = dict(model.named_modules())
+    owners = (_owner(site.name) for site in sites if is_intercepted(site.name))
+    kept = (
+        site.name for site in sites if site.action is Action.SKIP and isinstance(modules.get(site.name), nn.Upsample)
+    )
+    return list(dict.fromkeys((*owners, *kept)))
 
 
 def prepare(model: nn.Module, steps: Sequence[Replaced]) -> dict[str, nn.Module]:
     """Checks that every step fits the model and builds its layer; the model and torch's random state stay as they are.
 
     Returns:
-        The new layers, by the first name of the convolution that each replaces.
+        The new layers, by the first name of what each replaces. Among them are an ``Identity`` for each pixel shuffle
+        that goes, and a mark for each module that stays and has to be kept apart.
 
     Raises:
         UsageError: A step does not fit: no such module, another kind of module, other channels.
@@ -63,18 +113,35 @@ def prepare(model: nn.Module, steps: Sequence[Replaced]) -> dict[str, nn.Module]
     found = dict(model.named_modules(remove_duplicate=False))
     if any(step.functional for step in steps):
         found |= functional_convolutions(model)
+    prepared: dict[str, nn.Module] = {}
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
-        return {step.names[0]: _built(_checked(model, found, step), step) for step in steps}
+        for step in steps:
+            prepared[step.names[0]] = _built(_checked(model, found, step), step)
+            prepared |= {name: nn.Identity() for name in step.removed[:1]}
+            prepared |= {name: Apart() for name in step.apart if name not in prepared}
+    return prepared
 
 
 def swap(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
     """Puts new layers in the places of old modules, wherever those are registered in the tree.
 
+    Args:
+        model: The model; it changes.
+        layers: As :func:`prepare` gives them.
+
     Returns:
         The model; or, where convolutions that are called as functions are replaced, the GraphModule for it.
     """
     functions = {name: layer for name, layer in layers.items() if _is_functional(name)}
-    new = {id(model.get_submodule(name)): layer for name, layer in layers.items() if name not in functions}
+    calls = {name: layer for name, layer in layers.items() if is_intercepted(name)}
+    apart = [name for name, layer in layers.items() if isinstance(layer, Apart)]
+    others = layers.keys() - functions.keys() - calls.keys() - set(apart)
+    new = {id(model.get_submodule(name)): layers[name] for name in layers if name in others}
+    for name in apart:
+        intercept(model.get_submodule(name))
+    for name, layer in calls.items():
+        owner, _, attribute = place_of(name).rpartition(".")
+        intercept(model.get_submodule(owner), {attribute: layer})
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if id(child) in new:
@@ -82,40 +149,83 @@ def swap(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
     return replace_functions(model, functions) if functions else model
 
 
-def _checked(model: nn.Module, modules: Mapping[str, nn.Module], step: Replaced) -> nn.Conv2d:
-    """The convolution that a step replaces, once it is sure that it can."""
-    options = step.replacement.options
-    missing = [name for name in step.names if name not in modules]
-    if missing:
-        raise UsageError(
-            f"the conversion does not fit {describe(model)}: it has no {missing[0]}{suggestion(missing[0], modules)}"
-        )
-    name, conv = step.names[0], modules[step.names[0]]
-    if any(modules[other] is not conv for other in step.names):
-        raise UsageError(
-            f"the conversion does not fit {describe(model)}: {' and '.join(step.names)} should be one module"
-        )
-    reason = obstacle(conv)
-    if reason is not None or not isinstance(conv, nn.Conv2d):
-        raise UsageError(f"the conversion does not fit {describe(model)}: {name}: {reason}")
-    actual: dict[str, int] = {
-        "in_channels": conv.in_channels,
-        "out_channels": conv.out_channels,
-        "kernel_size": conv.kernel_size[0],
-        "stride": conv.stride[0],
-    }
-    planned = {"out_channels": options.get("in_channels"), **options}
-    for option, value in actual.items():
+@dataclass(frozen=True)
+class _Like:
+    """What a new layer takes over.
+
+    Attributes:
+        weight: For device, dtype, layout and whether it learns; None if nothing around has any.
+        training: The mode.
+    """
+
+    weight: Tensor | None
+    training: bool
+
+
+def _checked(model: nn.Module, modules: Mapping[str, nn.Module], step: Replaced) -> _Like:
+    """What a step replaces, once it is sure that it can."""
+
+    def unfit(words: str) -> UsageError:
+        return UsageError(f"the conversion does not fit {describe(model)}: {words}")
+
+    options, name = step.replacement.options, step.names[0]
+    needed = (_owner(name),) if step.intercepted else step.names
+    for missing in (each for each in (*needed, *step.removed, *step.apart) if each not in modules):
+        raise unfit(f"it has no {missing}{suggestion(missing, modules)}")
+    for names in (needed, step.removed):
+        if any(modules[other] is not modules[names[0]] for other in names[1:]):
+            raise unfit(f"{' and '.join(names)} should be one module")
+    place = modules[needed[0]]
+    if step.intercepted:
+        if (reason := obstacle_to_intercepting(place)) is not None:
+            raise unfit(f"{name}: {reason}")
+        if hasattr(place, place_of(name).rpartition(".")[2]):
+            raise unfit(f"{needed[0] or 'it'} has {place_of(name).rpartition('.')[2]} already")
+        return _Like(neighbour(model, name), place.training)
+    expected = _replaced_by(step)
+    reason = obstacle(place, upsample=expected is not nn.Conv2d or bool(step.removed))
+    if reason is None and not isinstance(place, expected):
+        reason = f"is {type(place).__name__}, where the record has {expected.__name__}"
+    if reason is not None:
+        raise unfit(f"{name}: {reason}")
+    interpolation = step.replacement.interpolation
+    planned = {"out_channels": options.get("in_channels"), **options, **(dict(interpolation) if interpolation else {})}
+    shuffle = modules[step.removed[0]] if step.removed else None
+    for option, value in _actual(place, shuffle).items():
         if planned.get(option) != value:
-            raise UsageError(
-                f"the conversion does not fit {describe(model)}: {name} ({kind_of(conv)}) has {option} {value},"
-                f" where the record has {planned.get(option)}"
-            )
-    return conv
+            raise unfit(f"{name} ({kind_of(place)}) has {option} {value}, where the record has {planned.get(option)}")
+    weight = neighbour(model, name) if isinstance(place, nn.Upsample) else place.weight
+    assert weight is None or isinstance(weight, Tensor)
+    return _Like(weight, place.training)
 
 
-def _built(conv: nn.Conv2d, step: Replaced) -> nn.Module:
-    weight = conv.weight
+def _replaced_by(step: Replaced) -> type[nn.Module]:
+    """The kind of module that a step replaces."""
+    if step.replacement.interpolation:
+        return nn.Upsample
+    return nn.Conv2d if step.removed or step.replacement.layer in ("DDF2d", "DDFConv2d") else nn.ConvTranspose2d
+
+
+def _actual(place: nn.Module, shuffle: nn.Module | None) -> dict[str, Any]:
+    """Of what stands in a place, what the new layer's options have to agree with."""
+    if isinstance(place, nn.Upsample):
+        factors = {place.scale_factor} if not isinstance(place.scale_factor, tuple) else set(place.scale_factor)
+        factor = factors.pop() if len(factors) == 1 else place.scale_factor
+        return {"scale_factor": factor, "mode": place.mode, "align_corners": bool(place.align_corners)}
+    assert isinstance(place, nn.Conv2d | nn.ConvTranspose2d)
+    size, stride = place.kernel_size[0], place.stride[0]
+    actual: dict[str, Any] = {"in_channels": place.in_channels, "out_channels": place.out_channels}
+    if isinstance(place, nn.ConvTranspose2d):
+        return actual | {"scale_factor": stride, "kernel_size": kernel_for(size, stride, int(place.padding[0]))}
+    if shuffle is None:
+        return actual | {"kernel_size": size, "stride": stride}
+    factor = shuffle.upscale_factor if isinstance(shuffle, nn.PixelShuffle) else 0
+    channels = place.out_channels // max(factor, 1) ** 2
+    return actual | {"out_channels": channels, "kernel_size": size, "scale_factor": factor}
+
+
+def _built(like: _Like, step: Replaced) -> nn.Module:
+    weight = torch.empty(0, requires_grad=True) if like.weight is None else like.weight
     try:
         layer = build(step.replacement, device="meta" if weight.device.type == "meta" else "cpu")
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
@@ -123,4 +233,4 @@ def _built(conv: nn.Conv2d, step: Replaced) -> nn.Module:
     if not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
         layer = layer.to(memory_format=torch.channels_last)
     layer = layer.to(weight.device, weight.dtype)
-    return layer.train(conv.training).requires_grad_(weight.requires_grad)
+    return layer.train(like.training).requires_grad_(weight.requires_grad)

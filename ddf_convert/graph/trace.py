@@ -14,7 +14,16 @@ from torch import fx, nn
 from ddf_convert.copies import fake_copy, unchanged_random_states
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.channelwise import is_channelwise
-from ddf_convert.graph.record import CONVOLUTIONS, FUNCTIONS, Entry, Recording, first_line, function_name
+from ddf_convert.graph.intercept import class_of, stands_for_a_call
+from ddf_convert.graph.record import (
+    FUNCTIONS,
+    UPSAMPLING_FUNCTIONS,
+    Entry,
+    Recording,
+    first_line,
+    function_name,
+    is_site,
+)
 
 VALUE = "value"  # of a node's meta: its fake result
 _PACKED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -79,7 +88,7 @@ class Tracer(fx.Tracer):
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         """Whether the graph shows this module as one node."""
-        leaf = id(m) in self._leaves or type(m) in self._kinds or isinstance(m, CONVOLUTIONS) or is_channelwise(m)
+        leaf = id(m) in self._leaves or class_of(m) in self._kinds or is_site(m) or is_channelwise(m)
         return leaf or super().is_leaf_module(m, module_qualified_name)
 
     def call_module(self, m: nn.Module, forward: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -214,7 +223,7 @@ def _called_below(path: str, root: nn.Module, recording: Recording) -> Iterator[
         below = f"{path}.{name}" if path else name
         if below in recording.entries:
             yield below
-        elif not isinstance(child, CONVOLUTIONS):
+        elif not is_site(child):
             yield from _called_below(below, root, recording)
 
 
@@ -228,15 +237,19 @@ def _unopened(graph_module: fx.GraphModule, path: str, recording: Recording) -> 
 
 
 def convolutions_in(graph_module: fx.GraphModule, path: str) -> dict[str, list[fx.Node]]:
-    """The nodes that call convolutions, by the names that the recording has for them."""
+    """The nodes that call convolutions and upsampling, by the names that the recording has for them."""
     found: dict[str, list[fx.Node]] = {}
     called: dict[str, Counter[str]] = {}
     for node in graph_module.graph.nodes:
-        if node.op == "call_module" and isinstance(graph_module.get_submodule(node.target), CONVOLUTIONS):
+        # Each call of a module has a key of its own in the stack ("block", "block@1", ...).
+        stack = [(key, value[0]) for key, value in node.meta.get("nn_module_stack", {}).items()]
+        if node.op == "call_module" and is_site(graph_module.get_submodule(node.target)):
             found.setdefault(f"{path}.{node.target}" if path else node.target, []).append(node)
-        elif node.op == "call_function" and node.target in FUNCTIONS:
-            # Each call of a module has a key of its own in the stack ("block", "block@1", ...).
-            key, owner = next(reversed([(k, v[0]) for k, v in node.meta.get("nn_module_stack", {}).items()]), ("", ""))
+            if stands_for_a_call(node.target):
+                key = stack[-2][0] if len(stack) > 1 else ""  # the last is the layer itself
+                called.setdefault(key, Counter())["interpolate"] += 1
+        elif node.op == "call_function" and (node.target in FUNCTIONS or node.target in UPSAMPLING_FUNCTIONS):
+            key, owner = stack[-1] if stack else ("", "")
             owner = ".".join(part for part in (path, owner) if part)
             name = function_name(owner, node.target, called.setdefault(key, Counter()))
             found.setdefault(name, []).append(node)

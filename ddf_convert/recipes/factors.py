@@ -75,6 +75,25 @@ def best_for_weights(weight: Tensor, mixes: bool) -> Factors:
     return Factors(depthwise, torch.einsum("goit,git->goi", weight, depthwise))
 
 
+def best_for_outputs(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A 1x1 that mixes and, behind it, a filter for each output channel: the nearest to a weight, in the same sense.
+
+    Args:
+        weight: (G, O, I, T), float64; T is that of all phases together, where it upsamples.
+
+    Returns:
+        The mix, (G, O, I), and the filters, (G, O, T): ``weight[g, o, i, t] ~ mix[g, o, i] * filter[g, o, t]``.
+    """
+    if weight.shape[2] >= weight.shape[3]:  # the smaller of two matrices of products says the same
+        factors = best_for_weights(weight.transpose(1, 2), True)
+        assert factors.mix is not None
+        return factors.mix.transpose(1, 2), factors.depthwise
+    mix = torch.linalg.eigh(torch.einsum("goit,gojt->goij", weight, weight)).eigenvectors[..., -1]
+    filters = torch.einsum("goit,goi->got", weight, mix)
+    norm = filters.norm(dim=-1, keepdim=True).clamp_min(1e-30)
+    return mix * norm, filters / norm
+
+
 def best_for_moments(moments: Moments, weight: Tensor, mixes: bool) -> Factors:
     """The factors whose outputs are nearest to those wanted.
 

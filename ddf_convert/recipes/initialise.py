@@ -18,6 +18,7 @@ from ddf_convert.recipes.factors import best_for_weights
 from ddf_convert.recipes.pairs import Pair, pairs
 from ddf_convert.recipes.parameters import ddf_layers
 from ddf_convert.recipes.schema import Initialise, Method
+from ddf_convert.recipes.upsampling import UpPair
 
 
 class InitialisedLayer(BaseModel):
@@ -27,10 +28,11 @@ class InitialisedLayer(BaseModel):
         name: Of the convolution.
         kind: Of the convolution.
         weight_error: Norm of the difference between the old weights and those that the layer started with, over that
-            of the old weights: 0 is all kept, 1 as good as nothing.
+            of the old weights: 0 is all kept, 1 as good as nothing. Of an interpolation that is the linear map (see
+            ``upsampling.alignment_error``).
         output_error: Root of the mean squared difference between the layer's outputs and the convolution's, over that
             of the convolution's, on the images, once preserved and with all layers before it fitted; None without
-            images.
+            images, and for upsampling.
         fitted_error: The same at the end of the fit.
     """
 
@@ -99,7 +101,7 @@ def initialise(
         preserved = [_preserve(pair) for pair in found]
         norms = BatchNorms(model, original)
         for number, (pair, layer) in enumerate(zip(found, preserved, strict=True), 1):
-            if pair.functional:
+            if isinstance(pair, UpPair) or pair.functional:  # these are as they were preserved
                 layers.append(layer)
                 continue
             say(f"Fitting {pair.name} ({number} of {len(found)})")
@@ -114,7 +116,9 @@ def initialise(
     return Initialised(method="calibrate", layers=tuple(layers), images=sum(map(len, batches)))
 
 
-def _preserve(pair: Pair) -> InitialisedLayer:
+def _preserve(pair: Pair | UpPair) -> InitialisedLayer:
+    if isinstance(pair, UpPair):
+        return InitialisedLayer(name=pair.name, kind=pair.kind, weight_error=pair.preserve())
     weight = pair.weight()
     factors = best_for_weights(weight, pair.mix is not None)
     pair.take(factors, pair.conv.bias)

@@ -13,6 +13,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import Tensor, nn
 
 from ddf_convert.errors import UsageError
+from ddf_convert.graph.rewrite import recorded
 from ddf_convert.recipes.parameters import ddf_layers
 from ddf_convert.recipes.schema import Losses
 
@@ -147,9 +148,14 @@ def _keep(seen: list[Tensor], _module: nn.Module, _inputs: tuple[Any, ...], outp
 
 
 def _pairs(model: nn.Module, teacher: nn.Module) -> list[str]:
-    """The replaced layers that the teacher has under the same name."""
+    """The replaced layers that the teacher has under the same name.
+
+    Of a convolution that was replaced together with a pixel shuffle, what comes out is looked at behind the shuffle.
+    """
     known = dict(teacher.named_modules())
-    names = [name for name in ddf_layers(model) if name in known]
+    conversion = recorded(model)
+    shuffles = {step.names[0]: step.removed[0] for step in conversion.replaced if step.removed} if conversion else {}
+    names = [name for name in (shuffles.get(layer, layer) for layer in ddf_layers(model)) if name in known]
     if not names:
         raise UsageError("the teacher has none of the layers that were replaced: is it the model before conversion?")
     return names

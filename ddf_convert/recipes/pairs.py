@@ -1,4 +1,4 @@
-"""The layers of a converted model beside the convolutions of the original whose places they took."""
+"""The layers of a converted model beside what they replaced in the original: convolutions, and upsampling."""
 
 from __future__ import annotations
 
@@ -14,8 +14,9 @@ from ddf_convert.graph.rewrite import recorded
 from ddf_convert.graph.swap import Replaced
 from ddf_convert.graph.trace import describe
 from ddf_convert.graph.wrappers import bare
-from ddf_convert.layers import DDF2d, DDFConv2d
+from ddf_convert.layers import DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d
 from ddf_convert.recipes.factors import Factors
+from ddf_convert.recipes.upsampling import UpPair, fits
 
 
 @dataclass(frozen=True)
@@ -79,8 +80,8 @@ class Pair:
             target.copy_(bias)
 
 
-def pairs(model: nn.Module, original: nn.Module) -> list[Pair]:
-    """Every layer that a conversion put in, with its convolution, in the order of the conversion.
+def pairs(model: nn.Module, original: nn.Module) -> list[Pair | UpPair]:
+    """Every layer that a conversion put in, with what it replaced, in the order of the conversion.
 
     Args:
         model: A converted model.
@@ -97,14 +98,16 @@ def pairs(model: nn.Module, original: nn.Module) -> list[Pair]:
     return [_pair(model, original, functions, step) for step in conversion.replaced]
 
 
-def _pair(model: nn.Module, original: nn.Module, functions: dict[str, nn.Conv2d], step: Replaced) -> Pair:
+def _pair(model: nn.Module, original: nn.Module, functions: dict[str, nn.Conv2d], step: Replaced) -> Pair | UpPair:
+    if step.replacement.layer in ("DDFUp2d", "DDFUpConv2d"):
+        return _up_pair(model, original, step)
     name = step.names[0]
     place = place_of(name) if step.functional else name
     try:
         layer = model.get_submodule(place)
         conv = functions[name] if step.functional else original.get_submodule(name)
     except (AttributeError, KeyError):
-        raise UsageError(f"the original does not fit the converted model: {name} is not in both") from None
+        raise _not_in_both(name) from None
     if not isinstance(layer, DDF2d | DDFConv2d):
         raise UsageError(f"{place} is {type(layer).__name__}, where the conversion put a DDF layer")
     if not isinstance(conv, nn.Conv2d):
@@ -116,8 +119,44 @@ def _pair(model: nn.Module, original: nn.Module, functions: dict[str, nn.Conv2d]
     expected = (conv.in_channels, conv.out_channels, conv.kernel_size[0])
     if (layer.in_channels, layer.out_channels, pair.ddf.kernel_size) != expected:
         raise UsageError(f"the original does not fit the converted model: {name} has other channels or kernels")
-    if not pair.ddf.affine:
+    _check_affine(place, pair.ddf.affine)
+    return pair
+
+
+def _up_pair(model: nn.Module, original: nn.Module, step: Replaced) -> UpPair:
+    name, interpolation = step.names[0], step.replacement.interpolation
+    place = place_of(name) if step.intercepted else name
+    try:
+        layer = model.get_submodule(place)
+        # Of an interpolation that is called as a function nothing can be looked at but the module that calls it.
+        there = original.get_submodule(name.rpartition(".")[0] if step.intercepted else name)
+        shuffle = original.get_submodule(step.removed[0]) if step.removed else None
+    except AttributeError:
+        raise _not_in_both(name) from None
+    if not isinstance(layer, DDFUp2d | DDFUpConv2d):
+        raise UsageError(f"{place} is {type(layer).__name__}, where the conversion put a DDF-Up layer")
+    conv = there if isinstance(there, nn.Conv2d | nn.ConvTranspose2d) and not interpolation else None
+    if step.intercepted:
+        factor = (layer if isinstance(layer, DDFUp2d) else layer.up).scale_factor
+        kind = f"functional {interpolation.mode if interpolation else ''} {factor}x"
+    else:
+        kind = kind_of(shuffle or there) if isinstance(there, (nn.Upsample, nn.Conv2d, nn.ConvTranspose2d)) else ""
+    pair = UpPair(step.removed[0] if step.removed else name, place, kind, layer, interpolation, conv)
+    if not fits(pair, None if step.intercepted else there, shuffle):
+        raise UsageError(
+            f"the original has {type(there).__name__} at {name}, and not the upsampling that was replaced, or another"
+            " number of channels or factor: give the model as it was before conversion"
+        )
+    _check_affine(place, pair.up.affine)
+    return pair
+
+
+def _not_in_both(name: str) -> UsageError:
+    return UsageError(f"the original does not fit the converted model: {name} is not in both")
+
+
+def _check_affine(place: str, affine: bool) -> None:
+    if not affine:
         raise UsageError(
             f"{place} cannot take old weights over: convert with affine=True (--affine), or with a recipe that has it"
         )
-    return pair

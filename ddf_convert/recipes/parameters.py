@@ -12,18 +12,19 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.plan import suggestion
-from ddf_convert.layers import DDF2d, DDFConv2d
+from ddf_convert.layers import DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d
 from ddf_convert.recipes.schema import Stage
 
+DDFLayer = DDF2d | DDFConv2d | DDFUp2d | DDFUpConv2d
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # timm's are among them
 
 
-def ddf_layers(model: nn.Module) -> dict[str, DDF2d | DDFConv2d]:
-    """The layers that took the places of convolutions, by name, in the order of the module tree; each once."""
-    found: dict[str, DDF2d | DDFConv2d] = {}
+def ddf_layers(model: nn.Module) -> dict[str, DDFLayer]:
+    """The layers that took the places of convolutions and upsampling, by name, in the order of the module tree."""
+    found: dict[str, DDFLayer] = {}
     inside: set[nn.Module] = set()
     for name, module in model.named_modules():
-        if isinstance(module, DDF2d | DDFConv2d) and module not in inside:
+        if isinstance(module, DDFLayer) and module not in inside:
             found[name] = module
             inside.update(module.modules())
     return found

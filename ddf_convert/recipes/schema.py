@@ -48,7 +48,7 @@ class Initialise(Part):
     Attributes:
         method: "paper": random, as in the paper. "preserve": as close to the old convolution as the layer can be with
             its dynamic parts at zero. "calibrate": that, then every layer in turn fitted to the original's outputs on
-            images.
+            images; upsampling, and what is called as a function, is preserved and not fitted.
         num_images: "calibrate": how many images to look at.
         batch_size: "calibrate": images at a time.
         steps: "calibrate": gradient steps for each layer after the closed form, its dynamic parts included.

@@ -11,7 +11,7 @@ from html import escape
 from itertools import groupby
 from typing import TYPE_CHECKING, NamedTuple
 
-from ddf_convert.report.groups import grew
+from ddf_convert.report.groups import grew, number
 from ddf_convert.report.measures import Measure
 
 if TYPE_CHECKING:
@@ -35,19 +35,19 @@ def is_long(layers: Sequence[Layer]) -> bool:
 def chart(layers: Sequence[Layer], measure: Measure) -> str:
     """One measure of every layer, in their order."""
     pairs = [(measure.of(layer.before), measure.of(layer.after)) for layer in layers]
-    greatest = max((number for pair in pairs for number in pair if number is not None), default=0)
+    greatest = max((value for pair in pairs for value in pair if value is not None), default=0)
     long = is_long(layers)
     places = max(len(layers), _FEWEST_PLACES)
     scale = _HEIGHT / (greatest * _HEADROOM) if greatest else 0
     ticks = measure.axis(greatest)
     stages = _readable_stages([layer.name for layer in layers], _PHONE / places, (_WHOLE if long else _HALF) / places)
-    lines = [f"M0 {_HEIGHT - scale * number:.2f}H{places}" for number, _ in ticks]
+    lines = [f"M0 {_HEIGHT - scale * value:.2f}H{places}" for value, _ in ticks]
     lines += [f"M{stage.start} 0V{_HEIGHT}" for stage in stages if stage.start]
     widths = _LONG_WIDTHS if long else _WIDTHS
     bars = "\n".join(_bars(place, layer, measure, scale, widths) for place, layer in enumerate(layers))
-    what = f"{measure.heading} of each of {len(layers)} convolutions, before and after"
+    what = f"{measure.heading} of each of {number(layers)}, before and after"
     return (
-        f'<div class="plot"><div class="ticks">{"".join(_tick(scale * number, text) for number, text in ticks)}</div>\n'
+        f'<div class="plot"><div class="ticks">{"".join(_tick(scale * value, text) for value, text in ticks)}</div>\n'
         f'<svg viewBox="0 0 {places} {_HEIGHT}" preserveAspectRatio="none" role="img" aria-label="{what}">'
         f'<path class="grid" d="{"".join(lines)}"/>\n{bars}</svg>\n'
         f'<div class="stages">{"".join(_named(stage, places) for stage in stages)}</div></div>'
@@ -104,15 +104,15 @@ def _without_common_part(stages: list[_Stage]) -> list[_Stage]:
 def _bars(place: int, layer: Layer, measure: Measure, scale: float, widths: tuple[float, float]) -> str:
     """The smaller stands in front of the greater, so that what is saved or added shows."""
     before, after = measure.of(layer.before), measure.of(layer.after)
-    numbers = [measure.short(number) for number in (before, after) if number is not None]
+    numbers = [measure.short(value) for value in (before, after) if value is not None]
     words = f"{layer.name}: {' → '.join(numbers)}"
     more = grew(layer, measure)
     pair = [("before", before or 0, widths[0]), ("grown" if more else "after", after or 0, widths[1])]
     bars = (
-        f'<rect class="{name}" x="{place + (1 - width) / 2:.2f}" y="{_HEIGHT - scale * number:.2f}"'
-        f' width="{width}" height="{scale * number:.2f}"/>'
-        for name, number, width in (reversed(pair) if more else pair)
-        if number
+        f'<rect class="{name}" x="{place + (1 - width) / 2:.2f}" y="{_HEIGHT - scale * value:.2f}"'
+        f' width="{width}" height="{scale * value:.2f}"/>'
+        for name, value, width in (reversed(pair) if more else pair)
+        if value
     )
     return f"<g><title>{escape(words)}</title>{''.join(bars)}</g>"
 

@@ -15,6 +15,8 @@ from ddf_convert.accounting import Cost
 from ddf_convert.errors import UsageError
 from ddf_convert.files import check_file, write_file
 from ddf_convert.graph import Action, ConvertConfig, Plan, Replacement, Site, recorded
+from ddf_convert.graph.build import ddf_up
+from ddf_convert.graph.functional import place_of
 from ddf_convert.graph.plan import FoundBy
 from ddf_convert.graph.planner import as_it_stands
 from ddf_convert.graph.wrappers import bare
@@ -36,7 +38,7 @@ _ESTIMATED = (
 
 @dataclass(frozen=True)
 class Layer:
-    """One convolution, or what stands in its place, in both models.
+    """One convolution or upsampling, or what stands in its place, in both models.
 
     Attributes:
         name: Path of the module.
@@ -87,7 +89,7 @@ class Comparison:
         machine: What the times were measured on; None where nothing was timed.
         before: Cost of the whole model before.
         after: Cost of the whole model after.
-        layers: Every convolution of either, in the order of the forward pass.
+        layers: Every convolution of either, in the order of the forward pass; upsampling too, if it was planned.
         notes: What there is to say of it as a whole.
         configs: The options of the conversions in between, as far as they are known.
     """
@@ -173,11 +175,12 @@ def compare(before: nn.Module, after: nn.Module, example_input: ExampleInput, *,
     with _blaming("after"):
         after = bare(after)
     obstacle = _obstacle_to_timing(before, after) if latency else "latency=True measures it"
-    with _blaming("before"):
-        first = as_it_stands(before, example_input, measure=obstacle is None)
-    with _blaming("after"):
-        second = as_it_stands(after, example_input, measure=obstacle is None)
     record = recorded(after)
+    upsample = any(config.upsample for made in (record, recorded(before)) if made for config in made.configs)
+    with _blaming("before"):
+        first = as_it_stands(before, example_input, obstacle is None, upsample)
+    with _blaming("after"):
+        second = as_it_stands(after, example_input, obstacle is None, upsample)
     notes = [*first.notes, *second.notes, *([f"{_UNMEASURED} {obstacle}"] if obstacle else [])]
     return Comparison(
         model=" and ".join(dict.fromkeys((first.model, record.source if record else second.model))),
@@ -217,12 +220,18 @@ def _planned(site: Site) -> Layer:
 
 
 def _sites(plan: Plan, model: nn.Module) -> dict[str, tuple[Site, str]]:
-    """Every convolution by its name, and its kind, in the words that a plan has for what it replaces."""
+    """Every convolution by its name, and its kind, in the words that a plan has for what it replaces.
+
+    What took the place of an interpolation that was called as a function has the name of that call.
+    """
     modules = dict(model.named_modules())
+    record = recorded(model)
+    calls = {place_of(step.names[0]): step.names[0] for step in (record.replaced if record else ()) if step.intercepted}
     found = {}
     for site in plan:
         module = modules.get(site.name)
-        found[site.name] = site, _ddf(module.mix.groups) if isinstance(module, DDFConv2d) else site.kind
+        kind = _ddf(module.mix.groups) if isinstance(module, DDFConv2d) else site.kind
+        found[calls.get(site.name, site.name)] = site, kind
     return found
 
 
@@ -263,7 +272,10 @@ def _layer(site: Site, old: str | None, new: str | None, reason: str, before: Co
 
 
 def _in_words(replacement: Replacement) -> str:
-    groups = replacement.options.get("groups", 1)
+    options = replacement.options
+    if "scale_factor" in options:
+        return ddf_up(options["scale_factor"], mixes=replacement.layer == "DDFUpConv2d")
+    groups = options.get("groups", 1)
     return _ddf(int(groups) if replacement.layer == "DDFConv2d" else None)
 
 

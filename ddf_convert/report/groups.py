@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ddf_convert.graph.plan import is_upsampling
 from ddf_convert.report.measures import MEASURES, Measure
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ def only_after(comparison: Comparison) -> list[Layer]:
 
 
 def left_alone(comparison: Comparison) -> list[Layer]:
-    """What one might have expected to see replaced: of the sizes that DDF replaces, and the functional ones."""
+    """What one might have expected to see replaced: of the sizes that DDF replaces, the functional ones, upsampling."""
     return [layer for layer in comparison.layers if not layer.changed and not _expected(layer, comparison)]
 
 
@@ -60,9 +61,15 @@ def verb(comparison: Comparison) -> str:
 
 
 def number(layers: Sequence[Layer], other: bool = False) -> str:
-    """``"1 convolution"``, ``"2 other convolutions"``."""
-    noun = "convolution" if len(layers) == 1 else "convolutions"
-    return f"{len(layers)} {'other ' if other else ''}{noun}"
+    """``"1 convolution"``, ``"2 other convolutions"``; with upsampling among them, ``"3 layers"``."""
+    word = noun(layers)
+    return f"{len(layers)} {'other ' if other else ''}{word if len(layers) == 1 else f'{word}s'}"
+
+
+def noun(layers: Sequence[Layer]) -> str:
+    """What to call one of these, whichever it is."""
+    upsampling = (is_upsampling(layer.kind) or layer.kind.startswith("DDF-Up") for layer in layers)
+    return "layer" if any(upsampling) else "convolution"
 
 
 def becomes(layer: Layer) -> str:
@@ -93,5 +100,7 @@ def _size(layer: Layer) -> str | None:
 
 def _expected(layer: Layer, comparison: Comparison) -> bool:
     sizes = {f"{size}x{size}" for config in comparison.configs for size in config.kernel_size} or {"3x3"}
+    if layer.kind.startswith("transposed") and any(config.upsample for config in comparison.configs):
+        return False
     size = _size(layer)
     return layer.kind.startswith("DDF") or (size is not None and size not in sizes)

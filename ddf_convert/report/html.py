@@ -102,9 +102,10 @@ def _charts(comparison: Comparison) -> str:
     if not comparison.layers:
         return ""
     charts = "\n".join(_chart(measure, comparison.layers) for measure in MEASURES)
+    what = groups.noun(comparison.layers)
     long = " long" if is_long(comparison.layers) else ""
     return (
-        f'<h2>Along the depth</h2>\n<p class="soft">Every convolution, in the order of the forward pass.</p>{_KEY}\n'
+        f'<h2>Along the depth</h2>\n<p class="soft">Every {what}, in the order of the forward pass.</p>{_KEY}\n'
         f'<div class="charts{long}">\n{charts}\n</div>'
     )
 
@@ -119,7 +120,7 @@ def _chart(measure: Measure, layers: Sequence[Layer]) -> str:
 def _changed(comparison: Comparison) -> str:
     layers = groups.changed(comparison)
     if not layers:
-        return "<h2>No convolution is replaced</h2>"
+        return f"<h2>No {groups.noun(comparison.layers)} is replaced</h2>"
     shown = [measure for measure in MEASURES if _known(measure, layers)]
     # One scale for each column, so that the bars can be compared down the page.
     widest = {
@@ -134,7 +135,7 @@ def _changed(comparison: Comparison) -> str:
         f"{''.join(_cost(layer, measure, widest[measure]) for measure in shown)}</tr>"
         for layer in layers
     )
-    heads = ("Convolution", "Becomes", *(measure.heading for measure in shown))
+    heads = (groups.noun(layers).capitalize(), "Becomes", *(measure.heading for measure in shown))
     return f"<h2>{groups.verb(comparison).capitalize()}: {len(layers)}</h2>{above}{_KEY}\n{_table(heads, rows)}"
 
 
@@ -172,10 +173,8 @@ def _others(comparison: Comparison) -> str:
     layers = groups.others(comparison)
     if not layers:
         return ""
-    return (
-        f"<details><summary>Other convolutions left alone: {len(layers)} ({escape(groups.counted(layers))})</summary>\n"
-        f"{_plain(layers)}</details>"
-    )
+    words = f"Other {groups.noun(layers)}s left alone: {len(layers)} ({escape(groups.counted(layers))})"
+    return f"<details><summary>{words}</summary>\n{_plain(layers)}</details>"
 
 
 def _plain(layers: list[Layer]) -> str:
@@ -188,7 +187,8 @@ def _plain(layers: list[Layer]) -> str:
         f"{''.join(_number(layer, measure) for measure in shown)}</tr>"
         for layer in layers
     )
-    return _table(("Convolution", "Kind", *(["Why"] if why else []), *(measure.heading for measure in shown)), rows)
+    heads = (groups.noun(layers).capitalize(), "Kind", *(["Why"] if why else []))
+    return _table((*heads, *(measure.heading for measure in shown)), rows)
 
 
 def _known(measure: Measure, layers: Sequence[Layer]) -> bool:
