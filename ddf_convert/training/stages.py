@@ -173,7 +173,7 @@ def begin(
     ema = timm.utils.ModelEmaV3(model, stage.ema_decay, use_warmup=True) if stage.ema_decay else None
     with memory_explained(2):
         parameters = _reached(objective, model, stage, data, processes, options)
-    optimizer = _optimizer(stage, groups, learning_rate(stage, order.images_per_step))
+    optimizer = make_optimizer(stage, groups, learning_rate(stage, order.images_per_step))
     parallel = None
     if processes.world > 1:
         devices = [processes.device] if processes.device.type == "cuda" else None
@@ -192,7 +192,7 @@ def begin(
         parallel=parallel,
         parameters=parameters,
         optimizer=optimizer,
-        scheduler=_scheduler(stage, optimizer, order),
+        scheduler=make_scheduler(stage, optimizer, order),
         scaler=torch.amp.GradScaler(processes.device.type, enabled=amp is torch.float16),
         ema=ema,
         mixup=mixup_of(stage, data.classes),
@@ -240,7 +240,7 @@ def _epochs(stage: Stage, images: int, processes: Processes, seed: int) -> int:
     return -(-(stage.steps or 0) // order_of(stage, images, processes, seed).steps_per_epoch)
 
 
-def _optimizer(stage: Stage, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
+def make_optimizer(stage: Stage, groups: list[dict[str, Any]], lr: float) -> torch.optim.Optimizer:
     """timm's; a group's own learning rate becomes timm's ``lr_scale``, so that the whole schedule is scaled by it."""
     asked = stage.optimizer
     for group in groups:
@@ -261,7 +261,8 @@ def _optimizer(stage: Stage, groups: list[dict[str, Any]], lr: float) -> torch.o
     return optimizer
 
 
-def _scheduler(stage: Stage, optimizer: torch.optim.Optimizer, order: TrainingOrder) -> Any:
+def make_scheduler(stage: Stage, optimizer: torch.optim.Optimizer, order: TrainingOrder) -> Any:
+    """timm's, which is told of every step."""
     asked = stage.schedule
     scale = learning_rate(stage, order.images_per_step) / stage.optimizer.lr  # where it starts and ends goes along
     lr = stage.optimizer.lr * scale

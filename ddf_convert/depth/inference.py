@@ -1,0 +1,52 @@
+"""One photo and one small depth map in, one large depth map out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ddf_convert.depth.lowres import fit
+from ddf_convert.models.ddf_upnet import JointUpNet
+from ddf_convert.models.depth_holes import fill_holes
+from ddf_convert.modes import evaluating
+
+
+def upsample(model: JointUpNet, photo: Tensor, depth: Tensor) -> tuple[Tensor, str | None]:
+    """Upsamples a depth map with a network; sizes that its factor does not divide are padded, and cut off again.
+
+    Args:
+        model: On any device.
+        photo: (3, H, W) uint8.
+        depth: (1, h, w), holes 0; h and w are H and W over the network's factor, rounded up or down.
+
+    Returns:
+        (1, H, W) float32 on the CPU, above 0; and what was padded, in words, or None.
+
+    Raises:
+        UsageError: The sizes do not fit.
+    """
+    device = next(model.parameters()).device
+    padded, small, words = fit(photo, depth, model.scale_factor)
+    with evaluating(model), torch.inference_mode():
+        found = model(small[None].float().to(device), padded[None].float().to(device) / 255)[0].cpu()
+    found = found[..., : photo.shape[-2], : photo.shape[-1]]
+    # The residual knows no limits: below the smallest measurement by half there is nothing to believe.
+    return found.clamp_min(0.5 * float(small[small > 0].min())), words
+
+
+def interpolate(depth: Tensor, factor: int, size: Sequence[int], mode: str = "bicubic") -> Tensor:
+    """What there is without a network: (1, h, w) -> (1, H, W), holes filled first.
+
+    Args:
+        depth: (1, h, w), holes 0.
+        factor: s.
+        size: H and W; what lies beyond s*h and s*w repeats the last row and column.
+        mode: As for ``torch.nn.functional.interpolate``.
+    """
+    filled, _ = fill_holes(depth[None].float())
+    large = F.interpolate(filled, scale_factor=factor, mode=mode)
+    beyond = [max(0, wanted - have) for wanted, have in zip(size, large.shape[-2:], strict=True)]
+    return F.pad(large, (0, beyond[1], 0, beyond[0]), mode="replicate")[0, :, : size[0], : size[1]]

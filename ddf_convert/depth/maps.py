@@ -1,0 +1,171 @@
+"""Photos and depth maps as files: PNG and JPEG; PNG of 16 bits, NPY and PFM.
+
+Numbers of a file are taken as they are. What they are, its unit, only says how they are shown and written.
+"""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+from torch import Tensor
+
+from ddf_convert.depth import pfm
+from ddf_convert.errors import UsageError
+
+PHOTOS = (".png", ".jpg", ".jpeg")
+DEPTHS = (".png", ".npy", ".pfm")
+# Centimetres in one of each; any other unit, such as the pixels of a disparity, is shown as it is.
+CENTIMETRES = {"mm": 0.1, "cm": 1.0, "m": 100.0}
+_WHOLE = {".png": "mm"}  # of a kind of file, where nobody says
+_MOST = 65535
+
+
+@dataclass(frozen=True)
+class Unit:
+    """What the numbers of a depth map are.
+
+    Attributes:
+        name: "mm", "cm" or "m"; or any other word.
+    """
+
+    name: str
+
+    @property
+    def shown(self) -> str:
+        """The unit that errors are shown in: centimetres for lengths."""
+        return "cm" if self.name in CENTIMETRES else self.name
+
+    def show(self, value: float) -> float:
+        """A number in the unit that errors are shown in."""
+        return value * CENTIMETRES.get(self.name, 1.0)
+
+
+def unit_of(file: Path, name: str | None) -> Unit:
+    """The unit of a depth map: what the user says, or millimetres in PNG and metres in other files."""
+    return Unit(name or _WHOLE.get(file.suffix.lower(), "m"))
+
+
+def read_photo(file: Path) -> Tensor:
+    """A photo: (3, H, W) uint8. Grey ones get three equal channels; transparency is left out.
+
+    Raises:
+        UsageError: It cannot be read as a photo.
+    """
+    with _opened(file, "photo") as image:
+        pixels = np.array(image.convert("RGB"))
+    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+
+
+def read_depth(file: Path, allow_8bit: bool = False) -> Tensor:
+    """A depth map: (1, H, W) float32, its holes 0, whether the file has 0, less, NaN or infinity there.
+
+    Args:
+        file: PNG of 16 bits, NPY or PFM.
+        allow_8bit: Take PNG of 8 bits too.
+
+    Raises:
+        UsageError: It cannot be read, is no depth map, holds 256 depths at most, or nothing but holes.
+    """
+    kind = file.suffix.lower()
+    if kind == ".png":
+        values = _read_png(file, allow_8bit)
+    elif kind in (".npy", ".pfm"):
+        values = _read_numbers(file)
+    else:
+        raise UsageError(f"{file}: depth is read from {', '.join(DEPTHS)}")
+    depth = torch.from_numpy(values.astype(np.float32))[None]
+    depth = torch.where(torch.isfinite(depth) & (depth > 0), depth, 0.0)
+    if not depth.any():
+        raise UsageError(f"{file}: every pixel is a hole (0, negative, NaN or infinite): there is nothing to upsample")
+    return depth
+
+
+def encode_depth(depth: Tensor, file: Path, unit: Unit, whole: bool) -> tuple[bytes, Unit]:
+    """A depth map as the content of a file; PNG holds whole numbers, so metres go there as millimetres.
+
+    Args:
+        depth: (1, H, W).
+        file: Its suffix says as what.
+        unit: Of the numbers.
+        whole: Whether the input had whole numbers, so that the output may be rounded to them.
+
+    Returns:
+        The content, and its unit.
+
+    Raises:
+        UsageError: No such format, or the numbers do not fit into it.
+    """
+    values = depth[0].double().cpu().numpy()
+    kind = file.suffix.lower()
+    if kind == ".pfm":
+        return pfm.encode(values.astype(np.float32)), unit
+    if kind == ".npy":
+        content = io.BytesIO()
+        np.save(content, values.astype(np.float32), allow_pickle=False)
+        return content.getvalue(), unit
+    if kind != ".png":
+        raise UsageError(f"{file}: depth is written as {', '.join(DEPTHS)}")
+    if unit.name in ("m", "cm"):
+        values, unit = values * (10 * CENTIMETRES[unit.name]), Unit("mm")
+    elif not whole:
+        raise UsageError(f"{file}: PNG holds whole numbers, and the input's are not; give {file.stem}.npy or .pfm")
+    if values.max() > _MOST:
+        raise UsageError(
+            f"{file}: PNG holds numbers up to {_MOST}, and the depth reaches {values.max():.6g} {unit.name};"
+            f" give {file.stem}.npy or .pfm"
+        )
+    image = Image.fromarray(np.clip(np.rint(values), 0, _MOST).astype(np.uint16))
+    written = io.BytesIO()
+    image.save(written, format="PNG")
+    return written.getvalue(), unit
+
+
+def _read_png(file: Path, allow_8bit: bool) -> NDArray[np.generic]:
+    with _opened(file, "depth map") as image:
+        if image.mode in ("I;16", "I;16B", "I"):
+            return np.array(image.convert("I") if image.mode == "I;16B" else image)
+        if image.mode not in ("1", "L", "P"):
+            raise UsageError(f"{file}: is a picture in colour ({image.mode}); a depth map has one channel of 16 bits")
+        if not allow_8bit or image.mode != "L":
+            raise UsageError(
+                f"{file}: has 8 bits, which hold 256 depths: save the depth with 16 bits, or as .npy or .pfm;"
+                " --allow-8bit takes it as it is"
+            )
+        return np.array(image)
+
+
+def _read_numbers(file: Path) -> NDArray[np.generic]:
+    try:
+        if file.suffix.lower() == ".pfm":
+            return pfm.decode(file.read_bytes())
+        with file.open("rb") as opened:
+            values = np.lib.format.read_array(opened, allow_pickle=False)
+    except OSError as error:
+        raise UsageError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, EOFError) as error:
+        raise UsageError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
+    if values.ndim == 3 and 1 in (values.shape[0], values.shape[-1]):
+        values = values.squeeze(0 if values.shape[0] == 1 else -1)
+    if values.ndim != 2 or not values.size or values.dtype.kind not in "uif":
+        raise UsageError(
+            f"{file}: holds {values.dtype} of shape {values.shape}; a depth map is numbers of shape (H, W)"
+        )
+    return values
+
+
+def _opened(file: Path, what: str) -> Image.Image:
+    try:
+        image = Image.open(file)
+        image.load()
+    except UnidentifiedImageError:
+        raise UsageError(f"{file}: is not an image") from None
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
+        raise UsageError(f"{file}: the {what} cannot be read: {reason}") from error
+    return image

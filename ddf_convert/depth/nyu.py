@@ -1,0 +1,107 @@
+"""NYU Depth V2 in its published file, ``nyu_depth_v2_labeled.mat``: 1449 photos with depth maps, in metres.
+
+MATLAB 7.3 keeps them as HDF5, axes reversed: ``images`` (1449, 3, 640, 480) uint8 and ``depths`` (1449, 640, 480)
+float32. h5py reads them, one pair at a time; it is an extra.
+
+Source: Silberman et al., "Indoor Segmentation and Support Inference from RGBD Images", ECCV 2012. The division into the
+first 1000 to train and the last 449 to test is that of Li et al., "Deep Joint Image Filtering", ECCV 2016, and of what
+came after.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ddf_convert.depth.maps import Unit
+from ddf_convert.errors import UsageError
+
+_TRAINING = 1000
+_PUBLISHED = 1449
+
+
+class NYU:
+    """The pairs of the file, which stays open.
+
+    Args:
+        file: An open ``h5py.File``.
+        unit: Of the depth maps' numbers.
+    """
+
+    def __init__(self, file: Any, unit: Unit) -> None:
+        self._file = file  # datasets close with it
+        self._photos, self._depths = file["images"], file["depths"]
+        self.unit = unit
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Their numbers, from 1 as in MATLAB."""
+        return [f"{number:04}" for number in range(1, len(self) + 1)]
+
+    def __len__(self) -> int:
+        return len(self._depths)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+        """A photo (3, H, W) uint8, and its depth map (1, H, W) float32, whose holes are 0."""
+        try:
+            photo, depth = np.asarray(self._photos[index]), np.asarray(self._depths[index], np.float32)
+        except (OSError, RuntimeError) as error:
+            raise UsageError(f"{self._file.filename}: pair {index + 1} cannot be read: {error}") from error
+        values = torch.from_numpy(np.ascontiguousarray(depth.T))[None]
+        values = torch.where(torch.isfinite(values) & (values > 0), values, 0.0)
+        return torch.from_numpy(np.ascontiguousarray(photo.transpose(0, 2, 1))), values
+
+
+def open_file(path: Path, unit: str | None = None) -> NYU:
+    """Opens the file.
+
+    Raises:
+        UsageError: h5py is missing; or it is not that file.
+    """
+    try:
+        import h5py
+    except ImportError as error:
+        raise UsageError(f"{path}: reading .mat files needs h5py: pip install 'ddf-convert[depth]'") from error
+    try:
+        file = h5py.File(path, "r")
+    except FileNotFoundError:
+        raise UsageError(f"{path}: there is no such file") from None
+    except OSError:
+        raise UsageError(
+            f"{path}: cannot be read as HDF5: is it nyu_depth_v2_labeled.mat (MATLAB 7.3), and whole?"
+        ) from None
+    fault = _fault(file)
+    if fault is not None:
+        file.close()
+        raise UsageError(f"{path}: {fault}")
+    return NYU(file, Unit(unit or "m"))
+
+
+def _fault(file: Any) -> str | None:
+    """What is wrong with the contents of the file, if anything is."""
+    missing = [name for name in ("images", "depths") if name not in file]
+    if missing:
+        return f"has no {' and no '.join(missing)}: it is not nyu_depth_v2_labeled.mat"
+    photos, depths = file["images"].shape, file["depths"].shape
+    if len(photos) != 4 or len(depths) != 3 or photos != (depths[0], 3, *depths[1:]):
+        return f"images {photos} and depths {depths} do not belong together"
+    if file["images"].dtype != np.uint8:
+        return f"images are {file['images'].dtype}, and should be uint8"
+    return None
+
+
+def split(count: int) -> tuple[range, range]:
+    """The pairs to train with and to test with: 1000 and 449; of a file of another length the same share.
+
+    Raises:
+        UsageError: There are fewer than two.
+    """
+    if count < 2:
+        raise UsageError(f"{count} pairs are too few to train with some and to test with others")
+    training = _TRAINING if count == _PUBLISHED else max(1, count * _TRAINING // _PUBLISHED)
+    return range(training), range(training, count)
