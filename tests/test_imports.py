@@ -20,6 +20,7 @@ BELONGS_TO = {
     "rich": {"cli", "commands_depth", "commands_training", "report", "bench", "training"},
     "matplotlib": {"bench", "depth", "training"},
     "yaml": {"recipes"},
+    "h5py": {"depth"},
     "numba": {"cpu", "cuda"},
     "llvmlite": {"cpu", "cuda"},
     "cuda": {"cuda", "doctor"},
