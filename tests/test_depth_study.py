@@ -84,7 +84,7 @@ def test_opencv_is_asked_for(monkeypatch):
 
 
 def test_the_whole_study(opencv, monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(study, "CROPS", {4: (16, 2)})
+    monkeypatch.setattr(study, "CROP", 16)
     monkeypatch.setattr(study, "PICTURE_FACTOR", 4)
     divided = parts(made())
     kept = study.Kept(tmp_path / "rows.jsonl")
