@@ -98,6 +98,7 @@ def main() -> None:
         study(parts(scene(), choosing=True), factors, SEEDS[:1], steps, Kept(None))
         return
     kept = Kept(chosen.results / f"{NAME}{'_quick' if chosen.quick else ''}.jsonl", chosen.fresh)
+    torch.set_num_threads(1)  # as in the processes beside this one
     divided = parts(scene())
     train_ahead(factors, seeds, steps, kept, chosen.jobs)
     document = study(divided, factors, seeds, steps, kept)

@@ -7,7 +7,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,7 +17,7 @@ from rich.table import Column
 from ddf_convert.completion import recipe_names
 from ddf_convert.errors import UsageError
 from ddf_convert.files import check_file, write_file
-from ddf_convert.options import AsJson, Debug
+from ddf_convert.options import Amp, AsJson, Debug, TrainingDevice, plain_option, stage_change
 
 if TYPE_CHECKING:
     from ddf_convert.depth.single import Upsampled
@@ -49,29 +49,13 @@ class LossOption(StrEnum):
     HUBER = "huber"
 
 
-class Amp(StrEnum):
-    """Autocast's dtype in training."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
-
-
-def _option(help: str, *names: str, panel: str | None = None, **settings: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **settings)
-
-
-def _change(help: str, *names: str, **settings: Any) -> Any:
-    return _option(help, *names, panel="Changes to every stage of the recipe", **settings)
-
-
 UnitOption = Annotated[
     str | None,
-    _option(
+    plain_option(
         "What the numbers of depth files are: mm, cm, m, or another word. mm in PNG, else m.", "--unit", metavar="NAME"
     ),
 ]
 Allow8bit = Annotated[bool, typer.Option("--allow-8bit", help="Take depth in PNG of 8 bits, which hold 256 depths.")]
-Device = Annotated[str | None, _option("cpu, cuda or cuda:N; the GPU if there is one.", metavar="NAME")]
 
 
 def upsample_train(
@@ -83,31 +67,31 @@ def upsample_train(
             show_default=False,
         ),
     ],
-    output: Annotated[Path, _option("Folder of the run, and of the network.", "--output", "-o", metavar="RUN")],
+    output: Annotated[Path, plain_option("Folder of the run, and of the network.", "--output", "-o", metavar="RUN")],
     factor: Annotated[int, typer.Option("--factor", help="2, 4, 8 or 16.", metavar="S")] = 8,
     recipe: Annotated[
         str, typer.Option(help="A recipe, or a file.", metavar="NAME|FILE", autocompletion=recipe_names)
     ] = "depth-upsample",
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in RUN, if there is one.")] = False,
-    epochs: Annotated[int | None, _change("Crops of every pair.", min=1, metavar="N")] = None,
-    steps: Annotated[int | None, _change("Steps, in the place of epochs.", min=1, metavar="N")] = None,
-    batch_size: Annotated[int | None, _change("Crops at a time.", min=1, metavar="N")] = None,
-    lr: Annotated[float | None, _change("Learning rate.", metavar="X")] = None,
-    amp: Annotated[Amp | None, _change("Autocast's dtype.")] = None,
+    epochs: Annotated[int | None, stage_change("Crops of every pair.", min=1, metavar="N")] = None,
+    steps: Annotated[int | None, stage_change("Steps, in the place of epochs.", min=1, metavar="N")] = None,
+    batch_size: Annotated[int | None, stage_change("Crops at a time.", min=1, metavar="N")] = None,
+    lr: Annotated[float | None, stage_change("Learning rate.", metavar="X")] = None,
+    amp: Annotated[Amp | None, stage_change("Autocast's dtype.")] = None,
     crop: Annotated[int, typer.Option(min=4, help="Rows, and columns, of a crop.")] = 128,
     downsample: Annotated[Downsample, typer.Option(help="How small depth maps are made.")] = Downsample.NEAREST,
     loss: Annotated[LossOption, typer.Option(help="Of the errors.")] = LossOption.HUBER,
     turned: Annotated[
         float, typer.Option(min=0, max=1, help="Share of crops whose near and far change places: for few data.")
     ] = 0.0,
-    width: Annotated[int | None, _option("Channels of the network's features.", min=2, metavar="N")] = None,
+    width: Annotated[int | None, plain_option("Channels of the network's features.", min=2, metavar="N")] = None,
     upsampler: Annotated[
         Upsampler, typer.Option(help="conv is the network that DDF-Up-Net is compared with.")
     ] = Upsampler.DDF,
     unit: UnitOption = None,
     allow_8bit: Allow8bit = False,
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is random.")] = 0,
-    device: Device = None,
+    device: TrainingDevice = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -163,19 +147,21 @@ def upsample_train(
 
 
 def upsample(
-    rgb: Annotated[Path, _option("The photo.", "--rgb", metavar="FILE")],
-    depth: Annotated[Path, _option("The small depth map: PNG of 16 bits, NPY or PFM.", "--depth", metavar="FILE")],
-    checkpoint: Annotated[Path, _option("A folder of upsample-train.", "--checkpoint", metavar="DIR")],
-    output: Annotated[Path, _option("The large depth map: PNG, NPY or PFM.", "--output", "-o", metavar="FILE")],
-    factor: Annotated[int | None, _option("The network's own if not given.", "--factor", min=2, metavar="S")] = None,
+    rgb: Annotated[Path, plain_option("The photo.", "--rgb", metavar="FILE")],
+    depth: Annotated[Path, plain_option("The small depth map: PNG of 16 bits, NPY or PFM.", "--depth", metavar="FILE")],
+    checkpoint: Annotated[Path, plain_option("A folder of upsample-train.", "--checkpoint", metavar="DIR")],
+    output: Annotated[Path, plain_option("The large depth map: PNG, NPY or PFM.", "--output", "-o", metavar="FILE")],
+    factor: Annotated[
+        int | None, plain_option("The network's own if not given.", "--factor", min=2, metavar="S")
+    ] = None,
     truth: Annotated[
-        Path | None, _option("The true large depth map, to measure errors.", "--truth", metavar="FILE")
+        Path | None, plain_option("The true large depth map, to measure errors.", "--truth", metavar="FILE")
     ] = None,
     unit: UnitOption = None,
     allow_8bit: Allow8bit = False,
     picture: Annotated[bool, typer.Option("--picture/--no-picture", help="Also draw OUT_compare.png.")] = True,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
-    device: Device = None,
+    device: TrainingDevice = None,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

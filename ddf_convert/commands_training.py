@@ -7,7 +7,7 @@ import json
 import sys
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console, Group, RenderableType
@@ -17,7 +17,7 @@ from rich.text import Text
 
 from ddf_convert.completion import recipe_names, timm_names
 from ddf_convert.errors import UsageError
-from ddf_convert.options import AsJson, Debug
+from ddf_convert.options import Amp, AsJson, Debug, TrainingDevice, plain_option, stage_change
 
 if TYPE_CHECKING:
     from ddf_convert.training.evaluation import Evaluation
@@ -26,14 +26,6 @@ if TYPE_CHECKING:
 _out = Console(highlight=False, emoji=False)
 _FIGURES = (("top1", "top-1"), ("top5", "top-5"), ("agreement", "agrees with original"), ("loss", "loss"))
 _FRACTIONS = ("top1", "top5", "agreement")
-
-
-class Amp(StrEnum):
-    """Autocast's dtype in training."""
-
-    NONE = "none"
-    BFLOAT16 = "bfloat16"
-    FLOAT16 = "float16"
 
 
 class Broken(StrEnum):
@@ -50,30 +42,21 @@ class Part(StrEnum):
     VALIDATION = "validation"
 
 
-def _option(help: str, *names: str, panel: str | None = None, **settings: Any) -> Any:
-    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **settings)
-
-
-def _change(help: str, *names: str, **settings: Any) -> Any:
-    return _option(help, *names, panel="Changes to every stage of the recipe", **settings)
-
-
 _DATA = "A folder of images, a timm dataset such as torch/cifar10, or package.module:callable."
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A converted model.", show_default=False)]
-DataOption = Annotated[str, _option(_DATA, "--data", metavar="PATH|NAME")]
+DataOption = Annotated[str, plain_option(_DATA, "--data", metavar="PATH|NAME")]
 OwnModel = Annotated[
     str | None,
-    _option(
+    plain_option(
         "package.module:callable that builds the model before conversion, if it is your own.",
         "--model",
         metavar="CALLABLE",
     ),
 ]
 InputSize = Annotated[
-    tuple[int, int, int] | None, _option("Size of the images; the model's own if not given.", metavar="C H W")
+    tuple[int, int, int] | None, plain_option("Size of the images; the model's own if not given.", metavar="C H W")
 ]
-Device = Annotated[str | None, _option("cpu, cuda or cuda:N; the GPU if there is one.", metavar="NAME")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load images, for each that calculates.")]
 OnBroken = Annotated[Broken, typer.Option(help="At an image that cannot be read.")]
 
@@ -81,14 +64,16 @@ OnBroken = Annotated[Broken, typer.Option(help="At an image that cannot be read.
 def finetune(
     folder: Folder,
     data: DataOption,
-    output: Annotated[Path, _option("Folder of the run.", "--output", "-o", metavar="RUN")],
+    output: Annotated[Path, plain_option("Folder of the run.", "--output", "-o", metavar="RUN")],
     val_data: Annotated[
         str | None,
-        _option("Data to evaluate on; the validation part of --data if not given, or a tenth of it.", metavar="PATH"),
+        plain_option(
+            "Data to evaluate on; the validation part of --data if not given, or a tenth of it.", metavar="PATH"
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
-        _option(
+        plain_option(
             "A built-in recipe, or a file; if not given, the one that the model was converted with, or finetune.",
             metavar="NAME|FILE",
             autocompletion=recipe_names,
@@ -97,24 +82,24 @@ def finetune(
     resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in RUN, if there is one.")] = False,
     model: OwnModel = None,
     teacher_checkpoint: Annotated[
-        Path | None, _option("Weights of the model before conversion, if DIR does not keep them.", metavar="FILE")
+        Path | None, plain_option("Weights of the model before conversion, if DIR does not keep them.", metavar="FILE")
     ] = None,
-    num_classes: Annotated[int | None, _option("Give the model a new classifier.", min=1, metavar="N")] = None,
-    epochs: Annotated[int | None, _change("Passes over the data.", min=1, metavar="N")] = None,
-    steps: Annotated[int | None, _change("Steps, in the place of epochs.", min=1, metavar="N")] = None,
-    batch_size: Annotated[int | None, _change("Images of a process at a time.", min=1, metavar="N")] = None,
-    accumulate: Annotated[int | None, _change("Batches that make a step.", min=1, metavar="N")] = None,
-    lr: Annotated[float | None, _change("Learning rate of the new layers.", metavar="X")] = None,
-    amp: Annotated[Amp | None, _change("Autocast's dtype.")] = None,
+    num_classes: Annotated[int | None, plain_option("Give the model a new classifier.", min=1, metavar="N")] = None,
+    epochs: Annotated[int | None, stage_change("Passes over the data.", min=1, metavar="N")] = None,
+    steps: Annotated[int | None, stage_change("Steps, in the place of epochs.", min=1, metavar="N")] = None,
+    batch_size: Annotated[int | None, stage_change("Images of a process at a time.", min=1, metavar="N")] = None,
+    accumulate: Annotated[int | None, stage_change("Batches that make a step.", min=1, metavar="N")] = None,
+    lr: Annotated[float | None, stage_change("Learning rate of the new layers.", metavar="X")] = None,
+    amp: Annotated[Amp | None, stage_change("Autocast's dtype.")] = None,
     input_size: InputSize = None,
     workers: Workers = 2,
-    device: Device = None,
+    device: TrainingDevice = None,
     seed: Annotated[int, typer.Option(min=0, help="Of everything that is random.")] = 0,
     compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory format of the maps.")] = False,
     on_broken: OnBroken = Broken.STOP,
     checkpoint_every: Annotated[
-        int | None, _option("Steps between checkpoints; 10 minutes if not given.", min=1, metavar="N")
+        int | None, plain_option("Steps between checkpoints; 10 minutes if not given.", min=1, metavar="N")
     ] = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -179,13 +164,13 @@ def evaluate(
     ],
     data: DataOption,
     split: Annotated[Part, typer.Option(help="Which part, if the data are divided.")] = Part.VALIDATION,
-    checkpoint: Annotated[Path | None, _option("Weights of a timm model.", metavar="FILE")] = None,
+    checkpoint: Annotated[Path | None, plain_option("Weights of a timm model.", metavar="FILE")] = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Take timm's weights (a download).")] = False,
     own_model: OwnModel = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a process at a time.")] = 64,
     input_size: InputSize = None,
     workers: Workers = 2,
-    device: Device = None,
+    device: TrainingDevice = None,
     on_broken: OnBroken = Broken.STOP,
     as_json: AsJson = False,
     debug: Debug = False,

@@ -24,6 +24,14 @@ class Combine(StrEnum):
     ADD = "add"
 
 
+class Amp(StrEnum):
+    """Autocast's dtype in training."""
+
+    NONE = "none"
+    BFLOAT16 = "bfloat16"
+    FLOAT16 = "float16"
+
+
 class Mixing(StrEnum):
     """When a 1x1 convolution follows."""
 
@@ -37,9 +45,23 @@ _SE_RATIO = "Squeeze of the channel branch, as a fraction of the channels."
 _COMBINE = "How the two filters make one."
 _HEADS = "Groups of channels with a spatial filter of their own."
 
+
+def plain_option(help: str, *names: str, panel: str | None = None, **settings: Any) -> Any:
+    """An option whose default its help names, if it has to be named."""
+    return typer.Option(*names, help=help, rich_help_panel=panel, show_default=False, **settings)
+
+
+def stage_change(help: str, *names: str, **settings: Any) -> Any:
+    """An option that changes the stages of a recipe."""
+    return plain_option(help, *names, panel="Changes to every stage of the recipe", **settings)
+
+
 # Of every command.
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+# Of those that train.
+TrainingDevice = Annotated[str | None, plain_option("cpu, cuda or cuda:N; the GPU if there is one.", metavar="NAME")]
 
 # Those of a single layer, which is not planned: for `bench layer`.
 SeRatio = Annotated[float, typer.Option(help=_SE_RATIO)]

@@ -14,9 +14,6 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
-from pydantic import ValidationError
-
 from ddf_convert import recipes
 from ddf_convert.depth import checkpoint
 from ddf_convert.depth.inference import interpolate, upsample
@@ -28,12 +25,12 @@ from ddf_convert.devices import choose
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.files import write_file
 from ddf_convert.folder import check_writable
-from ddf_convert.graph.plan import in_one_line
 from ddf_convert.models.ddf_upnet import JointUpNet
 from ddf_convert.recipes import Recipe
 from ddf_convert.training.checkpoints import Checkpoints
 from ddf_convert.training.progress import Progress, telling
 from ddf_convert.training.randomness import seeded
+from ddf_convert.training.run import changed
 from ddf_convert.training.survival import Interrupted, Interruption, signals_noted
 
 RECIPE = "depth-upsample"
@@ -121,7 +118,7 @@ def train(request: Request) -> Outcome:
 
 def _train(request: Request, progress: Progress, interruption: Interruption) -> Outcome:
     device = choose(request.device, use="used")
-    recipe = _recipe(request, device)
+    recipe = changed(recipes.load(request.recipe), request.changes, device)
     settings = request.settings
     check(recipe, settings, request.factor)
     model = _model(request).to(device)
@@ -264,17 +261,6 @@ class RunFolder:
                 except (ValueError, KeyError, TypeError):
                     continue
         write_file(file, "".join(kept))
-
-
-def _recipe(request: Request, device: torch.device) -> Recipe:
-    recipe = recipes.load(request.recipe)
-    changes = {name: value for name, value in request.changes.items() if value is not None}
-    if changes.get("amp") == "float16" and device.type == "cpu":
-        raise UsageError("--amp float16 is for GPUs: give bfloat16")
-    try:
-        return recipe.changed(**changes)
-    except ValidationError as error:
-        raise UsageError(f"recipe {recipe.name}, changed by options: {in_one_line(error)}") from error
 
 
 def _model(request: Request) -> JointUpNet:

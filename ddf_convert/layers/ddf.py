@@ -28,6 +28,18 @@ def normalises_inside(branch: nn.Sequential, input: Tensor) -> bool:
     )
 
 
+def check_options(layer: str, in_channels: int, heads: int, se_ratio: float, combine: str, padding_mode: str) -> None:
+    """Raises a ValueError, in the name of a layer, unless what its filters are made by fits."""
+    if in_channels < 1 or heads < 1 or in_channels % heads:
+        raise ValueError(f"{layer}: heads must divide in_channels, got {heads} heads and {in_channels} channels")
+    if combine not in COMBINATIONS:
+        raise ValueError(f"{layer}: combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"{layer}: padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+    if not se_ratio > 0:
+        raise ValueError(f"{layer}: se_ratio must be above 0, got {se_ratio}")
+
+
 class DDF2d(nn.Module):
     """Filters every pixel of every channel with a K x K filter predicted from the input; channels are not mixed.
 
@@ -81,20 +93,13 @@ class DDF2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if in_channels < 1 or heads < 1 or in_channels % heads:
-            raise ValueError(f"DDF2d: heads must divide in_channels, got {heads} heads and {in_channels} channels")
+        check_options("DDF2d", in_channels, heads, se_ratio, combine, padding_mode)
         if stride < 1 or dilation < 1:
             raise ValueError(f"DDF2d: stride and dilation must be 1 or more, got {stride} and {dilation}")
         if isinstance(padding, str) and padding != "same":
             raise ValueError(f"DDF2d: padding must be a number of pixels, None or 'same', got {padding!r}")
         if isinstance(padding, int) and padding < 0:
             raise ValueError(f"DDF2d: padding must not be negative, got {padding}")
-        if combine not in COMBINATIONS:
-            raise ValueError(f"DDF2d: combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(f"DDF2d: padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
-        if not se_ratio > 0:
-            raise ValueError(f"DDF2d: se_ratio must be above 0, got {se_ratio}")
         self.in_channels = self.out_channels = in_channels
         self.kernel_size = kernel_size
         self.stride = stride

@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddf_convert.layers.branches import ChannelBranch, SpatialBranch
-from ddf_convert.layers.ddf import PADDING_MODES, normalises_inside
+from ddf_convert.layers.ddf import check_options, normalises_inside
 from ddf_convert.layers.together import alike_spatial_branches, channel_filters, normalised, raw_spatial_filters
-from ddf_convert.ops import COMBINATIONS, ddf, ddf_normalised
+from ddf_convert.ops import ddf, ddf_normalised
 
 
 class DDFUp2d(nn.Module):
@@ -71,20 +71,13 @@ class DDFUp2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        if in_channels < 1 or heads < 1 or in_channels % heads:
-            raise ValueError(f"DDFUp2d: heads must divide in_channels, got {heads} heads and {in_channels} channels")
+        check_options("DDFUp2d", in_channels, heads, se_ratio, combine, padding_mode)
         if scale_factor != int(scale_factor) or scale_factor < 2:
             raise ValueError(f"DDFUp2d: scale_factor must be a whole number from 2 on, got {scale_factor}")
         if guide_channels is not None and guide_channels < 1:
             raise ValueError(f"DDFUp2d: guide_channels must be 1 or more, or None, got {guide_channels}")
         if dilation < 1:
             raise ValueError(f"DDFUp2d: dilation must be 1 or more, got {dilation}")
-        if combine not in COMBINATIONS:
-            raise ValueError(f"DDFUp2d: combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
-        if padding_mode not in PADDING_MODES:
-            raise ValueError(f"DDFUp2d: padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
-        if not se_ratio > 0:
-            raise ValueError(f"DDFUp2d: se_ratio must be above 0, got {se_ratio}")
         self.in_channels = self.out_channels = in_channels
         self.scale_factor = int(scale_factor)
         self.kernel_size = kernel_size

@@ -133,7 +133,7 @@ def finetune(request: Request) -> Outcome | None:
 
 
 def _finetune(request: Request, processes: Processes, progress: Progress, interruption: Interruption) -> Outcome | None:
-    recipe = changed(opening.choose_recipe(request.recipe, request.folder), request.changes, processes)
+    recipe = changed(opening.choose_recipe(request.recipe, request.folder), request.changes, processes.device)
     run = RunFolder(request.output)
     run.check(request.resume)
     source = Source(request.folder, request.model)
@@ -206,14 +206,14 @@ def _finetune(request: Request, processes: Processes, progress: Progress, interr
     return _outcome(engine, run, finished)
 
 
-def changed(recipe: Recipe, changes: dict[str, Any], processes: Processes) -> Recipe:
+def changed(recipe: Recipe, changes: dict[str, Any], device: torch.device) -> Recipe:
     """The recipe with changes in every stage.
 
     Raises:
         UsageError: They do not fit; float16 on the CPU among them.
     """
     given = {name: value for name, value in changes.items() if value is not None}
-    if given.get("amp") == "float16" and processes.device.type == "cpu":
+    if given.get("amp") == "float16" and device.type == "cpu":
         raise UsageError("--amp float16 is for GPUs: give bfloat16, or none")
     if given.get("amp") == "none":
         del given["amp"]
