@@ -146,7 +146,7 @@ def test_which_calls_take_the_plain_kernels(size: int, dtype: str, layout: str, 
 
 
 def geometry(**changes: Any) -> Geometry:
-    made = Geometry("float32", False, False, True, 2, 16, 1, 8, 8, 8, 8, 3, 1, 1, 1, 132)
+    made = Geometry("float32", False, False, True, 2, 16, 16, 1, 8, 8, 8, 8, 3, 1, 1, 1, 132)
     return made._replace(**changes)
 
 
