@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import timm.utils
@@ -29,7 +29,7 @@ from ddf_convert.recipes.parameters import parameter_groups
 from ddf_convert.training.faults import gradient_not_finite, memory_explained, not_finite
 from ddf_convert.training.order import TrainingOrder
 from ddf_convert.training.progress import Progress
-from ddf_convert.training.stages import amp_of, make_optimizer, make_scheduler
+from ddf_convert.training.stages import Position, Stepping, amp_of, make_optimizer, make_scheduler
 from ddf_convert.training.survival import Interrupted, Interruption
 
 Loss = Literal["l1", "l2", "huber"]
@@ -59,15 +59,6 @@ class Settings:
 
 
 @dataclass
-class Position:
-    """Where a run is: the stage, the steps taken in it, and the steps taken in all."""
-
-    stage: int = 0
-    step: int = 0
-    total: int = 0
-
-
-@dataclass
 class Interval:
     """Sums over the steps since the last row of the log."""
 
@@ -75,20 +66,6 @@ class Interval:
     loss: float = 0.0
     grad_norm: float = 0.0
     seconds: float = 0.0
-
-
-@dataclass
-class Work:
-    """A stage, and what exists for it alone."""
-
-    stage: Stage
-    steps: int
-    optimizer: torch.optim.Optimizer
-    scheduler: Any
-    scaler: torch.amp.GradScaler
-    ema: Any
-    amp: torch.dtype | None
-    parameters: list[torch.nn.Parameter] = field(default_factory=list)
 
 
 class Trainer:
@@ -160,12 +137,12 @@ class Trainer:
             kept = self._stage(work)
         return kept
 
-    def _begin(self, stage: Stage) -> Work:
+    def _begin(self, stage: Stage) -> Stepping:
         order = _order(stage, len(self.pairs))
         groups = parameter_groups(self.model, stage, order.images_per_step)
         amp = amp_of(stage, self._device)
         optimizer = make_optimizer(stage, groups, max(group["lr"] for group in groups))
-        return Work(
+        return Stepping(
             stage=stage,
             steps=stage.steps or (stage.epochs or 0) * order.steps_per_epoch,
             optimizer=optimizer,
@@ -176,7 +153,7 @@ class Trainer:
             parameters=[parameter for parameter in self.model.parameters() if parameter.requires_grad],
         )
 
-    def _stage(self, work: Work) -> JointUpNet:
+    def _stage(self, work: Stepping) -> JointUpNet:
         stage = work.stage
         per_epoch = _order(stage, len(self.pairs)).steps_per_epoch
         every = max(1, min(50, work.steps // 20))
@@ -197,7 +174,7 @@ class Trainer:
                     self._write(work)
         return self._kept(work)
 
-    def _step(self, work: Work, crops: Crops) -> None:
+    def _step(self, work: Stepping, crops: Crops) -> None:
         stage, began, total = work.stage, time.monotonic(), 0.0
         work.optimizer.zero_grad(set_to_none=True)
         with memory_explained(stage.batch_size, stage.accumulate, amp=work.amp is not None):
@@ -208,24 +185,14 @@ class Trainer:
                 work.scaler.scale(loss).backward()
                 total += loss.item()
         step = self.position.step + 1
-        lr = float(work.optimizer.param_groups[0]["lr"])
+        lr = work.lr
         if not math.isfinite(total):
             raise not_finite(stage, step, f"the loss is {total}", "in this step's crops or the weights", lr)
-        work.scaler.unscale_(work.optimizer)
-        gradients = [parameter.grad for parameter in work.parameters if parameter.grad is not None]
-        norm = float(torch.nn.utils.get_total_norm(gradients))
+        norm = float(work.gradient_norm())
         if not math.isfinite(norm) and not work.scaler.is_enabled():
             where = gradient_not_finite(self.model.named_parameters())
             raise not_finite(stage, step, "a gradient is not finite", where, lr)
-        if stage.clip is not None:
-            timm.utils.dispatch_clip_grad(work.parameters, stage.clip.value, mode=stage.clip.mode)
-        work.scaler.step(work.optimizer)
-        work.scaler.update()
-        self.position.step += 1
-        self.position.total += 1
-        work.scheduler.step_update(self.position.step)
-        if work.ema is not None:
-            work.ema.update(self.model, step=self.position.step)
+        work.advance(self.model, self.position)
         interval, seconds = self._interval, time.monotonic() - began
         interval.steps += 1
         interval.loss += total
@@ -234,13 +201,13 @@ class Trainer:
         self.seconds += seconds
         self._progress.step(f"loss {interval.loss / interval.steps:.4g}  lr {lr:.2g}")
 
-    def _loss(self, work: Work, photos: Tensor, depths: Tensor) -> Tensor:
+    def _loss(self, work: Stepping, photos: Tensor, depths: Tensor) -> Tensor:
         small = downsample(depths, self.model.scale_factor, self.settings.downsample)
-        with torch.autocast(self._device.type, work.amp, enabled=work.amp is not None):
+        with work.precision(self._device):
             found = self.model(small, photos)
         return work.stage.losses.task * loss_of(found.float(), depths, deviations(small), self.settings.loss)
 
-    def _row(self, work: Work) -> None:
+    def _row(self, work: Stepping) -> None:
         interval = self._interval
         self._log(
             {
@@ -249,18 +216,18 @@ class Trainer:
                 "step": self.position.total,
                 "loss": interval.loss / interval.steps,
                 "grad_norm": interval.grad_norm / interval.steps,
-                "lr": float(work.optimizer.param_groups[0]["lr"]),
+                "lr": work.lr,
                 "seconds": self.seconds,
                 "crops_per_s": interval.steps * work.stage.batch_size * work.stage.accumulate / interval.seconds,
             }
         )
         self._interval = Interval()
 
-    def _kept(self, work: Work) -> JointUpNet:
+    def _kept(self, work: Stepping) -> JointUpNet:
         kept: JointUpNet = work.ema.module if work.ema is not None else self.model
         return kept
 
-    def _write(self, work: Work) -> None:
+    def _write(self, work: Stepping) -> None:
         state = {
             "position": vars(self.position).copy(),
             "seen": self._seen,
@@ -273,7 +240,7 @@ class Trainer:
         self._keep(state, self.position.total)
         self._written = time.monotonic()
 
-    def _restore(self, work: Work, state: dict[str, Any]) -> None:
+    def _restore(self, work: Stepping, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         work.optimizer.load_state_dict(state["optimizer"])
         work.scaler.load_state_dict(state["scaler"])

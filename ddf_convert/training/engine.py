@@ -12,7 +12,6 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any, Protocol
 
-import timm.utils
 import torch
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ from ddf_convert.training.loading import evaluation_loader, worker_death
 from ddf_convert.training.logs import Row
 from ddf_convert.training.progress import Progress
 from ddf_convert.training.randomness import seed_for, seeded
-from ddf_convert.training.stages import Data, Options, Work
+from ddf_convert.training.stages import Data, Options, Position, Work
 from ddf_convert.training.survival import Interrupted, Interruption
 
 _PARTS = {"task": "task_loss", "logits": "logits_loss", "features": "features_loss"}
@@ -51,23 +50,6 @@ class Keeper(Protocol):
 
     def model(self, model: nn.Module, best: bool) -> None:
         """The model as it is now, which may be the best so far."""
-
-
-@dataclass
-class Position:
-    """Where a run is.
-
-    Attributes:
-        stage: Number of the stage.
-        step: Steps that were taken in it.
-        total: Steps that were taken in all.
-        due: Whether the model has yet to be evaluated here.
-    """
-
-    stage: int = 0
-    step: int = 0
-    total: int = 0
-    due: bool = True
 
 
 @dataclass
@@ -215,9 +197,7 @@ class Engine:
                     work.scaler.scale(found["loss"] / stage.accumulate).backward()
                 parts = [found.get(name) for name in ("loss", *_PARTS.values())]
                 taken.append((batch, torch.stack([_number(part, device) for part in parts])))
-            work.scaler.unscale_(work.optimizer)
-            gradients = [parameter.grad for parameter in work.parameters if parameter.grad is not None]
-            norm = torch.nn.utils.get_total_norm(gradients)
+            norm = work.gradient_norm()
         # All that the processes have to agree on, and all that is read back from a GPU, at once.
         sums = torch.stack([figures for _, figures in taken]).sum(0) / stage.accumulate
         asked = sums.new_tensor([self._interruption.asked, self._wants_checkpoint()])
@@ -226,15 +206,7 @@ class Engine:
         if lost:
             self._lost(work, taken)
         self._check_gradients(work, grad_norm)
-        if stage.clip is not None:
-            timm.utils.dispatch_clip_grad(work.parameters, stage.clip.value, mode=stage.clip.mode)
-        work.scaler.step(work.optimizer)
-        work.scaler.update()
-        self.position.step += 1
-        self.position.total += 1
-        work.scheduler.step_update(self.position.step)
-        if work.ema is not None:
-            work.ema.update(self.model, step=self.position.step)
+        work.advance(self.model, self.position)
         self._count(work, means, grad_norm, time.monotonic() - began)
         return bool(stop), bool(save)
 

@@ -75,45 +75,45 @@ class Data:
 
 
 @dataclass
-class Work:
-    """A stage, and everything that exists for it alone.
+class Position:
+    """Where a run is.
+
+    Attributes:
+        stage: Number of the stage.
+        step: Steps that were taken in it.
+        total: Steps that were taken in all.
+        due: Whether the model has yet to be evaluated here.
+    """
+
+    stage: int = 0
+    step: int = 0
+    total: int = 0
+    due: bool = True
+
+
+@dataclass
+class Stepping:
+    """A stage, and what takes its steps once there are gradients, whatever is trained.
 
     Attributes:
         stage: As the recipe has it.
         steps: Its length.
-        epochs_before: Passes over the data that earlier stages took.
-        objective: What is minimised.
-        parallel: What keeps the gradients of several processes equal; None in one.
         parameters: That learn.
         optimizer: timm's.
         scheduler: timm's; it goes on with every step.
         scaler: Of the loss, for float16.
         ema: Averaged weights.
-        mixup: timm's.
-        order: Which images come when.
-        loader: Gives them.
         amp: Autocast's dtype; None is float32.
     """
 
     stage: Stage
     steps: int
-    epochs_before: int
-    objective: Objective
-    parallel: DistributedDataParallel | None
     parameters: list[nn.Parameter]
     optimizer: torch.optim.Optimizer
     scheduler: Any
     scaler: torch.amp.GradScaler
     ema: Any
-    mixup: Any
-    order: TrainingOrder
-    loader: ImageLoader
     amp: torch.dtype | None
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """Of the optimizer."""
-        return self.order.steps_per_epoch
 
     @property
     def lr(self) -> float:
@@ -123,6 +123,50 @@ class Work:
     def precision(self, device: torch.device) -> contextlib.AbstractContextManager[Any]:
         """Autocast, if it is used."""
         return torch.autocast(device.type, self.amp) if self.amp else contextlib.nullcontext()
+
+    def gradient_norm(self) -> Tensor:
+        """Of all gradients, without the scale of the loss, which they lose here."""
+        self.scaler.unscale_(self.optimizer)
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def advance(self, model: nn.Module, position: Position) -> None:
+        """Takes a step along the gradients, clipped if the stage says so; schedule, averages and position go along."""
+        if self.stage.clip is not None:
+            timm.utils.dispatch_clip_grad(self.parameters, self.stage.clip.value, mode=self.stage.clip.mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        position.step += 1
+        position.total += 1
+        self.scheduler.step_update(position.step)
+        if self.ema is not None:
+            self.ema.update(model, step=position.step)
+
+
+@dataclass
+class Work(Stepping):
+    """A stage of a converted model, and everything that exists for it alone.
+
+    Attributes:
+        epochs_before: Passes over the data that earlier stages took.
+        objective: What is minimised.
+        parallel: What keeps the gradients of several processes equal; None in one.
+        mixup: timm's.
+        order: Which images come when.
+        loader: Gives them.
+    """
+
+    epochs_before: int
+    objective: Objective
+    parallel: DistributedDataParallel | None
+    mixup: Any
+    order: TrainingOrder
+    loader: ImageLoader
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Of the optimizer."""
+        return self.order.steps_per_epoch
 
     def collecting(self, last: bool) -> contextlib.AbstractContextManager[Any]:
         """A context for a batch of a step; before the last one gradients stay in their process."""
