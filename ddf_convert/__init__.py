@@ -10,7 +10,20 @@ if "_DDF_CONVERT_COMPLETE" not in os.environ:
     from ddf_convert import layers, models, ops, recipes
     from ddf_convert.accounting import Cost, count_parameters, measure
     from ddf_convert.artifact import load, restore, save
-    from ddf_convert.graph import Action, Conversion, ConvertConfig, FoundBy, Plan, Replacement, Site, convert, plan
+    from ddf_convert.graph import (
+        Action,
+        Conversion,
+        ConvertConfig,
+        Filter,
+        FoundBy,
+        Plan,
+        Replacement,
+        Site,
+        convert,
+        list_filters,
+        plan,
+        register_filter,
+    )
     from ddf_convert.report import Comparison, compare
 
 __all__ = [
@@ -21,6 +34,7 @@ __all__ = [
     "ConvertConfig",
     "Cost",
     "DDFError",
+    "Filter",
     "FoundBy",
     "Plan",
     "Replacement",
@@ -31,12 +45,14 @@ __all__ = [
     "convert",
     "count_parameters",
     "layers",
+    "list_filters",
     "load",
     "measure",
     "models",
     "ops",
     "plan",
     "recipes",
+    "register_filter",
     "restore",
     "save",
 ]

@@ -47,7 +47,7 @@ __all__ = [
 ]
 
 FORMAT = "ddf_convert"
-FORMAT_VERSION = 3  # 2: recipes, and the original's weights; 3: upsampling
+FORMAT_VERSION = 4  # 2: recipes, and the original's weights; 3: upsampling; 4: other filters
 WEIGHTS = "model.safetensors"
 ORIGINAL = "original.safetensors"
 REPORT = "report.json"
@@ -108,7 +108,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["ddf_convert"] = "ddf_convert"
-    format_version: Literal[1, 2, 3] = 3
+    format_version: Literal[1, 2, 3, 4] = 4
     versions: dict[str, str]
     source: Annotated[TimmSource | OwnSource, Field(discriminator="kind")]
     conversion: Conversion

@@ -19,6 +19,7 @@ from rich.markup import escape
 
 from ddf_convert.commands_depth import upsample, upsample_train
 from ddf_convert.commands_training import evaluate, finetune
+from ddf_convert.commands_visualize import visualize
 from ddf_convert.completion import timm_names
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.files import check_file, write_file
@@ -220,6 +221,12 @@ def convert(
     if html:
         check_file("--html", html, beside=output)
     recipe = conversion.recipe
+    chosen = conversion.config["filter"]
+    if recipe and recipe.initialise_with.method != "paper" and chosen != "ddf":
+        raise UsageError(
+            f"recipe {recipe.name} starts new layers from the old weights, which --filter {chosen} cannot: leave one of"
+            " the two out"
+        )
     calibrates = recipe is not None and recipe.initialise_with.method == "calibrate"
     if images is not None and not calibrates:
         raise UsageError("--images is for recipes that calibrate the new layers, such as --recipe calibrate")
@@ -297,6 +304,7 @@ app.command()(finetune)
 app.command()(evaluate)
 app.command()(upsample_train)
 app.command()(upsample)
+app.command()(visualize)
 
 
 @recipes.callback()

@@ -8,6 +8,8 @@ from pathlib import Path
 
 _REGISTERED = re.compile(r"^@register_model\s+def (\w+)", re.MULTILINE)
 
+FILTERS = ("ddf", "spatial", "channel", "depthwise", "condconv", "dw-condconv", "dw-weightnet")  # the built-in ones
+
 
 def timm_names(incomplete: str) -> list[str]:
     """The model names that begin so, read from timm's source: importing timm takes seconds.
@@ -25,3 +27,8 @@ def recipe_names(incomplete: str) -> list[str]:
     """The built-in recipes whose names begin so."""
     files = Path(__file__).parent.joinpath("recipes", "builtin").glob("*.yaml")
     return sorted(file.stem for file in files if file.stem.startswith(incomplete))
+
+
+def filter_names(incomplete: str) -> list[str]:
+    """The built-in filters whose names begin so."""
+    return [name for name in FILTERS if name.startswith(incomplete)]

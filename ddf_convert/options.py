@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -11,7 +12,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ddf_convert.completion import recipe_names
+from ddf_convert.completion import FILTERS, filter_names, recipe_names
+from ddf_convert.errors import UsageError
 
 if TYPE_CHECKING:
     from ddf_convert.recipes import Recipe
@@ -101,6 +103,7 @@ def takes_conversion(command: Callable[..., None]) -> Callable[..., None]:
         if recipe:  # what stands on the command line wins over the recipe
             unsaid = [name for name in config if _is_default(context, name)]
             config |= {name: value for name, value in recipe.options().items() if name in unsaid}
+        config["filter_options"] = _filter_options(config["filter_options"])
         conversion = Conversion(
             list(config.pop("include") or ()) or None, list(config.pop("exclude") or ()) or None, config, recipe
         )
@@ -115,6 +118,22 @@ def takes_conversion(command: Callable[..., None]) -> Callable[..., None]:
     with_options.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     with_options.__annotations__ = {each.name: each.annotation for each in parameters}
     return with_options
+
+
+def _filter_options(given: dict[str, Any] | Sequence[str] | None) -> dict[str, Any] | None:
+    """NAME=VALUE as the command line has them; a recipe's come as they should be."""
+    if given is None or isinstance(given, dict):
+        return given
+    found = {}
+    for text in given:
+        name, sign, value = text.partition("=")
+        if not sign or not name:
+            raise UsageError(f"--filter-option {text}: write NAME=VALUE, such as num_experts=4")
+        try:
+            found[name] = json.loads(value)
+        except ValueError:
+            found[name] = value
+    return found
 
 
 def _recipe(name: str | None) -> Recipe | None:
@@ -190,10 +209,27 @@ def _options(
     only_faster: Annotated[
         bool, _option("Time every convolution here; leave alone what gets no faster.", "--only-faster")
     ] = False,
+    filter: Annotated[
+        str,
+        _option(
+            f"What takes a convolution's place: ddf, or what the paper compares it with: {', '.join(FILTERS[1:])}.",
+            metavar="NAME",
+            autocompletion=filter_names,
+        ),
+    ] = "ddf",
+    filter_options: Annotated[
+        list[str] | None,
+        _option(
+            "An option of that filter's own, such as num_experts=4. Repeatable.",
+            "--filter-option",
+            metavar="NAME=VALUE",
+            show_default=False,
+        ),
+    ] = None,
     mixing: Annotated[
         Mixing,
         _option(
-            "A 1x1 convolution after DDF: auto adds it unless 1x1s stand on both sides, dense wherever the convolution"
+            "A 1x1 convolution after it: auto adds it unless 1x1s stand on both sides, dense wherever the convolution"
             " mixed channels."
         ),
     ] = Mixing.AUTO,

@@ -99,7 +99,7 @@ def test_what_is_in_the_folder(model, saved):
     assert sorted(os.listdir(saved)) == ["manifest.json", "model.safetensors", "report.json"]
     manifest = json.loads((saved / "manifest.json").read_text())
     assert manifest["format"] == "ddf_convert"
-    assert manifest["format_version"] == 3
+    assert manifest["format_version"] == 4
     assert manifest["source"] == {"kind": "timm", "name": SMALL, "kwargs": {"num_classes": 5}}
     assert manifest["versions"]["torch"] == torch.__version__
     assert manifest["dtype"] == "float32"
@@ -292,8 +292,8 @@ DAMAGE = {
     "manifest is a list": (write("manifest.json", b"[]"), "is not a manifest of ddf_convert"),
     "manifest of something else": (edit(format="other"), "is not a manifest of ddf_convert"),
     "newer version": (
-        edit(format_version=4),
-        r"written by a newer ddf_convert \(format 4, this one reads 3\); upgrade",
+        edit(format_version=5),
+        r"written by a newer ddf_convert \(format 5, this one reads 4\); upgrade",
     ),
     "version that never was": (edit(format_version=0), "format_version"),
     "unknown field": (edit(surprise=1), "surprise: Extra inputs"),
@@ -359,7 +359,7 @@ def test_restore_into_the_wrong_model_changes_nothing(saved, change):
     if change == "meta device":
         wrong = wrong.to("meta")
     modules, state = dict(wrong.named_modules()), {k: v.clone() for k, v in wrong.state_dict().items()}
-    message = {"another model": "not fit", "already converted": "already a DDF", "meta device": "meta device"}
+    message = {"another model": "not fit", "already converted": "already converted", "meta device": "meta device"}
     with pytest.raises(ArtifactError, match=message[change]):
         restore(wrong, saved)
     assert dict(wrong.named_modules()) == modules

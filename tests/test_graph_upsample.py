@@ -25,7 +25,7 @@ from ddf_convert.layers import DDFUpConv2d
 from ddf_convert.recipes.factors import best_for_outputs
 from ddf_convert.recipes.initialise import initialise
 from ddf_convert.recipes.losses import Objective
-from ddf_convert.recipes.parameters import ddf_layers, trainable_names
+from ddf_convert.recipes.parameters import new_layers, trainable_names
 from ddf_convert.recipes.schema import Initialise, Losses
 from ddf_convert.recipes.upsampling import alignment_error, interpolation_filters
 
@@ -250,7 +250,7 @@ def test_interpolations_and_depthwise_ones_are_preserved_exactly(name):
     else:
         assert close
         assert layer.weight_error == 0
-    assert ddf_layers(converted)
+    assert new_layers(converted)
 
 
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
@@ -370,7 +370,7 @@ def test_calls_of_modules_inside_are_not_counted_for_the_one_around_them():
         PRESERVE.initialise(converted, model)
         image = torch.randn(1, 3, 5, 6)
         called = []
-        for name, layer in ddf_layers(converted).items():
+        for name, layer in new_layers(converted).items():
             layer.register_forward_hook(partial(_note, called, name))
         with torch.no_grad():
             assert torch.allclose(converted(image), model(image), atol=1e-5)
@@ -390,7 +390,7 @@ def test_a_model_is_converted_bit_by_bit():
     PRESERVE.initialise(second, model)
     image = torch.randn(1, 3, 5, 6)
     assert torch.allclose(second(image), model(image), atol=1e-5)
-    assert set(ddf_layers(second)) == {"ddf_interpolate", "inner.ddf_interpolate", "up", "ddf_interpolate_2"}
+    assert set(new_layers(second)) == {"ddf_interpolate", "inner.ddf_interpolate", "up", "ddf_interpolate_2"}
 
 
 def test_a_converted_caller_is_copied_pickled_traced_and_called_in_threads():

@@ -63,7 +63,7 @@ ODD = plan(
     site("one", "pointwise 1x1", "1x1 kernel; DDF replaces 3x3"),
     site("two", "pointwise 1x1", "1x1 kernel; DDF replaces 3x3"),
     site("wide", "grouped 1x7", "1x7 kernel; DDF replaces 3x3"),
-    site("done", "DDF", "already a DDF layer"),
+    site("done", "DDF", "already converted: DDF"),
     model="odd",
 )
 
@@ -174,7 +174,7 @@ def test_tables_keep_to_the_width(width: int, everything: bool) -> None:
     text = printed(ODD, width, everything)
     assert max(map(len, (text + printed(TIMED, width, everything)).splitlines())) <= width
     assert "stem=True" not in text
-    assert ("already a DDF layer" in " ".join(text.split())) == everything
+    assert ("already converted: DDF" in " ".join(text.split())) == everything
 
 
 def test_tables_say_what_matters() -> None:

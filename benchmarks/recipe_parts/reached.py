@@ -7,7 +7,7 @@ from collections.abc import Iterable
 import torch
 from torch import nn
 
-from ddf_convert.recipes.parameters import ddf_layers
+from ddf_convert.recipes.parameters import new_layers
 
 # Names of a layer's parameters, in words; in the order in which they are shown.
 _PARTS = {
@@ -26,7 +26,7 @@ _PARTS = {
 def reached(model: nn.Module) -> dict[str, tuple[int, int]]:
     """For each part of the new layers: tensors with a gradient that is not 0 throughout, and all tensors."""
     counts: dict[str, tuple[int, int]] = {}
-    for layer in ddf_layers(model).values():
+    for layer in new_layers(model).values():
         for name, parameter in layer.named_parameters():
             part = part_of(name)
             yes, all_ = counts.get(part, (0, 0))

@@ -1,5 +1,6 @@
 """From a model to its converted self: trace it, find the convolutions, plan, rewrite."""
 
+from ddf_convert.graph.filters import Filter, list_filters, register_filter
 from ddf_convert.graph.plan import Action, ConvertConfig, FoundBy, Plan, Replacement, Site
 from ddf_convert.graph.planner import plan
 from ddf_convert.graph.rewrite import Conversion, convert, recorded
@@ -9,12 +10,15 @@ __all__ = [
     "Action",
     "Conversion",
     "ConvertConfig",
+    "Filter",
     "FoundBy",
     "Plan",
     "Replaced",
     "Replacement",
     "Site",
     "convert",
+    "list_filters",
     "plan",
     "recorded",
+    "register_filter",
 ]

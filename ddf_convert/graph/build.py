@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -12,10 +11,18 @@ from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from ddf_convert.graph.filters import (
+    DDF,
+    DDF_LAYERS,
+    filter_of,
+    find_filter,
+    replacing_layers,
+    with_mixing,
+)
 from ddf_convert.graph.intercept import class_of
-from ddf_convert.graph.plan import ConvertConfig, Replacement
-from ddf_convert.graph.record import DDF_LAYERS, Call
-from ddf_convert.layers import DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d
+from ddf_convert.graph.plan import ConvertConfig, Mix, Replacement, Scalar
+from ddf_convert.graph.record import Call
+from ddf_convert.layers import DDFConv2d, DDFUp2d, DDFUpConv2d, MixedFilter2d
 from ddf_convert.ops import DTYPES
 
 # Convolutions whose forward is known to be that of Conv2d but for the weights; and what is special about the weights.
@@ -28,17 +35,20 @@ _KNOWN = {
     ScaledStdConv2dSame.forward: "standardises and scales its weights",
 }
 _UPSAMPLERS = (nn.ConvTranspose2d, nn.Upsample, nn.PixelShuffle)
-_LAYERS: dict[str, Callable[..., nn.Module]] = {layer.__name__: layer for layer in DDF_LAYERS}
 
 
 def kind_of(module: nn.Module) -> str:
-    """A module in words: "dense 3x3", "grouped 3x3", "transposed 4x4", "bilinear 2x", "pixel shuffle 2x", "DDF", ..."""
+    """A module in words: "dense 3x3", "transposed 4x4", "bilinear 2x", "pixel shuffle 2x", "DDF", "DDF + 1x1", ..."""
     if isinstance(module, DDFUp2d | DDFUpConv2d):
         return (
             ddf_up(module.scale_factor) if isinstance(module, DDFUp2d) else ddf_up(module.up.scale_factor, mixes=True)
         )
-    if isinstance(module, DDF2d | DDFConv2d):
-        return "DDF"
+    if isinstance(module, DDFConv2d):
+        return with_mixing("DDF", module.mix.groups)
+    if isinstance(module, MixedFilter2d):
+        return with_mixing(kind_of(module.filter), module.mix.groups)
+    if (chosen := filter_of(module)) is not None:
+        return chosen.words
     if isinstance(module, nn.PixelShuffle):
         return f"pixel shuffle {module.upscale_factor}x"
     if isinstance(module, nn.Upsample):
@@ -47,7 +57,8 @@ def kind_of(module: nn.Module) -> str:
             return f"{module.mode} to {'x'.join(map(str, size))}"
         factors = module.scale_factor if isinstance(module.scale_factor, tuple) else (module.scale_factor,)
         return f"{module.mode} {' by '.join(f'{factor:.3g}x' for factor in dict.fromkeys(factors))}"
-    assert isinstance(module, nn.Conv2d | nn.ConvTranspose2d)
+    if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        return type(module).__name__  # what a function made that was registered as a filter
     size_of_kernel = "x".join(map(str, module.kernel_size))
     if isinstance(module, nn.ConvTranspose2d):
         return f"transposed {size_of_kernel}"
@@ -75,8 +86,8 @@ def obstacle(module: nn.Module, upsample: bool = False) -> str | None:
         module: A convolution or, with ``upsample``, what upsamples.
         upsample: Whether upsampling is asked for.
     """
-    if isinstance(module, DDF_LAYERS):
-        return "already a DDF layer"
+    if isinstance(module, replacing_layers()):
+        return f"already converted: {kind_of(module)}"
     if not upsample and isinstance(module, nn.ConvTranspose2d):
         return "transposed convolution; DDF replaces ordinary ones"
     if not isinstance(module, nn.Conv2d) and not (upsample and isinstance(module, _UPSAMPLERS)):
@@ -151,21 +162,23 @@ def replacement_for(conv: nn.Conv2d, config: ConvertConfig, mix: bool) -> Replac
         config: Options of the DDF layer.
         mix: Whether a 1x1 convolution follows.
     """
-    options: dict[str, int | float | bool | str] = {
-        "in_channels": conv.in_channels,
-        **geometry(conv),
-        "heads": config.heads,
-        "se_ratio": config.se_ratio,
-        "combine": config.combine,
-        "nonlinearity": "relu",
-        **({"affine": True} if config.affine else {}),
-        "bias": conv.bias is not None,
-    }
-    if mix:
+    chosen = find_filter(config.filter)
+    bias = conv.bias is not None
+    options: dict[str, Scalar] = {"in_channels": conv.in_channels, **geometry(conv), **chosen.arguments(config)}
+    outputs: dict[str, Scalar] = {"out_channels": conv.out_channels, "groups": conv.groups}
+    if chosen.name == DDF:
         return Replacement(
-            layer="DDFConv2d", options={**options, "out_channels": conv.out_channels, "groups": conv.groups}
+            layer="DDFConv2d" if mix else "DDF2d", options={**options, "bias": bias, **(outputs if mix else {})}
         )
-    return Replacement(layer="DDF2d", options=options)
+    if mix:
+        behind = Mix(out_channels=conv.out_channels, groups=conv.groups, bias=bias)
+        return Replacement(layer=chosen.name, options={**options, "bias": False}, mix=behind)
+    return Replacement(layer=chosen.name, options={**options, "bias": bias, **(outputs if chosen.mixes else {})})
+
+
+def in_words(replacement: Replacement) -> str:
+    """What takes a place, in the words of :func:`kind_of`."""
+    return kind_of(build(replacement, device="meta"))
 
 
 def geometry(conv: nn.Conv2d) -> dict[str, int | str]:
@@ -202,6 +215,11 @@ def build(replacement: Replacement, device: torch.device | str = "cpu") -> nn.Mo
     Raises:
         ValueError: The options do not fit each other.
         TypeError: The layer has no such option.
+        UsageError: No filter of that name is known.
     """
-    options: dict[str, Any] = {**replacement.options, "device": device, "dtype": torch.float32}
-    return _LAYERS[replacement.layer](**options)
+    where: dict[str, Any] = {"device": device, "dtype": torch.float32}
+    layer = DDF_LAYERS.get(replacement.layer) or find_filter(replacement.layer).layer
+    built = layer(**replacement.options, **where)
+    if replacement.mix is None:
+        return built
+    return MixedFilter2d(built, int(replacement.options["in_channels"]), **dict(replacement.mix), **where)

@@ -14,6 +14,8 @@ from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Fie
 from ddf_convert.accounting import Cost
 from ddf_convert.errors import UsageError
 
+Scalar = int | float | bool | str  # what a layer's options are
+
 _UPSAMPLING = ("nearest", "area", "linear", "bilinear", "bicubic", "trilinear", "pixel shuffle")  # kinds begin so
 _MULTIPLES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
 
@@ -43,11 +45,14 @@ class ConvertConfig(BaseModel):
     """How convolutions are replaced, and which are left alone unless asked for.
 
     Attributes:
+        filter: What takes a convolution's place: "ddf", a rival of it ("spatial", "channel", "depthwise", "condconv",
+            "dw-condconv", "dw-weightnet"), or the name of a registered one (see ``register_filter``).
+        filter_options: Options that the filter has beside those below, such as ``{"num_experts": 4}``.
         se_ratio: Width of the channel branch's squeeze as a fraction of the channels (sigma in the paper).
         combine: "mul" (the paper) or "add" (the authors' second variant).
         heads: Groups of channels with a spatial filter of their own.
         affine: Give both FilterNorms a learned scale and shift, so that recipes can start from the old weights.
-        mixing: Whether a 1x1 convolution that mixes channels follows the DDF layer: "auto" adds one unless 1x1
+        mixing: Whether a 1x1 convolution that mixes channels follows the new layer: "auto" adds one unless 1x1
             convolutions stand on both sides (a bottleneck); "dense" adds one there too, wherever the convolution mixed
             channels itself; "always", after depthwise ones too; "never" (what changes the width is skipped).
         stem: Replace convolutions of few input channels too.
@@ -68,6 +73,8 @@ class ConvertConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    filter: str = "ddf"
+    filter_options: dict[str, Scalar] = {}
     se_ratio: float = Field(default=0.2, gt=0)
     combine: Literal["mul", "add"] = "mul"
     heads: int = Field(default=1, ge=1)
@@ -115,21 +122,49 @@ class Interpolation(BaseModel):
     align_corners: bool = False
 
 
+class Mix(BaseModel):
+    """The 1x1 convolution after a filter that keeps channels apart.
+
+    Attributes:
+        out_channels: Of it.
+        groups: Of it.
+        bias: Whether it has one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    out_channels: int
+    groups: int = 1
+    bias: bool = False
+
+
 class Replacement(BaseModel):
     """Everything needed to build what takes a convolution's place, so that loading never decides again.
 
     Attributes:
         layer: "DDF2d" (DDF alone), "DDFConv2d" (DDF, then a 1x1 convolution), "DDFUp2d" (DDF-Up) or "DDFUpConv2d" (a
-            1x1 convolution, then DDF-Up).
+            1x1 convolution, then DDF-Up); or the name of another filter.
         options: Keyword arguments of that class.
+        mix: The 1x1 convolution behind another filter; None if there is none.
         interpolation: What it replaces, if that is an interpolation.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    layer: Literal["DDF2d", "DDFConv2d", "DDFUp2d", "DDFUpConv2d"]
-    options: dict[str, int | float | bool | str]
+    layer: str
+    options: dict[str, Scalar]
+    mix: Mix | None = None
     interpolation: Interpolation | None = None
+
+    @property
+    def is_ddf(self) -> bool:
+        """Whether it is DDF or DDF-Up."""
+        return self.layer in ("DDF2d", "DDFConv2d") or self.is_ddf_up
+
+    @property
+    def is_ddf_up(self) -> bool:
+        """Whether it is DDF-Up."""
+        return self.layer in ("DDFUp2d", "DDFUpConv2d")
 
 
 class Site(BaseModel):

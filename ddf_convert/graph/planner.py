@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 from ddf_convert.accounting import Cost
+from ddf_convert.errors import UsageError
 from ddf_convert.graph.budget import apply_budgets
 from ddf_convert.graph.build import build, caution, is_depthwise, kind_of, obstacle, replacement_for, stand_in
 from ddf_convert.graph.costs import Costs, Stopwatch
-from ddf_convert.graph.plan import Action, ConvertConfig, FoundBy, Plan, Site, Timed, make_config
-from ddf_convert.graph.record import UPSAMPLING, Recording, record
+from ddf_convert.graph.filters import DDF, find_filter, is_built_in, with_mixing
+from ddf_convert.graph.plan import Action, ConvertConfig, FoundBy, Plan, Replacement, Site, Timed, make_config
+from ddf_convert.graph.record import UPSAMPLING, Recording, first_line, record
 from ddf_convert.graph.select import Patterns, Selector
 from ddf_convert.graph.sites import Convolution, find_convolutions
 from ddf_convert.graph.swap import steps_of
@@ -21,7 +23,7 @@ from ddf_convert.graph.trace import Traced, describe, trace
 from ddf_convert.graph.upsample import Refused, replacement_for_upsampling, stand_in_for_upsampling, upsamples
 from ddf_convert.graph.wrappers import bare
 from ddf_convert.inputs import ExampleInput, as_arguments, first_size
-from ddf_convert.layers import DDFConv2d
+from ddf_convert.layers import DDFConv2d, MixedFilter2d
 
 Filter = Callable[[str, nn.Module], bool]
 
@@ -91,6 +93,10 @@ def _plan(
     measure: bool | torch.device | str,
     measure_replacements: bool | torch.device | str,
 ) -> Plan:
+    chosen = find_filter(config.filter)
+    chosen.arguments(config)
+    if config.upsample and chosen.name != DDF:
+        raise UsageError(f"upsampling is replaced by DDF-Up, and not by filter {chosen.name}: leave one of the two out")
     model = bare(model)
     args, kwargs = as_arguments(model, example_input)
     recording = record(model, args, kwargs, describe(model), config.upsample)
@@ -172,6 +178,7 @@ class _Planner:
         convolutions: Mapping[str, Convolution],
     ) -> None:
         self.config = config
+        self.chosen = find_filter(config.filter)
         self.include = include
         self.exclude = exclude
         self.filter_fn = filter_fn
@@ -197,7 +204,7 @@ class _Planner:
         mix, why = self._mixing(convolution, module)
         site.caution = "; ".join(filter(None, (convolution.caution, caution(module))))
         site.replacement = replacement_for(module, self.config, mix)
-        layer = build(site.replacement, device="meta").to(module.weight.dtype)
+        layer = self._built(site.replacement, convolution).to(module.weight.dtype)
         site.replacement_cost = self.costs_of_replacements.over_all_calls(layer, convolution)
         refusal = self._unselected(convolution, module) or self._unprofitable(site, module)
         if refusal:
@@ -205,6 +212,27 @@ class _Planner:
         else:
             site.replace(why)
         return site
+
+    def _built(self, replacement: Replacement, convolution: Convolution) -> nn.Module:
+        """The layer, without weights; one of a user's own is held against the convolution."""
+        if is_built_in(self.chosen):
+            return build(replacement, device="meta")
+        where = f"filter {self.chosen.name} in the place of {convolution.name}"
+        call = convolution.calls[0]
+        try:
+            layer = build(replacement, device="meta")
+            with torch.no_grad():
+                output = layer(torch.empty(call.input_shape, device="meta"))
+        except Exception as error:  # it is the user's code: anything can come out of it
+            raise UsageError(f"{where}: {type(error).__name__}: {first_line(error)}") from error
+        made = tuple(getattr(output, "shape", ()))
+        if made != call.output_shape:
+            raise UsageError(
+                f"{where}: makes {'x'.join(map(str, made)) or type(output).__name__} of"
+                f" {'x'.join(map(str, call.input_shape))}, where the convolution makes"
+                f" {'x'.join(map(str, call.output_shape))}"
+            )
+        return layer
 
     def _decide_upsampling(self, site: Site, convolution: Convolution, module: nn.Module) -> None:
         try:
@@ -257,7 +285,7 @@ class _Planner:
         if convolution.module is None:
             kind = f"functional {kind}"
         first = convolution.calls[0] if convolution.calls else None
-        stride: Any = module.ddf.stride if isinstance(module, DDFConv2d) else getattr(module, "stride", 1)
+        stride: Any = getattr(_first(module), "stride", 1)
         shapes = (first.input_shape, first.output_shape) if first else ((), ())
         channels = [shape[1] if len(shape) > 1 else 0 for shape in shapes]  # of what has no channels of its own
         return Site(
@@ -284,7 +312,7 @@ class _Planner:
         sizes = self.config.kernel_size
         if module.kernel_size not in [(size, size) for size in sizes]:
             listed = ", ".join(f"{size}x{size}" for size in sizes)
-            return f"{'x'.join(map(str, module.kernel_size))} kernel; DDF replaces {listed}"
+            return f"{'x'.join(map(str, module.kernel_size))} kernel; {self.chosen.words} replaces {listed}"
         if not convolution.calls:
             return "not called in the forward pass"
         if convolution.shared_with is not None:
@@ -293,8 +321,11 @@ class _Planner:
             return "the forward pass also reads its weights directly"
         if convolution.module is None and (reason := self._functional(convolution)):
             return reason
-        if self.config.mixing == "never" and module.in_channels != module.out_channels:
-            return f"mixing is off, and DDF alone cannot turn {module.in_channels} channels into {module.out_channels}"
+        if self.config.mixing == "never" and module.in_channels != module.out_channels and not self.chosen.mixes:
+            return (
+                f"mixing is off, and {self.chosen.words} alone cannot turn {module.in_channels} channels into"
+                f" {module.out_channels}"
+            )
         if module.in_channels % self.config.heads:
             return f"{self.config.heads} heads do not divide its {module.in_channels} channels"
         return None
@@ -314,16 +345,19 @@ class _Planner:
         return None
 
     def _mixing(self, convolution: Convolution, conv: nn.Conv2d) -> tuple[bool, str]:
-        """Whether a 1x1 convolution follows the DDF layer, and why."""
-        one_by_one = "DDF + 1x1" if conv.groups == 1 else "DDF + grouped 1x1"
+        """Whether a 1x1 convolution follows the new layer, and why."""
+        words = self.chosen.words
+        one_by_one = with_mixing(words, conv.groups)
+        if self.chosen.mixes:
+            return False, f"{words}: it mixes channels itself"
         if self.config.mixing == "never":
-            return False, "DDF alone: mixing is off"
+            return False, f"{words} alone: mixing is off"
         if self.config.mixing == "always":
             return True, f"{one_by_one}: mixing is always on"
         if conv.in_channels != conv.out_channels:
             return True, f"{one_by_one}: it turns {conv.in_channels} channels into {conv.out_channels}"
         if is_depthwise(conv):
-            return False, "DDF alone: a depthwise convolution mixes no channels either"
+            return False, f"{words} alone: a depthwise convolution mixes no channels either"
         if self.config.mixing == "dense":
             return True, f"{one_by_one}: it mixed channels itself"
         if convolution.bottleneck:
@@ -352,10 +386,17 @@ class _Planner:
                 return None
             params = cost.params - site.before.params
             change = f"add {params:,} parameters to" if params > 0 else f"save {-params:,} parameters of"
-            return f"DDF would {change} a depthwise convolution (depthwise=True replaces it)"
+            return f"{self.chosen.words} would {change} a depthwise convolution (depthwise=True replaces it)"
         if conv.in_channels <= STEM_CHANNELS and not self.config.stem:
             return f"stem: {conv.in_channels} input channels (stem=True replaces it)"
-        return None if self.config.allow_growth else _growth(site)
+        return None if self.config.allow_growth or not self.chosen.saves else _growth(site)
+
+
+def _first(module: nn.Module) -> nn.Module:
+    """The part of a layer that reads its input."""
+    if isinstance(module, DDFConv2d):
+        return module.ddf
+    return module.filter if isinstance(module, MixedFilter2d) else module
 
 
 def _growth(site: Site) -> str | None:

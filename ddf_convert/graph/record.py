@@ -17,12 +17,10 @@ from torch.overrides import TorchFunctionMode
 from ddf_convert.accounting import Cost, counting
 from ddf_convert.copies import Copy, in_mode, watch_a_run
 from ddf_convert.errors import UsageError
+from ddf_convert.graph.filters import replacing_layers
 from ddf_convert.graph.intercept import INTERPOLATE, stands_for_a_call
 from ddf_convert.inputs import in_words
-from ddf_convert.layers import DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d
 
-DDF_LAYERS = (DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d)
-CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d, *DDF_LAYERS)
 UPSAMPLING = (nn.Upsample, nn.PixelShuffle)  # sites too, where upsampling is asked for
 FUNCTIONS = {torch.conv2d: "conv2d", torch.conv_transpose2d: "conv_transpose2d"}  # F.conv2d is torch.conv2d
 UPSAMPLING_FUNCTIONS = {F.interpolate: "interpolate", torch.pixel_shuffle: "pixel_shuffle"}
@@ -131,7 +129,7 @@ class Recording:
     read_directly: frozenset[str]
     uses: Counter[str]
     cost: Cost
-    kinds: tuple[type[nn.Module], ...] = CONVOLUTIONS
+    kinds: tuple[type[nn.Module], ...]
 
     @property
     def on_values(self) -> bool:
@@ -155,7 +153,7 @@ def record(
         UsageError: The model cannot be copied, or does not accept the input.
     """
     recorders: list[_Recorder] = []
-    kinds = (*CONVOLUTIONS, *UPSAMPLING) if upsample else CONVOLUTIONS
+    kinds = site_kinds(upsample)
 
     @contextmanager
     def watch(copied: Copy) -> Iterator[_Recorder]:
@@ -182,9 +180,14 @@ def record(
     )
 
 
-def is_site(module: nn.Module, kinds: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, *UPSAMPLING)) -> bool:
+def site_kinds(upsample: bool = True) -> tuple[type[nn.Module], ...]:
+    """The modules that are sites: convolutions, what took their places, and, unless it is left out, upsampling."""
+    return (nn.Conv2d, nn.ConvTranspose2d, *replacing_layers(), *(UPSAMPLING if upsample else ()))
+
+
+def is_site(module: nn.Module, kinds: tuple[type[nn.Module], ...] | None = None) -> bool:
     """Whether a module is a site: one of these kinds, and no upsampling that its author gave parts of its own."""
-    return isinstance(module, kinds) and not (isinstance(module, UPSAMPLING) and any(module.children()))
+    return isinstance(module, kinds or site_kinds()) and not (isinstance(module, UPSAMPLING) and any(module.children()))
 
 
 def first_line(error: BaseException) -> str:

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, fx, nn
 
 from ddf_convert.graph.bottleneck import is_bottleneck
+from ddf_convert.graph.filters import replacing_layers
 from ddf_convert.graph.plan import FoundBy
-from ddf_convert.graph.record import CONVOLUTIONS, DDF_LAYERS, UPSAMPLING, Call, Recording, is_site
+from ddf_convert.graph.record import Call, Recording, is_site, site_kinds
 from ddf_convert.graph.trace import Traced
 
 
@@ -57,8 +58,8 @@ class Convolution:
 def find_convolutions(model: nn.Module, recording: Recording, traced: Traced) -> list[Convolution]:
     """Every 2D convolution of a model: in the order of the forward pass, then those that it does not reach.
 
-    So is every upsampling, if it was recorded. The convolutions that belong to a DDF layer are part of it and not
-    listed.
+    So is every upsampling, if it was recorded. The convolutions inside a layer that took another's place are part of
+    it and not listed.
     """
     calls: dict[str, list[Call]] = {}
     for call in recording.calls:
@@ -94,18 +95,19 @@ def find_convolutions(model: nn.Module, recording: Recording, traced: Traced) ->
 
 
 def module_names(
-    model: nn.Module, kinds: tuple[type[nn.Module], ...] = (*CONVOLUTIONS, *UPSAMPLING)
+    model: nn.Module, kinds: tuple[type[nn.Module], ...] | None = None
 ) -> list[tuple[nn.Module, tuple[str, ...]]]:
     """Every module of these kinds below the model, with all its paths, in the order of registration."""
     names: dict[int, tuple[nn.Module, list[str]]] = {}
-    inside_ddf: tuple[str, ...] = ()
+    whole = replacing_layers()
+    inside: tuple[str, ...] = ()
     for path, module in model.named_modules(remove_duplicate=False):
-        if not path or path.startswith(inside_ddf):
+        if not path or path.startswith(inside):
             continue
         if is_site(module, kinds):
             names.setdefault(id(module), (module, []))[1].append(path)
-        if isinstance(module, DDF_LAYERS):
-            inside_ddf = (*inside_ddf, f"{path}.")
+        if isinstance(module, whole):
+            inside = (*inside, f"{path}.")
     return [(module, tuple(paths)) for module, paths in names.values()]
 
 
@@ -132,7 +134,7 @@ def _before_the_first_convolution(
     early: set[str] = set()
     for call in recording.calls:
         module, _ = modules.get(call.name, (None, ()))
-        if call.function is not None or isinstance(module, CONVOLUTIONS):
+        if call.function is not None or isinstance(module, site_kinds(upsample=False)):
             return early
         early.add(call.name)
     return set()

@@ -48,6 +48,11 @@ class Replaced(BaseModel):
         """Whether it is an interpolation that was called as a function."""
         return is_intercepted(self.names[0])
 
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Every path of the new layer in the converted model."""
+        return tuple(map(place_of, self.names)) if self.functional or self.intercepted else self.names
+
 
 def _is_functional(name: str) -> bool:
     """Whether a name is that of a functional call (see ``record.function_name``), which no module's path can be."""
@@ -189,7 +194,9 @@ def _checked(model: nn.Module, modules: Mapping[str, nn.Module], step: Replaced)
     if reason is not None:
         raise unfit(f"{name}: {reason}")
     interpolation = step.replacement.interpolation
-    planned = {"out_channels": options.get("in_channels"), **options, **(dict(interpolation) if interpolation else {})}
+    planned = {"out_channels": options.get("in_channels"), **options}
+    for part in (interpolation, step.replacement.mix):
+        planned |= dict(part) if part else {}
     shuffle = modules[step.removed[0]] if step.removed else None
     for option, value in _actual(place, shuffle).items():
         if planned.get(option) != value:
@@ -203,7 +210,7 @@ def _replaced_by(step: Replaced) -> type[nn.Module]:
     """The kind of module that a step replaces."""
     if step.replacement.interpolation:
         return nn.Upsample
-    return nn.Conv2d if step.removed or step.replacement.layer in ("DDF2d", "DDFConv2d") else nn.ConvTranspose2d
+    return nn.ConvTranspose2d if step.replacement.is_ddf_up and not step.removed else nn.Conv2d
 
 
 def _actual(place: nn.Module, shuffle: nn.Module | None) -> dict[str, Any]:

@@ -5,16 +5,13 @@ from __future__ import annotations
 from typing import Any, Literal, cast
 
 import torch
-import torch.nn.functional as F
-from timm.layers.padding import get_same_padding
 from torch import Tensor, nn
 
 from ddf_convert.layers.branches import ChannelBranch, SpatialBranch
 from ddf_convert.layers.direct import is_plain
 from ddf_convert.layers.filter_norm import ChannelFilterNorm, SpatialFilterNorm
-from ddf_convert.ops import COMBINATIONS, ddf, ddf_normalised, output_size
-
-PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+from ddf_convert.layers.window import Windowed, add_bias
+from ddf_convert.ops import COMBINATIONS, ddf, ddf_normalised
 
 
 def normalises_inside(branch: nn.Sequential, input: Tensor) -> bool:
@@ -28,19 +25,19 @@ def normalises_inside(branch: nn.Sequential, input: Tensor) -> bool:
     )
 
 
-def check_options(layer: str, in_channels: int, heads: int, se_ratio: float, combine: str, padding_mode: str) -> None:
+def check_options(
+    layer: str, in_channels: int, heads: int = 1, se_ratio: float = 1.0, combine: str = COMBINATIONS[0]
+) -> None:
     """Raises a ValueError, in the name of a layer, unless what its filters are made by fits."""
     if in_channels < 1 or heads < 1 or in_channels % heads:
         raise ValueError(f"{layer}: heads must divide in_channels, got {heads} heads and {in_channels} channels")
     if combine not in COMBINATIONS:
         raise ValueError(f"{layer}: combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
-    if padding_mode not in PADDING_MODES:
-        raise ValueError(f"{layer}: padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
     if not se_ratio > 0:
         raise ValueError(f"{layer}: se_ratio must be above 0, got {se_ratio}")
 
 
-class DDF2d(nn.Module):
+class DDF2d(Windowed):
     """Filters every pixel of every channel with a K x K filter predicted from the input; channels are not mixed.
 
     Args:
@@ -92,24 +89,12 @@ class DDF2d(nn.Module):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        check_options("DDF2d", in_channels, heads, se_ratio, combine, padding_mode)
-        if stride < 1 or dilation < 1:
-            raise ValueError(f"DDF2d: stride and dilation must be 1 or more, got {stride} and {dilation}")
-        if isinstance(padding, str) and padding != "same":
-            raise ValueError(f"DDF2d: padding must be a number of pixels, None or 'same', got {padding!r}")
-        if isinstance(padding, int) and padding < 0:
-            raise ValueError(f"DDF2d: padding must not be negative, got {padding}")
-        self.in_channels = self.out_channels = in_channels
-        self.kernel_size = kernel_size
-        self.stride = stride
-        self.padding: int | Literal["same"] = dilation * (kernel_size - 1) // 2 if padding is None else padding
-        self.dilation = dilation
+        super().__init__(in_channels, kernel_size, stride, padding, dilation, padding_mode)
+        check_options("DDF2d", in_channels, heads, se_ratio, combine)
         self.heads = heads
         self.se_ratio = se_ratio
         self.combine = combine
         self.affine = affine
-        self.padding_mode = padding_mode
         self.spatial_branch = SpatialBranch(
             in_channels, kernel_size, heads, stride, nonlinearity, affine, device=device, dtype=dtype
         )
@@ -121,16 +106,8 @@ class DDF2d(nn.Module):
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, Ho, Wo), Ho and Wo as for a convolution with the same arguments."""
         channel_filter = self.channel_branch(input)
-        top, bottom, left, right = self.padding_of(input)
-        rows = self._output_size(input.shape[-2] + top + bottom)
-        columns = self._output_size(input.shape[-1] + left + right)
-        centres = self._centres(input, top, left, rows, columns)
-        padding = 0
-        if self.padding_mode == "zeros" and top == bottom == left == right:
-            padding = top
-        elif top or bottom or left or right:
-            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
-            input = F.pad(input, (left, right, top, bottom), mode=mode)
+        centres = self.centres(input)
+        input, padding = self.padded(input)
         options: dict[str, Any] = {
             "stride": self.stride,
             "padding": padding,
@@ -142,7 +119,7 @@ class DDF2d(nn.Module):
             output = ddf_normalised(input, channel_filter, conv(centres), scale=norm.scale, **options)
         else:
             output = ddf(input, channel_filter, self.spatial_branch(centres), **options)
-        return output if self.bias is None else output + self.bias.to(output.dtype).view(1, -1, 1, 1)
+        return add_bias(output, self.bias)
 
     def fix(self, filter: Tensor) -> None:
         """Makes the layer a depthwise convolution, whose filter no longer depends on the input.
@@ -159,39 +136,9 @@ class DDF2d(nn.Module):
         cast(ChannelFilterNorm, self.channel_branch[4]).fix(filter)
         cast(SpatialFilterNorm, self.spatial_branch[1]).fix(1.0 if self.combine == "mul" else 0.0)
 
-    def padding_of(self, input: Tensor) -> tuple[int, int, int, int]:
-        """Pixels above, below, left and right."""
-        if self.padding != "same":
-            return (self.padding,) * 4
-        height, width = (
-            get_same_padding(size, self.kernel_size, self.stride, self.dilation) for size in input.shape[-2:]
-        )
-        return height // 2, height - height // 2, width // 2, width - width // 2
-
-    def _output_size(self, padded: int) -> int:
-        return output_size(padded, self.kernel_size, self.stride, 0, self.dilation)
-
-    def _centres(self, input: Tensor, top: int, left: int, rows: int, columns: int) -> Tensor:
-        """The input, moved so that a stride from its first pixel meets the centre of every output's window.
-
-        With the usual padding, dilation * (K - 1) / 2, that is the input itself.
-        """
-        reach = self.dilation * (self.kernel_size - 1) // 2
-        before = (top - reach, left - reach)
-        after = tuple(
-            (count - 1) * self.stride + 1 - (size + first)
-            for count, size, first in zip((rows, columns), input.shape[-2:], before, strict=True)
-        )
-        # Up to stride - 1 pixels past the last centre change nothing: the strided conv does not reach them.
-        after = tuple(0 if -self.stride < excess < 0 else excess for excess in after)
-        if before == (0, 0) and after == (0, 0):
-            return input
-        return F.pad(input, (before[1], after[1], before[0], after[0]))
-
     def extra_repr(self) -> str:
         """The arguments, as ``print`` shows them."""
         return (
-            f"{self.in_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r},"
-            f" dilation={self.dilation}, heads={self.heads}, se_ratio={self.se_ratio}, combine={self.combine!r},"
-            f" affine={self.affine}, bias={self.bias is not None}, padding_mode={self.padding_mode!r}"
+            f"{self.window_repr()}, heads={self.heads}, se_ratio={self.se_ratio}, combine={self.combine!r},"
+            f" affine={self.affine}, bias={self.bias is not None}"
         )

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from ddf_convert.layers.branches import ChannelBranch, SpatialBranch
 from ddf_convert.layers.ddf import check_options, normalises_inside
+from ddf_convert.layers.symbolic import surely
 from ddf_convert.layers.together import alike_spatial_branches, channel_filters, normalised, raw_spatial_filters
+from ddf_convert.layers.window import add_bias, check_padding_mode
 from ddf_convert.ops import ddf, ddf_normalised
 
 
@@ -71,7 +73,8 @@ class DDFUp2d(nn.Module):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_options("DDFUp2d", in_channels, heads, se_ratio, combine, padding_mode)
+        check_options("DDFUp2d", in_channels, heads, se_ratio, combine)
+        check_padding_mode("DDFUp2d", padding_mode)
         if scale_factor != int(scale_factor) or scale_factor < 2:
             raise ValueError(f"DDFUp2d: scale_factor must be a whole number from 2 on, got {scale_factor}")
         if guide_channels is not None and guide_channels < 1:
@@ -142,9 +145,10 @@ class DDFUp2d(nn.Module):
         else:
             spatial_filter = normalised(branches, raw_spatial_filters(branches, read))
             output = ddf(input, channel_filter, spatial_filter, **options)
-        if self.bias is not None:
-            output = output + self.bias.to(output.dtype).view(1, -1, 1, 1)
-        if output_size is None or tuple(output_size) == tuple(output.shape[-2:]):
+        output = add_bias(output, self.bias)
+        if output_size is None:
+            return output
+        if all(surely(wanted == made) for wanted, made in zip(output_size, output.shape[-2:], strict=True)):
             return output
         return F.interpolate(output, size=tuple(output_size), mode="nearest")
 

@@ -16,7 +16,7 @@ from ddf_convert.recipes.batch_norm import BatchNorms
 from ddf_convert.recipes.calibrate import calibrate
 from ddf_convert.recipes.factors import best_for_weights
 from ddf_convert.recipes.pairs import Pair, pairs
-from ddf_convert.recipes.parameters import ddf_layers
+from ddf_convert.recipes.parameters import new_layers
 from ddf_convert.recipes.schema import Initialise, Method
 from ddf_convert.recipes.upsampling import UpPair
 
@@ -82,7 +82,7 @@ def initialise(
         DDFError: The fit gave numbers that are not finite.
     """
     if settings.method == "paper":
-        for new in ddf_layers(model).values():
+        for new in new_layers(model).values():
             for module in new.modules():
                 if module is not new and hasattr(module, "reset_parameters"):
                     cast(Any, module).reset_parameters()

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.rewrite import recorded
-from ddf_convert.recipes.parameters import ddf_layers
+from ddf_convert.recipes.parameters import new_layers
 from ddf_convert.recipes.schema import Losses
 
 _LEAST = 1e-12  # of a norm that is divided by
@@ -155,7 +155,7 @@ def _pairs(model: nn.Module, teacher: nn.Module) -> list[str]:
     known = dict(teacher.named_modules())
     conversion = recorded(model)
     shuffles = {step.names[0]: step.removed[0] for step in conversion.replaced if step.removed} if conversion else {}
-    names = [name for name in (shuffles.get(layer, layer) for layer in ddf_layers(model)) if name in known]
+    names = [name for name in (shuffles.get(layer, layer) for layer in new_layers(model)) if name in known]
     if not names:
         raise UsageError("the teacher has none of the layers that were replaced: is it the model before conversion?")
     return names

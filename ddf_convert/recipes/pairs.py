@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.build import effective_weight, kind_of
-from ddf_convert.graph.functional import functional_convolutions, place_of
+from ddf_convert.graph.functional import functional_convolutions
 from ddf_convert.graph.rewrite import recorded
 from ddf_convert.graph.swap import Replaced
 from ddf_convert.graph.trace import describe
@@ -99,10 +99,15 @@ def pairs(model: nn.Module, original: nn.Module) -> list[Pair | UpPair]:
 
 
 def _pair(model: nn.Module, original: nn.Module, functions: dict[str, nn.Conv2d], step: Replaced) -> Pair | UpPair:
-    if step.replacement.layer in ("DDFUp2d", "DDFUpConv2d"):
+    if not step.replacement.is_ddf:
+        raise UsageError(
+            f"{step.places[0]} became filter {step.replacement.layer}, which starts from random weights: only DDF takes"
+            " old ones over"
+        )
+    if step.replacement.is_ddf_up:
         return _up_pair(model, original, step)
     name = step.names[0]
-    place = place_of(name) if step.functional else name
+    place = step.places[0]
     try:
         layer = model.get_submodule(place)
         conv = functions[name] if step.functional else original.get_submodule(name)
@@ -125,7 +130,7 @@ def _pair(model: nn.Module, original: nn.Module, functions: dict[str, nn.Conv2d]
 
 def _up_pair(model: nn.Module, original: nn.Module, step: Replaced) -> UpPair:
     name, interpolation = step.names[0], step.replacement.interpolation
-    place = place_of(name) if step.intercepted else name
+    place = step.places[0]
     try:
         layer = model.get_submodule(place)
         # Of an interpolation that is called as a function nothing can be looked at but the module that calls it.

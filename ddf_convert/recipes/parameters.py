@@ -11,20 +11,23 @@ from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from ddf_convert.errors import UsageError
+from ddf_convert.graph.filters import replacing_layers
 from ddf_convert.graph.plan import suggestion
-from ddf_convert.layers import DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d
+from ddf_convert.graph.rewrite import recorded
 from ddf_convert.recipes.schema import Stage
 
-DDFLayer = DDF2d | DDFConv2d | DDFUp2d | DDFUpConv2d
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # timm's are among them
 
 
-def ddf_layers(model: nn.Module) -> dict[str, DDFLayer]:
+def new_layers(model: nn.Module) -> dict[str, nn.Module]:
     """The layers that took the places of convolutions and upsampling, by name, in the order of the module tree."""
-    found: dict[str, DDFLayer] = {}
+    found: dict[str, nn.Module] = {}
     inside: set[nn.Module] = set()
+    kinds, conversion = replacing_layers(), recorded(model)
+    # Those of models that were built with them are known by their class; a depthwise convolution, by the record alone.
+    places = {place for step in (conversion.replaced if conversion else ()) for place in step.places}
     for name, module in model.named_modules():
-        if isinstance(module, DDFLayer) and module not in inside:
+        if (isinstance(module, kinds) or name in places) and module not in inside:
             found[name] = module
             inside.update(module.modules())
     return found
@@ -70,7 +73,7 @@ def parameter_groups(model: nn.Module, stage: Stage, images_per_step: int | None
         UsageError: A pattern of the stage matches no parameter.
     """
     chosen = trainable_names(model, stage.trainable)
-    new = {id(parameter) for layer in ddf_layers(model).values() for parameter in layer.parameters()}
+    new = {id(parameter) for layer in new_layers(model).values() for parameter in layer.parameters()}
     told = getattr(model, "no_weight_decay", None)  # timm's models say so of positions, tokens and the like
     undecayed: set[str] = set(told()) if callable(told) else set()
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -105,7 +108,7 @@ def _matching(model: nn.Module, names: list[str], pattern: str) -> set[str]:
     if pattern == "all":
         return set(names)
     if pattern == "new":
-        return _inside(names, ddf_layers(model))
+        return _inside(names, new_layers(model))
     if pattern == "norms":
         return _inside(names, (name for name, module in model.named_modules() if isinstance(module, _NORMS)))
     if pattern == "head":

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from torch import nn
 
 from ddf_convert.errors import UsageError
+from ddf_convert.graph.filters import DDF
 from ddf_convert.graph.rewrite import convert, recorded
 from ddf_convert.graph.wrappers import bare
 from ddf_convert.inputs import ExampleInput
@@ -42,6 +43,11 @@ class Recipe(Part):
             raise ValueError(
                 f"initialise.method {self.initialise_with.method!r} starts from the old weights, which needs"
                 " conversion.affine: true"
+            )
+        if self.initialise_with.method != "paper" and self.conversion.filter != DDF:
+            raise ValueError(
+                f"initialise.method {self.initialise_with.method!r} is for DDF, and conversion.filter is"
+                f" {self.conversion.filter!r}"
             )
         names = [stage.name for stage in self.stages]
         twice = next((name for name in names if names.count(name) > 1), None)

@@ -14,15 +14,13 @@ from torch import nn
 from ddf_convert.accounting import Cost
 from ddf_convert.errors import UsageError
 from ddf_convert.files import check_file, write_file
-from ddf_convert.graph import Action, ConvertConfig, Plan, Replacement, Site, recorded
-from ddf_convert.graph.build import ddf_up
-from ddf_convert.graph.functional import place_of
+from ddf_convert.graph import Action, ConvertConfig, Plan, Site, recorded
+from ddf_convert.graph.build import in_words
 from ddf_convert.graph.plan import FoundBy
 from ddf_convert.graph.planner import as_it_stands
 from ddf_convert.graph.wrappers import bare
 from ddf_convert.inputs import ExampleInput
 from ddf_convert.latency import device_of
-from ddf_convert.layers import DDFConv2d
 from ddf_convert.report.model import versions
 
 if TYPE_CHECKING:
@@ -215,27 +213,21 @@ def _obstacle_to_timing(before: nn.Module, after: nn.Module) -> str | None:
 
 
 def _planned(site: Site) -> Layer:
-    kind = _in_words(site.replacement) if site.action is Action.REPLACE and site.replacement else site.kind
+    kind = in_words(site.replacement) if site.action is Action.REPLACE and site.replacement else site.kind
     return _layer(site, site.kind, kind, site.reason, site.before, site.after)
 
 
-def _sites(plan: Plan, model: nn.Module) -> dict[str, tuple[Site, str]]:
-    """Every convolution by its name, and its kind, in the words that a plan has for what it replaces.
+def _sites(plan: Plan, model: nn.Module) -> dict[str, Site]:
+    """Every convolution by its name.
 
     What took the place of an interpolation that was called as a function has the name of that call.
     """
-    modules = dict(model.named_modules())
     record = recorded(model)
-    calls = {place_of(step.names[0]): step.names[0] for step in (record.replaced if record else ()) if step.intercepted}
-    found = {}
-    for site in plan:
-        module = modules.get(site.name)
-        kind = _ddf(module.mix.groups) if isinstance(module, DDFConv2d) else site.kind
-        found[calls.get(site.name, site.name)] = site, kind
-    return found
+    calls = {step.places[0]: step.names[0] for step in (record.replaced if record else ()) if step.intercepted}
+    return {calls.get(site.name, site.name): site for site in plan}
 
 
-def _joined(first: dict[str, tuple[Site, str]], second: dict[str, tuple[Site, str]]) -> Iterator[Layer]:
+def _joined(first: dict[str, Site], second: dict[str, Site]) -> Iterator[Layer]:
     """The layers of both, in the order of the first; what only the second has follows what it follows there."""
     names = list(first)
     place = 0
@@ -245,14 +237,14 @@ def _joined(first: dict[str, tuple[Site, str]], second: dict[str, tuple[Site, st
         else:
             names.insert(place, name)
             place += 1
-    nothing = None, None
     for name in names:
-        (old, old_kind), (new, new_kind) = first.get(name, nothing), second.get(name, nothing)
+        old, new = first.get(name), second.get(name)
         shown = old or new
         assert shown is not None
-        same = old is not None and old_kind == new_kind
-        reason = shown.reason if same and shown.action is Action.SKIP else ""
-        yield _layer(shown, old_kind, new_kind, reason, old.before if old else None, new.before if new else None)
+        old_kind, new_kind = (site.kind if site else None for site in (old, new))
+        before, after = (site.before if site else None for site in (old, new))
+        reason = shown.reason if old_kind == new_kind and shown.action is Action.SKIP else ""
+        yield _layer(shown, old_kind, new_kind, reason, before, after)
 
 
 def _layer(site: Site, old: str | None, new: str | None, reason: str, before: Cost | None, after: Cost | None) -> Layer:
@@ -269,19 +261,6 @@ def _layer(site: Site, old: str | None, new: str | None, reason: str, before: Co
         found_by=site.found_by,
         caution=site.caution,
     )
-
-
-def _in_words(replacement: Replacement) -> str:
-    options = replacement.options
-    if "scale_factor" in options:
-        return ddf_up(options["scale_factor"], mixes=replacement.layer == "DDFUpConv2d")
-    groups = options.get("groups", 1)
-    return _ddf(int(groups) if replacement.layer == "DDFConv2d" else None)
-
-
-def _ddf(groups: int | None) -> str:
-    """A DDF layer, with the groups of the 1x1 convolution after it, if there is one."""
-    return "DDF" if groups is None else "DDF + 1x1" if groups == 1 else "DDF + grouped 1x1"
 
 
 def _timeless(cost: Cost | None) -> Cost | None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+from ddf_convert.graph.filters import is_new
 from ddf_convert.graph.plan import is_upsampling
 from ddf_convert.report.measures import MEASURES, Measure
 
@@ -35,7 +36,7 @@ def left_alone(comparison: Comparison) -> list[Layer]:
 
 
 def others(comparison: Comparison) -> list[Layer]:
-    """The other unchanged ones: of other kernel sizes, and DDF layers."""
+    """The other unchanged ones: of other kernel sizes, and what was converted before."""
     return [layer for layer in comparison.layers if not layer.changed and _expected(layer, comparison)]
 
 
@@ -56,8 +57,7 @@ def headline(comparison: Comparison) -> str:
 
 def verb(comparison: Comparison) -> str:
     """What happened to the changed ones."""
-    ddf = all((layer.kind_after or "").startswith("DDF") for layer in changed(comparison))
-    return "replaced" if ddf else "changed"
+    return "replaced" if all(_is_told_by_kind(layer) for layer in changed(comparison)) else "changed"
 
 
 def number(layers: Sequence[Layer], other: bool = False) -> str:
@@ -74,8 +74,7 @@ def noun(layers: Sequence[Layer]) -> str:
 
 def becomes(layer: Layer) -> str:
     """What takes a changed layer's place, in a word or two."""
-    after = layer.kind_after or ""
-    return after if after.startswith("DDF") else f"{layer.kind_before} -> {after}"
+    return (layer.kind_after or "") if _is_told_by_kind(layer) else f"{layer.kind_before} -> {layer.kind_after}"
 
 
 def grew(layer: Layer, measure: Measure) -> bool:
@@ -93,6 +92,12 @@ def grown(comparison: Comparison) -> str:
     return f"More than before: {', '.join(words)}, out of {number(changed(comparison))} {verb(comparison)}"
 
 
+def _is_told_by_kind(layer: Layer) -> bool:
+    """Whether what a layer is now says enough: it is of a kind that took another's place."""
+    after = layer.kind_after or ""
+    return is_new(after) or (after.startswith("depthwise") and after != layer.kind_before)
+
+
 def _size(layer: Layer) -> str | None:
     size = re.fullmatch(r"\w+ (\d+x\d+)", layer.kind)
     return size[1] if size else None
@@ -103,4 +108,4 @@ def _expected(layer: Layer, comparison: Comparison) -> bool:
     if layer.kind.startswith("transposed") and any(config.upsample for config in comparison.configs):
         return False
     size = _size(layer)
-    return layer.kind.startswith("DDF") or (size is not None and size not in sizes)
+    return is_new(layer.kind) or (size is not None and size not in sizes)

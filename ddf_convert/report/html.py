@@ -141,7 +141,7 @@ def _changed(comparison: Comparison) -> str:
 
 def _words(layer: Layer) -> dict[str, str]:
     """The reason without what stands above it already, and what is to be kept in mind; each with its style."""
-    reason = layer.reason.removeprefix(f"{groups.becomes(layer)}: ").removeprefix("DDF alone: ")
+    reason = layer.reason.removeprefix(f"{groups.becomes(layer)}: ").removeprefix(f"{groups.becomes(layer)} alone: ")
     words = {reason: "soft", layer.caution: "more"}
     return {text: style for text, style in words.items() if text}
 

@@ -1,0 +1,59 @@
+"""MixedFilter2d: a layer that keeps channels apart, and the 1x1 convolution that mixes them."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+
+class MixedFilter2d(nn.Sequential):
+    """A filter that works on every channel by itself, then a 1x1 convolution, in the place of a convolution.
+
+    It is for other filters what :class:`DDFConv2d` is for DDF.
+
+    Args:
+        filter: The first layer, which keeps the channels.
+        in_channels: C of the input.
+        out_channels: C of the output.
+        groups: Of the 1x1 convolution.
+        bias: Of the 1x1 convolution.
+        device: Of the 1x1 convolution's parameters.
+        dtype: Of the 1x1 convolution's parameters.
+
+    Attributes:
+        filter: The first layer.
+        mix: The 1x1 ``Conv2d``.
+    """
+
+    filter: nn.Module
+    mix: nn.Conv2d
+
+    def __init__(
+        self,
+        filter: nn.Module,
+        in_channels: int,
+        out_channels: int,
+        groups: int = 1,
+        bias: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.filter = filter
+        self.mix = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=bias, device=device, dtype=dtype)
+
+    @property
+    def in_channels(self) -> int:
+        """C of the input."""
+        return self.mix.in_channels
+
+    @property
+    def out_channels(self) -> int:
+        """C of the output."""
+        return self.mix.out_channels
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(B, C_in, H, W) -> (B, C_out, Ho, Wo), as a convolution with the same arguments."""
+        return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]

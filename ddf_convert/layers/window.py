@@ -1,0 +1,127 @@
+"""Windowed: what layers have in common that read their input through K x K windows, as convolutions do."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ddf_convert.layers.symbolic import surely
+from ddf_convert.ops import output_size
+
+PADDING_MODES = ("zeros", "reflect", "replicate", "circular")
+
+
+class Windowed(nn.Module):
+    """A layer whose every output pixel is made of a K x K window of the input; the base of the layers here.
+
+    Args:
+        in_channels: C of the input.
+        kernel_size: K.
+        stride: Step between output pixels, in input pixels.
+        padding: Pixels on every side; None keeps the size (at stride 1); "same" is TensorFlow's SAME, which pads so
+            that the output has ceil(H / stride) rows, one more pixel below than above where they cannot be equal.
+        dilation: Distance between taps, in pixels.
+        padding_mode: "zeros", "reflect", "replicate" or "circular", as for Conv2d.
+
+    Raises:
+        ValueError: An argument does not fit.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        kernel_size: int = 3,
+        stride: int = 1,
+        padding: int | Literal["same"] | None = None,
+        dilation: int = 1,
+        padding_mode: str = "zeros",
+    ) -> None:
+        super().__init__()
+        layer = type(self).__name__
+        if stride < 1 or dilation < 1:
+            raise ValueError(f"{layer}: stride and dilation must be 1 or more, got {stride} and {dilation}")
+        if isinstance(padding, str) and padding != "same":
+            raise ValueError(f"{layer}: padding must be a number of pixels, None or 'same', got {padding!r}")
+        if isinstance(padding, int) and padding < 0:
+            raise ValueError(f"{layer}: padding must not be negative, got {padding}")
+        check_padding_mode(layer, padding_mode)
+        self.in_channels = self.out_channels = in_channels
+        self.kernel_size = kernel_size
+        self.stride = stride
+        self.padding: int | Literal["same"] = dilation * (kernel_size - 1) // 2 if padding is None else padding
+        self.dilation = dilation
+        self.padding_mode = padding_mode
+
+    def padding_of(self, input: Tensor) -> tuple[int, int, int, int]:
+        """Pixels above, below, left and right."""
+        if self.padding != "same":
+            return (self.padding,) * 4
+        height, width = (same_padding(size, self.kernel_size, self.stride, self.dilation) for size in input.shape[-2:])
+        return height // 2, height - height // 2, width // 2, width - width // 2
+
+    def padded(self, input: Tensor) -> tuple[Tensor, int]:
+        """The input with what the operator cannot pad by itself, and the zeros on every side that are left to it."""
+        top, bottom, left, right = self.padding_of(input)
+        if self.padding_mode == "zeros" and all(surely(top == side) for side in (bottom, left, right)):
+            return input, top
+        if not all(surely(side == 0) for side in (top, bottom, left, right)):
+            mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
+            input = F.pad(input, (left, right, top, bottom), mode=mode)
+        return input, 0
+
+    def output_shape(self, input: Tensor) -> tuple[int, int]:
+        """Rows and columns of the output: those of a convolution with the same arguments."""
+        top, bottom, left, right = self.padding_of(input)
+        height, width = input.shape[-2:]
+        return self._steps(height + top + bottom), self._steps(width + left + right)
+
+    def centres(self, input: Tensor) -> Tensor:
+        """The input, moved so that a stride from its first pixel meets the centre of every output's window.
+
+        With the usual padding, dilation * (K - 1) / 2, that is the input itself.
+        """
+        reach = self.dilation * (self.kernel_size - 1) // 2
+        if self.padding == reach:
+            return input
+        top, _, left, _ = self.padding_of(input)
+        before = (top - reach, left - reach)
+        after = tuple(
+            (count - 1) * self.stride + 1 - (size + first)
+            for count, size, first in zip(self.output_shape(input), input.shape[-2:], before, strict=True)
+        )
+        # Up to stride - 1 pixels past the last centre change nothing: the strided conv does not reach them.
+        after = tuple(0 if surely(excess <= 0) and surely(excess > -self.stride) else excess for excess in after)
+        if all(surely(pixels == 0) for pixels in before + after):
+            return input
+        return F.pad(input, (before[1], after[1], before[0], after[0]))
+
+    def _steps(self, padded: int) -> int:
+        return output_size(padded, self.kernel_size, self.stride, 0, self.dilation)
+
+    def window_repr(self) -> str:
+        """These arguments, as ``print`` shows them."""
+        return (
+            f"{self.in_channels}, kernel_size={self.kernel_size}, stride={self.stride}, padding={self.padding!r},"
+            f" dilation={self.dilation}, padding_mode={self.padding_mode!r}"
+        )
+
+
+def same_padding(size: int, kernel_size: int, stride: int, dilation: int) -> int:
+    """Pixels that TensorFlow's SAME adds along one side, before and behind; the size may be symbolic."""
+    most = dilation * (kernel_size - 1)
+    spare = size - 1 - (size - 1) // stride * stride  # pixels behind the last step of the stride
+    # A window that is shorter than its step may need none; the comparison is left out where it cannot.
+    return most - spare if most >= stride - 1 else max(most - spare, 0)
+
+
+def check_padding_mode(layer: str, padding_mode: str) -> None:
+    """Raises a ValueError, in the name of a layer, unless the mode is one of Conv2d's."""
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"{layer}: padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+
+
+def add_bias(output: Tensor, bias: Tensor | None) -> Tensor:
+    """Adds a constant to each channel, (C,), if there is one; the output keeps its dtype."""
+    return output if bias is None else output + bias.to(output.dtype).view(1, -1, 1, 1)
