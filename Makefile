@@ -8,7 +8,7 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long bench kernels zoo lint clean
+.PHONY: help demo test test-long bench kernels zoo docs lint clean
 
 help:
 	@echo "make demo    convert ResNet-50 into $(DEMO)/, show what it saves, load it back and compare"
@@ -17,6 +17,7 @@ help:
 	@echo "make bench   time the operator beside its peers (minutes, on a quiet machine)"
 	@echo "make kernels compile every CUDA kernel for four architectures and show its registers (no GPU, minutes)"
 	@echo "make zoo     plan and convert every architecture of timm and torchvision (no download, an hour or more)"
+	@echo "make docs    the documentation site, in site/; fails at a broken link"
 	@echo "make lint    ruff and mypy alone"
 	@echo "make clean   remove $(VENV), $(DEMO) and caches"
 
@@ -42,6 +43,12 @@ kernels: $(INSTALLED)
 
 zoo: $(INSTALLED)
 	@$(BIN)/python benchmarks/zoo.py --real
+
+# Not --quiet, which hides warnings from --strict too. The theme would tell of its successor at every build; mkdocs.yml
+# says why it is kept.
+docs: $(INSTALLED)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
+	@echo "site/index.html is the first page; the search needs a server: $(BIN)/python -m http.server --directory site"
 
 lint: $(INSTALLED)
 	@echo "== ruff and mypy"

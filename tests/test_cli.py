@@ -18,7 +18,7 @@ import torch
 
 import ddf_convert as ddf
 from ddf_convert import cli, doctor, ops
-from ddf_convert.completion import timm_names
+from ddf_convert.commands.completion import timm_names
 
 NETWORK = """
 import torch
@@ -157,8 +157,11 @@ def test_options_reach_the_plan(run: Any) -> None:
     options = ("--se-ratio", 0.25, "--combine", "add", "--heads", 2, "--mixing", "always", "--stem", "--functional")
     more = ("--keep-first", 1, "--keep-last", 2, "--target-macs", "1.5M", "--target-params", "200k", "--only-faster")
     chosen = ("--depthwise", "--allow-growth", "--kernel-size", 3, 5, "--exclude", "layer2*")
-    found = json.loads(run("inspect", "resnet10t", "--input-size", 3, 32, 32, *options, *more, *chosen, "--json").out)
+    filters = ("--filter", "ddf", "--filter-option", "nonlinearity=linear")
+    asked = (*options, *more, *chosen, *filters)
+    found = json.loads(run("inspect", "resnet10t", "--input-size", 3, 32, 32, *asked, "--json").out)
     assert found["config"] == {
+        **{"filter": "ddf", "filter_options": {"nonlinearity": "linear"}},
         **{
             "se_ratio": 0.25,
             "combine": "add",
@@ -221,7 +224,7 @@ def test_convert_then_inspect_from_a_shell(folder: Path, run: Any) -> None:
     again = run("inspect", "out", *SMALL, "--json")
     assert (again.code, again.err) == (0, "")
     kinds = [site["kind"] for site in json.loads(again.out)["sites"]]
-    assert kinds.count("DDF") == sum(site["action"] == "replace" for site in json.loads(ran.stdout)["sites"]) > 0
+    assert kinds.count("DDF + 1x1") == sum(site["action"] == "replace" for site in json.loads(ran.stdout)["sites"]) > 0
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

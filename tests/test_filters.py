@@ -14,7 +14,7 @@ from torch import nn
 
 import ddf_convert as ddf
 from ddf_convert import cli
-from ddf_convert.completion import FILTERS
+from ddf_convert.commands.completion import FILTERS
 from ddf_convert.graph import filters as filters_module
 from ddf_convert.layers import (
     ChannelFilter2d,

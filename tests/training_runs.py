@@ -19,6 +19,7 @@ from PIL import Image
 
 import ddf_convert as ddf
 from ddf_convert import cli, recipes
+from ddf_convert.commands import console
 from ddf_convert.training import run
 from ddf_convert.training.stages import Options
 
@@ -286,7 +287,7 @@ def _command(arguments: tuple[str, ...], settings: dict[str, str], *files: Path)
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), stream)
     sys.stdout, sys.stderr = (open(stream, "w", closefd=False) for stream in (1, 2))  # noqa: SIM115
     torch.set_num_threads(1)
-    cli._err.file = sys.stderr
+    console.err.file = sys.stderr
     code = cli.run(list(arguments))
     sys.stdout.flush()
     sys.exit(code)

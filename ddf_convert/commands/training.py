@@ -1,29 +1,26 @@
-"""The commands that train and evaluate, for the application in ``ddf_convert.cli``: parse, call, print."""
+"""The commands that train and evaluate."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.markup import escape
 from rich.table import Column
 from rich.text import Text
 
-from ddf_convert.completion import recipe_names, timm_names
+from ddf_convert.commands.completion import recipe_names, timm_names
+from ddf_convert.commands.console import only_results_on_stdout, out, print_json
+from ddf_convert.commands.options import Amp, AsJson, Debug, TrainingDevice, plain_option, stage_change
 from ddf_convert.errors import UsageError
-from ddf_convert.options import Amp, AsJson, Debug, TrainingDevice, plain_option, stage_change
 
 if TYPE_CHECKING:
     from ddf_convert.training.evaluation import Evaluation
     from ddf_convert.training.run import Outcome
 
-_out = Console(highlight=False, emoji=False)
 _FIGURES = (("top1", "top-1"), ("top5", "top-5"), ("agreement", "agrees with original"), ("loss", "loss"))
 _FRACTIONS = ("top1", "top5", "agreement")
 
@@ -109,7 +106,7 @@ def finetune(
         raise UsageError("--epochs and --steps exclude each other: give one")
     if lr is not None and lr <= 0:
         raise UsageError(f"--lr {lr:g}: must be above 0")
-    with contextlib.redirect_stdout(sys.stderr):  # whatever models and data sets print
+    with only_results_on_stdout():  # whatever models and data sets print
         from ddf_convert.training import run
         from ddf_convert.training.stages import Options
 
@@ -147,7 +144,7 @@ def finetune(
     if outcome is None:  # in all processes but the first one
         return
     if as_json:
-        typer.echo(json.dumps(outcome.to_dict(), indent=2, ensure_ascii=False))
+        print_json(outcome.to_dict())
     else:
         _present(outcome)
 
@@ -176,7 +173,7 @@ def evaluate(
     debug: Debug = False,
 ) -> None:
     """Measure a model: accuracy where there are labels, else how often it agrees with the original."""
-    with contextlib.redirect_stdout(sys.stderr):
+    with only_results_on_stdout():
         from ddf_convert.training import run
 
         measured = run.measure(
@@ -200,9 +197,9 @@ def evaluate(
     figures = {key: getattr(found, key) for key, _ in _FIGURES}
     if as_json:
         document = {"model": name, "data": data, "images": found.images, **figures, "images_per_s": found.images_per_s}
-        typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        print_json(document)
         return
-    _out.print(_evaluation_table(found, name, data))
+    out.print(_evaluation_table(found, name, data))
 
 
 def _evaluation_table(found: Evaluation, name: str, data: str) -> RenderableType:
@@ -229,20 +226,20 @@ def _present(outcome: Outcome) -> None:
         if row is not None:
             figures = [_figure(key, getattr(row, key)) for key, _ in shown]
             table.add_row(name, f"{row.epoch:.4g}", f"{row.step:,}", *figures)
-    _out.print(table)
+    out.print(table)
     where = escape(str(outcome.output))
     speed = f", {outcome.images_per_s:,.0f} images/s in training" if outcome.images_per_s else ""
-    _out.print(f"{outcome.steps:,} steps in {_duration(outcome.seconds)}{speed}", soft_wrap=True)
+    out.print(f"{outcome.steps:,} steps in {_duration(outcome.seconds)}{speed}", soft_wrap=True)
     if not outcome.finished:
-        _out.print(
+        out.print(
             f"Stopped as asked, with a checkpoint in [bold]{where}[/]: the same command with --resume goes on.",
             soft_wrap=True,
         )
         return
     if outcome.best is not None and outcome.best.step == 0:
-        _out.print("No evaluation was better than that before training: best/ is the model as it was.", soft_wrap=True)
+        out.print("No evaluation was better than that before training: best/ is the model as it was.", soft_wrap=True)
     beside = [name for name in ("log.csv", "curves.png", "tensorboard") if (outcome.output / name).exists()]
-    _out.print(f"Models: [bold]{where}/best[/], [bold]{where}/last[/]; beside them {', '.join(beside)}", soft_wrap=True)
+    out.print(f"Models: [bold]{where}/best[/], [bold]{where}/last[/]; beside them {', '.join(beside)}", soft_wrap=True)
 
 
 def _figure(key: str, value: float | None) -> str:

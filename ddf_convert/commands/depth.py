@@ -1,29 +1,23 @@
-"""The commands of joint depth upsampling, for the application in ``ddf_convert.cli``: parse, call, print."""
+"""The commands of joint depth upsampling."""
 
 from __future__ import annotations
 
-import contextlib
-import json
-import sys
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Column
 
-from ddf_convert.completion import recipe_names
+from ddf_convert.commands.completion import recipe_names
+from ddf_convert.commands.console import err, only_results_on_stdout, out, print_file, print_json
+from ddf_convert.commands.options import Amp, AsJson, Debug, TrainingDevice, plain_option, stage_change
 from ddf_convert.errors import UsageError
 from ddf_convert.files import check_file, write_file
-from ddf_convert.options import Amp, AsJson, Debug, TrainingDevice, plain_option, stage_change
 
 if TYPE_CHECKING:
     from ddf_convert.depth.single import Upsampled
-
-_out = Console(highlight=False, emoji=False)
-_err = Console(stderr=True, highlight=False, emoji=False)
 
 
 class Downsample(StrEnum):
@@ -100,7 +94,7 @@ def upsample_train(
         raise UsageError("--epochs and --steps exclude each other: give one")
     if lr is not None and lr <= 0:
         raise UsageError(f"--lr {lr:g}: must be above 0")
-    with contextlib.redirect_stdout(sys.stderr):
+    with only_results_on_stdout():
         from ddf_convert.depth import run
         from ddf_convert.depth.training import Settings
 
@@ -127,23 +121,23 @@ def upsample_train(
             )
         )
     if as_json:
-        typer.echo(json.dumps(outcome.to_dict(), indent=2, ensure_ascii=False))
+        print_json(outcome.to_dict())
         return
     where = escape(str(outcome.output))
-    _out.print(f"{outcome.steps:,} steps on {outcome.pairs} pairs in {outcome.seconds:.1f} s", soft_wrap=True)
+    out.print(f"{outcome.steps:,} steps on {outcome.pairs} pairs in {outcome.seconds:.1f} s", soft_wrap=True)
     if not outcome.finished:
-        _out.print(
+        out.print(
             f"Stopped as asked, with a checkpoint in [bold]{where}[/]: the same command with --resume goes on.",
             soft_wrap=True,
         )
         return
     if outcome.rmse is not None:
-        _out.print(
+        out.print(
             f"RMSE on {outcome.validation} validation pairs: {outcome.rmse:.4g} {outcome.unit}"
             f" (bilinear interpolation: {outcome.bilinear:.4g})",
             soft_wrap=True,
         )
-    _out.print(f"Network of {outcome.parameters:,} parameters: [bold]{where}[/]", soft_wrap=True)
+    out.print(f"Network of {outcome.parameters:,} parameters: [bold]{where}[/]", soft_wrap=True)
 
 
 def upsample(
@@ -171,7 +165,7 @@ def upsample(
         check_file("--output", wanted)
         if wanted.exists() and not overwrite:
             raise UsageError(f"--output {wanted}: exists already: --overwrite replaces it")
-    with contextlib.redirect_stdout(sys.stderr):
+    with only_results_on_stdout():
         from ddf_convert.depth import single
 
         found = single.upsample_files(
@@ -188,7 +182,7 @@ def upsample(
             )
         )
         for line in found.notes:
-            _err.print(escape(line), soft_wrap=True)
+            err.print(escape(line), soft_wrap=True)
         # Everything is made before anything is written.
         contents = [(output, found.content)]
         if comparison is not None:
@@ -203,12 +197,12 @@ def upsample(
     if as_json:
         drawn = None if comparison is None else str(comparison)
         document = {**found.to_dict(), "output": str(output), "picture": drawn}
-        typer.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        print_json(document)
         return
     _present(found)
-    _out.print(f"Depth: [bold]{escape(str(output))}[/]", soft_wrap=True)
+    print_file("Depth", output)
     if comparison is not None:
-        _out.print(f"Picture: [bold]{escape(str(comparison))}[/]", soft_wrap=True)
+        print_file("Picture", comparison)
 
 
 def _present(found: Upsampled) -> None:
@@ -222,4 +216,4 @@ def _present(found: Upsampled) -> None:
         if found.measured:
             cells.append("" if row.rmse is None else f"{found.unit.show(row.rmse):.4g} {found.unit.shown}")
         table.add_row(*cells)
-    _out.print(table)
+    out.print(table)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ddf_convert.completion import FILTERS, filter_names, recipe_names
+from ddf_convert.commands.completion import FILTERS, filter_names, recipe_names, timm_names
 from ddf_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -58,9 +58,33 @@ def stage_change(help: str, *names: str, **settings: Any) -> Any:
     return plain_option(help, *names, panel="Changes to every stage of the recipe", **settings)
 
 
-# Of every command.
+HELP = {"help_option_names": ["-h", "--help"]}  # of every group of commands
+
+# Of many commands.
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
+
+Model = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL",
+        help="A timm model, a converted folder, or package.module:callable, which returns a model (or a model and an"
+        " example input).",
+        autocompletion=timm_names,
+        show_default=False,
+    ),
+]
+InputSize = Annotated[
+    tuple[int, int, int] | None,
+    typer.Option(
+        metavar="C H W",
+        help="Size of the images that costs are counted for; the model's own if not given.",
+        show_default=False,
+    ),
+]
+Device = Annotated[
+    str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.", show_default="the GPU if there is one")
+]
 
 # Of those that train.
 TrainingDevice = Annotated[str | None, plain_option("cpu, cuda or cuda:N; the GPU if there is one.", metavar="NAME")]

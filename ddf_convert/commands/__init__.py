@@ -1,0 +1,1 @@
+"""The commands of ``ddf_convert.cli``, a module for each group of them: parse, call, print."""

@@ -1,0 +1,232 @@
+"""The commands that plan and convert: ``inspect`` and ``convert``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+
+from ddf_convert.commands.console import busy, out, print_file, print_json
+from ddf_convert.commands.options import AsJson, Conversion, Debug, Device, InputSize, Model, takes_conversion
+from ddf_convert.errors import UsageError
+from ddf_convert.files import check_file
+from ddf_convert.notices import tell
+
+if TYPE_CHECKING:
+    import torch
+
+    from ddf_convert.graph import Plan
+    from ddf_convert.inputs import ExampleInput
+    from ddf_convert.recipes import Initialised
+    from ddf_convert.source import Opened
+
+Everything = Annotated[bool, typer.Option("--all", help="List every convolution.")]
+Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.", show_default=False)]
+
+
+@takes_conversion
+def inspect(
+    model: Model,
+    input_size: InputSize = None,
+    *,
+    conversion: Conversion,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Time the model and every convolution, before and after.")
+    ] = False,
+    device: Device = None,
+    everything: Everything = False,
+    as_json: AsJson = False,
+    html: Html = None,
+    debug: Debug = False,
+) -> None:
+    """Show what converting a model would replace and save. Changes nothing, downloads nothing."""
+    if html:
+        check_file("--html", html)
+    with busy(f"{'Timing' if measure else 'Looking at'} {model}"):
+        from ddf_convert.devices import choose
+        from ddf_convert.source import open_model
+
+        where = choose(device) if measure or device or conversion.config["only_faster"] else None
+        opened = open_model(model)
+        plan = planned(opened, input_size, conversion, where)
+    _present(plan, opened.name, as_json, html, everything)
+
+
+@takes_conversion
+def convert(
+    model: Model,
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)],
+    input_size: InputSize = None,
+    pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from timm's weights (a download).")] = False,
+    checkpoint: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Start from these weights.", show_default=False)
+    ] = None,
+    images: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DATA",
+            help="Images, labelled or not, for recipes that calibrate: a folder, a timm dataset, or module:callable.",
+            show_default=False,
+        ),
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Where to calibrate.", show_default="the GPU if there is one")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the new layers' weights.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the converted model in DIR.")] = False,
+    *,
+    conversion: Conversion,
+    everything: Everything = False,
+    as_json: AsJson = False,
+    html: Html = None,
+    debug: Debug = False,
+) -> None:
+    """Convert a model and save it: DIR/manifest.json, DIR/model.safetensors, DIR/report.json."""
+    if pretrained and checkpoint:
+        raise UsageError("--pretrained and --checkpoint exclude each other: give one")
+    if checkpoint and not checkpoint.is_file():
+        raise UsageError(f"--checkpoint {checkpoint}: no such file")
+    if html:
+        check_file("--html", html, beside=output)
+    recipe = conversion.recipe
+    chosen = conversion.config["filter"]
+    if recipe and recipe.initialise_with.method != "paper" and chosen != "ddf":
+        raise UsageError(
+            f"recipe {recipe.name} starts new layers from the old weights, which --filter {chosen} cannot: leave one of"
+            " the two out"
+        )
+    calibrates = recipe is not None and recipe.initialise_with.method == "calibrate"
+    if images is not None and not calibrates:
+        raise UsageError("--images is for recipes that calibrate the new layers, such as --recipe calibrate")
+    if recipe and calibrates and images is None:
+        raise UsageError(
+            f"recipe {recipe.name} fits the new layers on images: give --images FOLDER; labels do not count"
+        )
+    with busy(f"{'Downloading the weights of' if pretrained else 'Opening'} {model}") as say:
+        from ddf_convert import artifact
+
+        artifact.check_writable(output)
+        if (output / "manifest.json").exists() and not overwrite:
+            raise UsageError(
+                f"{output} already holds a converted model: give another folder, or --overwrite to lose it"
+            )
+        import torch
+
+        from ddf_convert.devices import choose
+        from ddf_convert.graph import convert as apply
+        from ddf_convert.report import report
+        from ddf_convert.source import open_model
+        from ddf_convert.training.start import initialise
+
+        where = choose(device) if calibrates or device else None
+        torch.manual_seed(seed)
+        opened = open_model(model, weights=True, pretrained=pretrained)
+        if checkpoint:
+            say(f"Reading {checkpoint}")
+            artifact.load_checkpoint(opened.model, checkpoint)
+        say(f"Looking at {model}")
+        plan = planned(opened, input_size, conversion)
+        if not plan.replaced:
+            raise UsageError(f"nothing to convert in {model}: `ddf-convert inspect {model}` says why")
+        say(f"Replacing {len(plan.replaced)} layers")
+        keeps = recipe is not None and (recipe.needs_teacher or recipe.initialise_with.method != "paper")
+        converted = apply(opened.model, plan, inplace=not plan.functional and not keeps)
+        document = report(plan, opened.name)
+        done = None
+        if recipe:
+            if keeps and not (pretrained or checkpoint) and ":" not in model and not Path(model).is_dir():
+                tell(
+                    f"recipe {recipe.name} starts from the old weights, and those of {model} are random here:"
+                    " --pretrained or --checkpoint FILE gives it better ones"
+                )
+            done = initialise(recipe, converted, opened.model, images, input_size, where, say)
+            document["recipe"], document["initialised"] = recipe.name, done.model_dump(mode="json")
+        say(f"Saving {output}")
+        original = opened.model if recipe and recipe.needs_teacher else None
+        manifest = artifact.save(converted, output, report=document, original=original)
+    _present(plan, opened.name, as_json, html, everything, document, done)
+    if not as_json:
+        _saved(
+            output, f"load({str(output)!r})" if manifest.source.kind == "timm" else f"restore(model, {str(output)!r})"
+        )
+
+
+def planned(
+    opened: Opened,
+    input_size: tuple[int, int, int] | None,
+    conversion: Conversion,
+    measure: torch.device | None = None,
+) -> Plan:
+    """The plan of an opened model, as the options of a command want it.
+
+    Args:
+        opened: The model.
+        input_size: (C, H, W); None is the model's own.
+        conversion: The options.
+        measure: Where to time it, if anywhere.
+
+    Raises:
+        UsageError: As for ``ddf_convert.plan``; or a size of 0.
+    """
+    import torch
+
+    from ddf_convert.graph import plan
+
+    config = conversion.config
+    example: ExampleInput
+    if input_size is None and opened.example_input is not None:
+        example = opened.example_input
+    else:
+        size = input_size or opened.input_size
+        if min(size) < 1:
+            raise UsageError(f"--input-size {' '.join(map(str, size))}: every number must be at least 1")
+        example = torch.empty(1, *size, device="meta")
+    options = {name: value for name, value in config.items() if value is not None}
+    return plan(
+        opened.model,
+        example,
+        include=conversion.include,
+        exclude=conversion.exclude,
+        measure=measure or False,
+        **options,
+    )
+
+
+def _present(
+    plan: Plan,
+    name: str,
+    as_json: bool,
+    html: Path | None,
+    everything: bool,
+    document: dict[str, Any] | None = None,
+    initialised: Initialised | None = None,
+) -> None:
+    from ddf_convert.report import Comparison, report
+    from ddf_convert.report.tables import tables
+
+    comparison = Comparison.of(plan, name)
+    if html:
+        comparison.to_html(html)
+    if as_json:
+        print_json(document if document is not None else report(plan, name))
+        return
+    out.print(tables(comparison, everything))
+    if initialised:
+        from ddf_convert.report.recipes import initialised_table
+
+        out.print(initialised_table(initialised, everything))
+    if html:
+        print_file("\nPage", html)
+
+
+def _saved(output: Path, call: str) -> None:
+    from ddf_convert.report import units
+
+    weights = units.size((output / "model.safetensors").stat().st_size)
+    out.print(
+        f"\nSaved to [bold]{escape(str(output))}[/]: manifest.json, model.safetensors ({weights}), report.json\n"
+        f"To use it in Python: ddf_convert.{escape(call)}",
+        soft_wrap=True,
+    )
