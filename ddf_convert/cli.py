@@ -20,8 +20,8 @@ from ddf_convert.commands.depth import upsample, upsample_train
 from ddf_convert.commands.doctor import doctor
 from ddf_convert.commands.options import HELP, spread
 from ddf_convert.commands.training import evaluate, finetune
+from ddf_convert.commands.visualize import visualize
 from ddf_convert.commands_export import export
-from ddf_convert.commands_visualize import visualize
 from ddf_convert.errors import DDFError
 
 app = typer.Typer(

@@ -1,0 +1,63 @@
+"""Photos as a model sees them: read, cropped and normalised, and back again to be shown."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import PIL.Image
+import torch
+from torch import Tensor, nn
+
+from ddf_convert.errors import UsageError
+from ddf_convert.graph.record import first_line
+from ddf_convert.training.loading import ImageSettings, image_settings, make_transform
+from ddf_convert.training.pixels import as_rgb
+
+
+def read_photo(file: Path) -> PIL.Image.Image:
+    """An image file of any kind that PIL reads, in RGB.
+
+    Raises:
+        UsageError: It is missing, or is no image.
+    """
+    if file.is_dir():
+        raise UsageError(f"{file}: is a folder; give an image")
+    try:
+        with PIL.Image.open(file) as image:
+            return as_rgb(image)
+    except PIL.UnidentifiedImageError:
+        raise UsageError(f"{file}: is not an image") from None
+    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
+        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
+        raise UsageError(f"{file}: cannot be read: {reason}") from error
+
+
+def settings_of(model: nn.Module, input_size: tuple[int, int, int] | None = None, plain: bool = False) -> ImageSettings:
+    """What a model's images are made into: what timm knows of it.
+
+    Args:
+        model: Any.
+        input_size: (C, H, W) in the place of the model's.
+        plain: Values from 0 to 1, with no mean and deviation, and nothing cut off but what does not fit the size's
+            proportions: for models that were trained so.
+
+    Raises:
+        UsageError: It takes neither 1 nor 3 channels.
+    """
+    settings = image_settings(model, input_size)
+    channels = settings.input_size[0]
+    return replace(settings, mean=(0.0,) * channels, std=(1.0,) * channels, crop_pct=1.0) if plain else settings
+
+
+def as_batch(photos: Sequence[PIL.Image.Image], settings: ImageSettings) -> Tensor:
+    """(B, C, H, W) float32, as the model takes it."""
+    transform = make_transform(settings)
+    return torch.stack([transform(photo) for photo in photos])
+
+
+def shown(image: Tensor, settings: ImageSettings) -> Tensor:
+    """What the model was shown, for people: (C, H, W), normalised -> (H, W, 3) from 0 to 1."""
+    mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (settings.mean, settings.std))
+    return (image.cpu() * std + mean).clamp(0, 1).expand(3, -1, -1).movedim(0, -1)
