@@ -20,7 +20,7 @@ PROGRAM = Path(__file__).with_name("cuda_simulator.py")
 
 Simulate = Callable[[str, str, str], list[dict[str, Any]]]
 # Where the layout matters least, `make test` runs each case in one of them; `make test-long` runs all in both.
-HALVED = ("geometry", "kernel sizes", "plain", "normalised", "upscaled", "needs")
+HALVED = ("shapes", "dtypes", "geometry", "kernel sizes", "plain", "normalised", "upscaled", "needs")
 RUNS = [(group, layout, "half" if group in HALVED else "all") for group in GROUPS for layout in LAYOUTS]
 LONG = [pytest.param(group, layout, "all", marks=pytest.mark.long) for group in HALVED for layout in LAYOUTS]
 

@@ -16,9 +16,9 @@ ENTRIES = {"ddf_convert/doctor.py", "ddf_convert/models/launch.py"}  # import it
 
 # Who may import what is not needed by everybody: of the rest of the package nobody has to wait for it, or to have it.
 BELONGS_TO = {
-    "typer": {"cli", "commands_depth", "commands_training", "options"},
-    "rich": {"cli", "commands_depth", "commands_training", "report", "bench", "training"},
-    "matplotlib": {"bench", "depth", "training"},
+    "typer": {"cli", "commands"},
+    "rich": {"cli", "commands", "report", "bench", "training"},
+    "matplotlib": {"bench", "depth", "training", "visualize"},
     "yaml": {"recipes"},
     "h5py": {"depth"},
     "numba": {"cpu", "cuda"},

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -63,10 +64,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         check_kernel(self.kernel_size)
-        if self.channels % self.heads:
+        if self.heads < 1 or self.channels % self.heads:
             raise UsageError(f"--heads {self.heads}: must divide the {self.channels} channels")
-        if not self.se_ratio > 0:
-            raise UsageError(f"--se-ratio {self.se_ratio}: must be above 0")
+        if not 0 < self.se_ratio < math.inf:
+            raise UsageError(f"--se-ratio {self.se_ratio}: must be above 0 and finite")
 
     def layers(self) -> dict[str, nn.Module]:
         """The layers by name, in float32 on the CPU."""

@@ -71,7 +71,7 @@ class ConvertConfig(BaseModel):
             not get faster.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     filter: str = "ddf"
     filter_options: dict[str, Scalar] = {}

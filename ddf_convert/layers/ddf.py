@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Literal, cast
 
 import torch
@@ -33,8 +34,8 @@ def check_options(
         raise ValueError(f"{layer}: heads must divide in_channels, got {heads} heads and {in_channels} channels")
     if combine not in COMBINATIONS:
         raise ValueError(f"{layer}: combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
-    if not se_ratio > 0:
-        raise ValueError(f"{layer}: se_ratio must be above 0, got {se_ratio}")
+    if not 0 < se_ratio < math.inf:
+        raise ValueError(f"{layer}: se_ratio must be above 0 and finite, got {se_ratio}")
 
 
 class DDF2d(Windowed):

@@ -25,9 +25,9 @@ def _known_optimizer(name: str) -> str:
 
 
 class Part(BaseModel):
-    """Unknown keys are errors."""
+    """Unknown keys are errors, and numbers are finite."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
 class ConversionPart(ConvertConfig):
