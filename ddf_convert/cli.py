@@ -18,10 +18,10 @@ from ddf_convert.commands.console import err, hush
 from ddf_convert.commands.conversion import convert, inspect
 from ddf_convert.commands.depth import upsample, upsample_train
 from ddf_convert.commands.doctor import doctor
+from ddf_convert.commands.export import export
 from ddf_convert.commands.options import HELP, spread
 from ddf_convert.commands.training import evaluate, finetune
 from ddf_convert.commands.visualize import visualize
-from ddf_convert.commands_export import export
 from ddf_convert.errors import DDFError
 
 app = typer.Typer(

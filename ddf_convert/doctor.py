@@ -18,6 +18,13 @@ from ddf_convert.version import __version__
 
 _CLOSE = 1e-5  # of the largest result: float32 rounds to 6e-8
 _ANY_CAPABILITY = (9, 0)  # what the compiler is tried with where there is no GPU
+# Packages that some commands alone want: who, and the extra that has it.
+_EXTRAS = {
+    "matplotlib": ("plots and pictures need", "plot"),
+    "tensorboard": ("finetune's events for TensorBoard need", "train"),
+    "h5py": ("reading NYU Depth V2 needs", "depth"),
+    "onnxscript": ("ONNX files need", "export"),
+}
 
 
 class State(StrEnum):
@@ -74,7 +81,8 @@ def _checks() -> Iterator[tuple[str, Callable[[], Check]]]:
         yield "CUDA kernel cache", _cuda_cache
     for index in range(_gpus()):
         yield f"cuda:{index}", functools.partial(_gpu, index)
-    yield "matplotlib", _matplotlib
+    for package, (user, extra) in _EXTRAS.items():
+        yield package, functools.partial(_optional, package, f"{user} it: pip install 'ddf-convert[{extra}]'")
 
 
 def _version(package: str) -> str | None:
@@ -96,10 +104,6 @@ def _optional(name: str, why: str) -> Check:
     if version is None:
         return Check(name, State.NOTE, f"not installed; {why}")
     return Check(name, State.OK, version)
-
-
-def _matplotlib() -> Check:
-    return _optional("matplotlib", "plots need it: pip install 'ddf-convert[plot]'")
 
 
 def _threads() -> Check:

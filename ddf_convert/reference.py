@@ -50,15 +50,18 @@ def forward(
     Returns:
         (B, C, s*Ho, s*Wo), dtype of ``input``. Half types accumulate in float32.
     """
-    padded = F.pad(_widen(input), (padding, padding, padding, padding))
-    padded = padded.repeat(1, upscale_factor**2, 1, 1)
-    channel, spatial = _widen(channel_filter), _widen(spatial_filter)
-    height, width = spatial_filter.shape[-2:]
-    heads = spatial_filter.shape[1] // channel_filter.shape[-1] ** 2
-    output = padded.new_zeros(*channel_filter.shape[:2], height, width)
-    for tap, rows, columns in _taps(channel_filter.shape[-1], height, width, stride, dilation):
-        weight = _combined(channel, spatial, tap, combine)
-        output = output + (weight * _by_head(padded[:, :, rows, columns], heads)).flatten(1, 2)
+    size = channel_filter.shape[-1]
+    heads = spatial_filter.shape[1] // size**2
+    padded = F.pad(_widen(input), (padding, padding, padding, padding)).repeat(1, upscale_factor**2, 1, 1)
+    # Views all of them, whose sizes need no arithmetic: symbolic ones stay what they are when this is exported.
+    windows = _windows(_by_head(padded, heads), size, stride, dilation)
+    per_channel = _by_head(_widen(channel_filter), heads).flatten(3)[..., None, None].unbind(3)  # (B, G, C/G, 1, 1)
+    per_pixel = _by_tap(spatial_filter, size**2)[:, :, None].unbind(3)  # (B, G, 1, Ho, Wo)
+    output = torch.zeros_like(windows[..., 0, 0])
+    for tap, (one, other) in enumerate(zip(per_channel, per_pixel, strict=True)):
+        weight = one * other if combine == "mul" else one + other
+        output = output + weight * windows[..., tap // size, tap % size]
+    output = output.flatten(1, 2)
     return shuffle(output, upscale_factor).to(input.dtype)
 
 
@@ -244,6 +247,12 @@ def _slopes(square: Tensor, taps: int) -> tuple[Tensor, Tensor]:
 def _widen(tensor: Tensor) -> Tensor:
     """Half types accumulate in float32."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
+
+
+def _windows(padded: Tensor, size: int, stride: int, dilation: int) -> Tensor:
+    """(..., H, W) -> (..., Ho, Wo, K, K): what every tap of every output's window reads; a view."""
+    span = dilation * (size - 1) + 1
+    return padded.unfold(-2, span, stride).unfold(-2, span, stride)[..., ::dilation, ::dilation]
 
 
 def _taps(size: int, height: int, width: int, stride: int, dilation: int) -> Iterator[tuple[int, slice, slice]]:

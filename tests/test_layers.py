@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddf_convert import reference
-from ddf_convert.layers import ChannelBranch, ChannelFilterNorm, DDF2d, DDFConv2d, SpatialFilterNorm
+from ddf_convert.layers import ChannelBranch, ChannelFilterNorm, DDF2d, DDFConv2d, SpatialFilterNorm, direct
 from ddf_convert.layers import ddf as ddf_module
 from ddf_convert.layers.ddf import normalises_inside
 
@@ -371,7 +371,7 @@ def test_the_shortcuts_count_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
         return counter.get_total_flops()
 
     as_built = flops()  # the counter watches all modules with hooks, so the branches run as they are
-    monkeypatch.setattr(nn.modules.module, "_has_any_global_hook", lambda: False)
+    monkeypatch.setattr(direct, "any_global_hook", lambda: False)
     as_on_cuda(monkeypatch)
     assert flops() == as_built
 
@@ -446,6 +446,7 @@ def test_compiles_whole() -> None:
         ({"combine": "max"}, "one of mul, add, got 'max'"),
         ({"padding_mode": "mirror"}, "got 'mirror'"),
         ({"se_ratio": 0}, "se_ratio must be above 0"),
+        ({"se_ratio": float("inf")}, "se_ratio must be above 0 and finite"),
     ],
 )
 def test_wrong_arguments_are_refused(options: dict, message: str) -> None:

@@ -18,6 +18,16 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
         and not module._forward_pre_hooks
         and not module._backward_hooks
         and not module._backward_pre_hooks
-        and "forward" not in vars(module)
-        and not torch_module._has_any_global_hook()
+        and "forward" not in module.__dict__  # vars(module) is more than torch.compile of torch 2.6 can follow
+        and not any_global_hook()
+    )
+
+
+def any_global_hook() -> bool:
+    """Whether a hook waits for the calls of all modules."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
     )

@@ -36,11 +36,11 @@ def channel_filters(branches: Sequence[nn.Module], input: Tensor) -> Tensor:
     raw = by_branch @ weights + _biases(expands).view(len(alike), 1, -1)
     size = norms[0].kernel_size
     # As in ChannelFilterNorm: to the operator, channels are the heads of an image of one pixel.
-    flat = raw.transpose(0, 1).reshape(len(pooled), -1, 1, 1)
+    flat = raw.transpose(0, 1).reshape(pooled.shape[0], -1, 1, 1)
     scaled = filter_norm(flat, size**2).flatten(1) * _joined(norm.std for norm in norms)
     if norms[0].mean is not None:
         scaled = scaled + _joined(cast(Tensor, norm.mean) for norm in norms)
-    return scaled.to(flat.dtype).view(len(pooled), -1, size, size)
+    return scaled.to(flat.dtype).view(pooled.shape[0], -1, size, size)
 
 
 def alike_spatial_branches(branches: Iterable[nn.Module], guided: bool) -> list[tuple[nn.Conv2d | None, SpatialBranch]]:
@@ -72,7 +72,7 @@ def alike_spatial_branches(branches: Iterable[nn.Module], guided: bool) -> list[
 
 def _match(convs: Sequence[nn.Conv2d], depthwise: bool = False) -> bool:
     """Whether these are convolutions as the constructors make them, all of one shape."""
-    return bool(convs) and all(
+    return len(convs) > 0 and all(  # bool(list) is more than torch.compile of torch 2.6 can follow
         is_plain(conv, nn.Conv2d)
         and conv.weight.shape == convs[0].weight.shape
         and conv.bias is not None

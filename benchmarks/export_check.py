@@ -1,0 +1,294 @@
+"""Families of converted models as ONNX and torch.export files: what their sizes may be, and how far they are off.
+
+    python benchmarks/export_check.py                     an hour on two busy cores; writes results/export.json and .md
+    python benchmarks/export_check.py --only 'U-Net*'     some rows; the others stay as they were
+    python benchmarks/export_check.py --latency           also how long DDF-ResNet-50 takes in onnxruntime
+
+Needs onnx, onnxscript and onnxruntime (pip install 'ddf-convert[export]') and torchvision. Weights are random, and
+batch norms have the statistics of random images, so that outputs are of size 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+from recipe_parts.page import RESULTS, machine, paragraph, run, table
+from torch import Tensor, nn
+
+import ddf_convert as ddf
+from ddf_convert import export
+from ddf_convert.errors import DDFError
+from ddf_convert.files import write_file
+from ddf_convert.layers import DDF2d, DDFUp2d
+from ddf_convert.machine import called
+from ddf_convert.models.ddf_upnet import DDFUpNet
+from ddf_convert.timing import median_ms
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+import converted_networks
+import networks
+
+UP = {"upsample": True, "allow_growth": True}
+FLAGSHIP = "DDF-ResNet-50"
+
+
+@dataclass(frozen=True)
+class Family:
+    """One row.
+
+    Attributes:
+        build: Makes the model, before it is converted.
+        options: Of the conversion; None leaves the model as it is.
+        shapes: Of the example inputs.
+        torch_export: Whether the torch.export file is made too: it takes longer than the other.
+        dtype: Of the model and its inputs.
+    """
+
+    build: Callable[[], nn.Module]
+    options: dict[str, Any] | None = field(default_factory=dict)
+    shapes: tuple[tuple[int, ...], ...] = ((1, 3, 96, 96),)
+    torch_export: bool = False
+    dtype: torch.dtype = torch.float32
+
+
+def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
+    return partial(timm.create_model, name, **options)
+
+
+def segmentation(name: str) -> Callable[[], nn.Module]:
+    return partial(getattr(torchvision.models.segmentation, name), weights=None, weights_backbone=None)
+
+
+def detection(name: str) -> Callable[[], nn.Module]:
+    return partial(getattr(torchvision.models.detection, name), weights=None, weights_backbone=None)
+
+
+LARGE = ((1, 3, 224, 224),)
+FAMILIES = {
+    FLAGSHIP: Family(timm_model("ddf_mul_resnet50", zero_init_last=False), None, LARGE, torch_export=True),
+    "tf_efficientnet_b0, depthwise": Family(timm_model("tf_efficientnet_b0"), {"depthwise": True}, LARGE),
+    "tf_efficientnetv2_b0": Family(timm_model("tf_efficientnetv2_b0"), {}),
+    "U-Net with DDF-Up": Family(
+        partial(converted_networks.UNet, (32, 64, 128)), {**UP, "stem": True}, ((1, 3, 128, 128),), torch_export=True
+    ),
+    "U-Net, size by factor": Family(networks.UNet, UP),
+    "resnet18": Family(timm_model("resnet18", zero_init_last=False)),
+    "resnet18, float16": Family(timm_model("resnet18", zero_init_last=False), dtype=torch.float16),
+    "resnet18, heads=4, combine=add": Family(
+        timm_model("resnet18", zero_init_last=False), {"heads": 4, "combine": "add"}
+    ),
+    "mobilenetv2_100, depthwise": Family(timm_model("mobilenetv2_100"), {"depthwise": True}),
+    "regnetx_002, allow_growth": Family(timm_model("regnetx_002"), {"allow_growth": True}),
+    "vgg11_bn": Family(timm_model("vgg11_bn")),
+    "efficientformer_l1": Family(timm_model("efficientformer_l1"), {}, LARGE),
+    "gcvit_xxtiny": Family(timm_model("gcvit_xxtiny"), {}, LARGE),
+    "lraspp_mobilenet_v3_large, upsample": Family(segmentation("lraspp_mobilenet_v3_large"), UP),
+    "deeplabv3_mobilenet_v3_large, upsample": Family(segmentation("deeplabv3_mobilenet_v3_large"), UP),
+    "DDF-Up-Net, 8x": Family(partial(DDFUpNet, 8), None, ((1, 1, 20, 24), (1, 3, 160, 192))),
+    "transposed convolution": Family(partial(networks.Up, nn.ConvTranspose2d(8, 4, 4, 2, 1)), UP, torch_export=True),
+    "pixel shuffle": Family(networks.Shuffles, UP),
+    "nearest in a pyramid": Family(networks.Pyramid, UP),
+    "F.conv2d, a GraphModule": Family(networks.Functions, {"functional": True}, torch_export=True),
+    "ssdlite320_mobilenet_v3_large": Family(detection("ssdlite320_mobilenet_v3_large"), {"depthwise": True}, LARGE),
+    "fasterrcnn_mobilenet_v3_large_fpn": Family(detection("fasterrcnn_mobilenet_v3_large_fpn"), {}, LARGE),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="*", metavar="GLOB", help="some rows")
+    parser.add_argument("--latency", action="store_true", help=f"time {FLAGSHIP}")
+    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where the results are written")
+    chosen = parser.parse_args()
+    file = chosen.results / "export.json"
+    document = json.loads(file.read_text()) if file.exists() else {"rows": {}}
+    for name, family in FAMILIES.items():
+        if fnmatch.fnmatch(name, chosen.only):
+            document["rows"][name] = row(family)
+            print(f"{name}: {json.dumps(document['rows'][name])}", flush=True)
+            keep(chosen.results, document)
+    if chosen.latency:
+        document["latency"] = latency()
+        keep(chosen.results, document)
+    print("\n".join(page(document)))
+
+
+def keep(folder: Path, document: dict[str, Any]) -> None:
+    """Writes what there is so far."""
+    packages = ("timm", "torchvision", "onnx", "onnxscript", "onnxruntime")
+    document["machine"] = {**machine(), **{name: metadata.version(name) for name in packages}}
+    document["rows"] = {name: document["rows"][name] for name in FAMILIES if name in document["rows"]}
+    write_file(folder / "export.json", json.dumps(document, indent=1) + "\n")
+    write_file(folder / "export.md", "\n".join([*page(document), ""]))
+
+
+def prepared(family: Family) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    """A converted model, and inputs for it."""
+    torch.manual_seed(0)
+
+    def images(count: int) -> tuple[Tensor, ...]:
+        positive = len(family.shapes) > 1  # depth maps, and photos
+        shapes = [(count, *shape[1:]) for shape in family.shapes]
+        return tuple(torch.rand(shape) + 0.5 if positive else torch.randn(shape) for shape in shapes)
+
+    inputs = images(1)
+    model = family.build().eval()
+    if family.options is not None:
+        model = ddf.convert(model, example_input=inputs, **family.options).eval()
+    for layer in model.modules():
+        if isinstance(layer, DDF2d):
+            # Filters that owe something to their biases. Those of new layers owe all to the image, so that the output
+            # is a product of three features, and in every layer a relative error grows to 1.7 times its size.
+            for part in (layer.spatial_branch[0], layer.channel_branch[3]):
+                nn.init.normal_(part.bias)
+            nn.init.ones_(layer.channel_branch[1].bias)
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.momentum = 1.0
+        norm.train()
+    with torch.no_grad():
+        model(*images(8))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+        norm.eval()
+    return model.to(family.dtype), tuple(value.to(family.dtype) for value in inputs)
+
+
+def row(family: Family) -> dict[str, Any]:
+    """What became of one family."""
+    found: dict[str, Any] = {}
+    try:
+        model, inputs = prepared(family)
+    except Exception as error:
+        return {"error": f"not converted: {' '.join(str(error).split())[:200]}"}
+    found["layers"] = sum(isinstance(layer, DDF2d | DDFUp2d) for layer in model.modules())
+    with tempfile.TemporaryDirectory() as folder:
+        ways = {"onnx": (export.to_onnx, f"{folder}/model.onnx")}
+        if family.torch_export:
+            ways["torch-export"] = (export.to_torch_export, f"{folder}/model.pt2")
+        for way, (write, path) in ways.items():
+            start = time.process_time()
+            try:
+                done = write(model, inputs, path)
+            except DDFError as error:
+                found[way] = {"error": " ".join(str(error).split())}
+                continue
+            found[way] = {"seconds": time.process_time() - start, **done.to_dict(), "file": ""}
+            found[way]["sizes"] = {size.name: str(size) for size in done.sizes}
+    return found
+
+
+def latency() -> dict[str, Any]:
+    """Milliseconds of DDF-ResNet-50, one image at a time."""
+    import onnxruntime
+
+    model, (image,) = prepared(FAMILIES[FLAGSHIP])
+    torch.set_num_threads(1)  # on a busy machine threads wait for each other
+    found: dict[str, Any] = {"threads": torch.get_num_threads(), "shape": list(image.shape)}
+    with tempfile.TemporaryDirectory() as folder:
+        contents = {}
+        for name, options in (("as written", {}), ("batch norms left as they are", {"fold": False})):
+            file = Path(folder, "model.onnx")
+            if options:
+                plain = torch.onnx.export
+
+                def unfolded(*args: Any, plain: Any = plain, **kwargs: Any) -> Any:
+                    return plain(*args, **kwargs, optimize=False)
+
+                torch.onnx.export = unfolded
+            try:
+                export.to_onnx(model, image, file, check=False)
+            finally:
+                if options:
+                    torch.onnx.export = plain
+            contents[name] = file.read_bytes()
+    sessions = {}
+    for name, content in contents.items():
+        settings = onnxruntime.SessionOptions()
+        settings.intra_op_num_threads = torch.get_num_threads()
+        session = onnxruntime.InferenceSession(content, settings, providers=["CPUExecutionProvider"])
+        sessions[name] = partial(session.run, None, {session.get_inputs()[0].name: image.numpy()})
+    calls: dict[str, Callable[[], object]] = {"PyTorch with DDF's kernels": partial(model, image), **sessions}
+    with torch.no_grad():
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(5):  # in turns, and the least: the machine is not quiet
+            for name, call in calls.items():
+                call()
+                times[name].append(median_ms(call, torch.device("cpu"), 1.0))
+    found["ms"] = {name: min(each) for name, each in times.items()}
+    return found
+
+
+def page(document: dict[str, Any]) -> Iterator[str]:
+    """The page for people."""
+    yield "# Exported models beside PyTorch"
+    yield ""
+    yield from paragraph(
+        "Written by `benchmarks/export_check.py`. Each model as ONNX in onnxruntime, some as torch.export files too:"
+        " the largest difference of any output from PyTorch with DDF's kernels, at the example's size and at another"
+        " batch and another size, beside the largest output. Weights are random; batch norms have the statistics of"
+        " random images."
+    )
+    yield ""
+    rows = []
+    for name, found in document["rows"].items():
+        for way in ("onnx", "torch-export"):
+            done = found.get(way, {})
+            for check in done.get("checks", ()):
+                at = " and ".join("x".join(map(str, shape)) for shape in check["inputs"].values())
+                cells = (f"{check['difference']:.1e}", f"{check['largest']:.3g}")
+                rows.append((name, way, found["layers"], at, *cells))
+    yield from table(("model", "format", "DDF layers", "inputs", "difference", "largest output"), rows)
+    yield "What sizes of the inputs may be, the seconds of a core that export and checks took, and ONNX's nodes:"
+    yield ""
+    rows = []
+    for name, found in document["rows"].items():
+        for way in ("onnx", "torch-export"):
+            if (done := found.get(way)) and "error" not in done:
+                sizes = "; ".join(f"{size}: {words}" for size, words in done["sizes"].items())
+                rows.append((name, way, f"{done['seconds']:.0f}", sum(done["operators"].values()), sizes))
+    yield from table(("model", "format", "seconds", "operators", "sizes"), rows)
+    failed = [
+        f"- {name}, {way}: {found[way]['error'] if way else found['error']}"
+        for name, found in document["rows"].items()
+        for way in ("", "onnx", "torch-export")
+        if (found if not way else found.get(way, {})).get("error")
+    ]
+    if failed:
+        yield "What cannot be exported, with the reason that the user is given:"
+        yield ""
+        yield from failed
+        yield ""
+    if found := document.get("latency"):
+        shape = "x".join(map(str, found["shape"]))
+        yield from paragraph(
+            f"One forward pass of {FLAGSHIP}, {shape}, one thread, the least of five medians in turns:"
+            f" {'; '.join(f'{name} {ms:.0f} ms' for name, ms in found['ms'].items())}. The machine was busy with other"
+            " work, so this says which is faster, and not by how much exactly. onnxruntime folds batch norms into"
+            " convolutions by itself."
+        )
+        yield ""
+    if facts := document.get("machine"):
+        versions = ", ".join(
+            f"{name} {facts[name]}" for name in ("python", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime")
+        )
+        yield from paragraph(f"{called(facts)}, shared with others (load {facts['load']:.1f}); {versions}.")
+
+
+if __name__ == "__main__":
+    sys.exit(run(main))
