@@ -439,6 +439,7 @@ def rehearse(*arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=300)
 
 
+@pytest.mark.long
 def test_gpu_check_rehearsed(folder):
     ran = rehearse()
     assert ran.returncode == 0, ran.stdout + ran.stderr

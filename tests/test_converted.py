@@ -298,6 +298,7 @@ def test_moving_average_of_timm():
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="this torch has no torch.distributed")
+@pytest.mark.long
 def test_two_processes_find_the_mean_of_their_gradients(tmp_path):
     families = ("basic blocks", "unet")
     multiprocessing.spawn(net.train_in_parallel, (families, str(tmp_path)), nprocs=2)

@@ -153,6 +153,7 @@ def test_stores_no_windows(layout: str) -> None:
     assert both < 160  # the output, its gradient, the input's and the filters' gradients, and scratch
 
 
+@pytest.mark.long
 def test_cache_follows_all_sources_and_survives_damage(tmp_path: Path) -> None:
     code = """
         import torch

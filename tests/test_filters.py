@@ -240,6 +240,7 @@ def registry(monkeypatch):
     monkeypatch.setattr(filters_module, "_filters", dict(filters_module._filters))
 
 
+@pytest.mark.usefixtures("quick_timing")
 def test_a_filter_of_ones_own(registry, tmp_path):
     assert ddf.register_filter(BLUR) is BLUR
     assert [each.name for each in ddf.list_filters()] == [*FILTERS, "blur"]

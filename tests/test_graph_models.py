@@ -228,7 +228,7 @@ def scripted_relu():
 def test_a_converted_model_says_so_and_is_safe_to_convert():
     once = convert(net.Loop(), example_input=IMAGE)
     decided = plan(once, IMAGE)
-    assert decided["convs.0"].reason == "already converted: DDF"
+    assert decided["convs.0"].reason == "already converted: DDF + 1x1"
     assert decided.replaced == []
     twice = convert(once, decided)
     assert recorded(twice).replaced == recorded(once).replaced

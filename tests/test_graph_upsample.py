@@ -17,7 +17,7 @@ from torch import fx, nn
 import ddf_convert as ddf
 from ddf_convert import cli
 from ddf_convert.accounting import measure
-from ddf_convert.artifact import read_manifest
+from ddf_convert.artifact import FORMAT_VERSION, read_manifest
 from ddf_convert.errors import ArtifactError, UsageError
 from ddf_convert.graph import convert, plan, recorded
 from ddf_convert.graph.intercept import class_of
@@ -491,7 +491,7 @@ def test_artifacts_hold_upsampling(name, tmp_path):
     converted, _ = preserved(make(), exclude=["inner*", "up"] if name == "function" else None)
     ddf.save(converted, tmp_path / "a")
     manifest = read_manifest(tmp_path / "a")
-    assert manifest.format_version == 3
+    assert manifest.format_version == FORMAT_VERSION
     assert manifest.source.model_class.endswith(class_of(converted).__name__)
     fresh = make()
     restored = ddf.restore(fresh, tmp_path / "a").eval()

@@ -70,7 +70,7 @@ def assert_like_reference(made: list[Tensor], options: tuple[Any, ...]) -> None:
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-@pytest.mark.parametrize("size", [1, 3, 5, 7])
+@pytest.mark.parametrize("size", [1, 3, 5, pytest.param(7, marks=pytest.mark.long)])
 def test_cpu_kernels_match_the_reference(size: int, dtype: torch.dtype, layout: str) -> None:
     sides = ((7, 7), (1, 1), (10, 33))
     strides = (1, 2, 3) if dtype is torch.float64 else (1, 2)

@@ -186,7 +186,8 @@ def test_every_image_is_evaluated_once_whoever_shares_them(place: Path) -> None:
     assert [part.images for part in parts] == [8, 7]
     for name in ("top1", "agreement", "divergence"):
         expected = sum(getattr(part, name) * part.images for part in parts) / 15
-        assert getattr(whole, name) == pytest.approx(expected), name
+        # float32 logarithms: a divergence near 0 is a difference of much larger numbers
+        assert getattr(whole, name) == pytest.approx(expected, abs=1e-6), name
     assert model.training
     assert model.drop.training
     with torch.no_grad():

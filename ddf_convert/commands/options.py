@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -85,6 +86,17 @@ InputSize = Annotated[
 Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.", show_default="the GPU if there is one")
 ]
+
+# Of those that open converted folders.
+OwnModel = Annotated[
+    str | None,
+    plain_option(
+        "package.module:callable that builds the model before conversion, if it is your own.",
+        "--model",
+        metavar="CALLABLE",
+    ),
+]
+TimmWeights = Annotated[Path | None, plain_option("Weights of a timm model.", metavar="FILE")]
 
 # Of those that train.
 TrainingDevice = Annotated[str | None, plain_option("cpu, cuda or cuda:N; the GPU if there is one.", metavar="NAME")]

@@ -14,7 +14,16 @@ from rich.text import Text
 
 from ddf_convert.commands.completion import recipe_names, timm_names
 from ddf_convert.commands.console import only_results_on_stdout, out, print_json
-from ddf_convert.commands.options import Amp, AsJson, Debug, TrainingDevice, plain_option, stage_change
+from ddf_convert.commands.options import (
+    Amp,
+    AsJson,
+    Debug,
+    OwnModel,
+    TimmWeights,
+    TrainingDevice,
+    plain_option,
+    stage_change,
+)
 from ddf_convert.errors import UsageError
 
 if TYPE_CHECKING:
@@ -43,14 +52,6 @@ _DATA = "A folder of images, a timm dataset such as torch/cifar10, or package.mo
 
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A converted model.", show_default=False)]
 DataOption = Annotated[str, plain_option(_DATA, "--data", metavar="PATH|NAME")]
-OwnModel = Annotated[
-    str | None,
-    plain_option(
-        "package.module:callable that builds the model before conversion, if it is your own.",
-        "--model",
-        metavar="CALLABLE",
-    ),
-]
 InputSize = Annotated[
     tuple[int, int, int] | None, plain_option("Size of the images; the model's own if not given.", metavar="C H W")
 ]
@@ -161,7 +162,7 @@ def evaluate(
     ],
     data: DataOption,
     split: Annotated[Part, typer.Option(help="Which part, if the data are divided.")] = Part.VALIDATION,
-    checkpoint: Annotated[Path | None, plain_option("Weights of a timm model.", metavar="FILE")] = None,
+    checkpoint: TimmWeights = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Take timm's weights (a download).")] = False,
     own_model: OwnModel = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a process at a time.")] = 64,

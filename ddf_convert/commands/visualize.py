@@ -11,7 +11,7 @@ from rich.text import Text
 
 from ddf_convert.commands.completion import timm_names
 from ddf_convert.commands.console import busy, only_results_on_stdout, out, print_file, print_json
-from ddf_convert.commands.options import AsJson, Debug, TrainingDevice, plain_option
+from ddf_convert.commands.options import AsJson, Debug, OwnModel, TimmWeights, TrainingDevice, plain_option
 from ddf_convert.errors import UsageError
 from ddf_convert.files import check_file, write_file
 
@@ -56,15 +56,8 @@ def visualize(
             metavar="ROW,COLUMN",
         ),
     ] = None,
-    checkpoint: Annotated[Path | None, plain_option("Weights of a timm model.", metavar="FILE")] = None,
-    own_model: Annotated[
-        str | None,
-        plain_option(
-            "package.module:callable that builds the model before conversion, if it is your own.",
-            "--model",
-            metavar="CALLABLE",
-        ),
-    ] = None,
+    checkpoint: TimmWeights = None,
+    own_model: OwnModel = None,
     input_size: Annotated[
         tuple[int, int, int] | None, plain_option("Size of the images; the model's own if not given.", metavar="C H W")
     ] = None,
