@@ -17,8 +17,8 @@ from rich.markup import escape
 out = Console(highlight=False, emoji=False)
 err = Console(stderr=True, highlight=False, emoji=False)
 # Loggers that tell of an error at length (a traceback, every retry) before it reaches the user as one line, or that
-# torch finds no GPU when nobody asked for one.
-_WORDY = ("torch._subclasses.fake_tensor", "torch.utils.cpp_extension", "huggingface_hub")
+# torch finds no GPU, or no Triton, when nobody asked for one.
+_WORDY = ("torch._subclasses.fake_tensor", "torch.utils.cpp_extension", "torch.utils.flop_counter", "huggingface_hub")
 
 
 def print_json(value: Any) -> None:
