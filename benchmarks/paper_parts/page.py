@@ -116,24 +116,17 @@ def _table_2(latency: dict[str, Any]) -> Iterator[str]:
         "Compare columns, and not the two machines."
     )
     yield ""
-    heads = ("Conv", "DwConv", "DDF module", "DDF op")
     yield from _markdown(
-        (
-            "resolution",
-            "images here",
-            *(f"{head}, paper" for head in heads),
-            *(f"{head}, measured" for head in heads),
-            "op / Conv, paper",
-            "measured",
-        ),
+        ("resolution", "images here", *(f"{name}: paper / measured" for name in (*COLUMNS, f"{OP} / {DENSE}"))),
         [
             (
                 f"{size}x{size}",
                 batches[str(size)],
-                *(f"{value:.2f}" for value in quoted),
-                *(f"{results[str(size)][column]['forward_ms']:.3g}" for column in COLUMNS),
-                f"{quoted[3] / quoted[0]:.2f}",
-                f"{results[str(size)][OP]['forward_ms'] / results[str(size)][DENSE]['forward_ms']:.2f}",
+                *(
+                    f"{told:.2f} / {results[str(size)][column]['forward_ms']:.3g}"
+                    for told, column in zip(quoted, COLUMNS, strict=True)
+                ),
+                f"{quoted[-1] / quoted[0]:.2f} / {_ratio(results[str(size)]):.2f}",
             )
             for size, quoted in TABLE_2.items()
         ],
@@ -149,6 +142,11 @@ def _table_2(latency: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield "![Memory by resolution](paper_memory.png)"
     yield ""
+
+
+def _ratio(row: dict[str, Any]) -> float:
+    """The operator's time over the dense convolution's."""
+    return float(row[OP]["forward_ms"] / row[DENSE]["forward_ms"])
 
 
 def _costs(rows: Sequence[Row], what: str) -> Iterator[str]:
