@@ -343,6 +343,13 @@ def test_mistakes_are_one_line_and_write_nothing(files, network, capsys, change,
     assert sorted(files.iterdir()) == before
 
 
+@pytest.mark.parametrize("output", ["", ".", "/"])
+def test_a_folder_is_no_depth_map(output, files, network, capsys, monkeypatch):
+    monkeypatch.chdir(files)
+    assert cli.run(["upsample", "--rgb", "a", "--depth", "b", "--checkpoint", str(network), "-o", output]) == 2
+    assert "is a folder; give a file" in error(capsys)
+
+
 def test_upsample_train_then_upsample(data, files, capsys):
     small = ["--crop", "16", "--width", "4", "--batch-size", "2", "--steps", "2", "--device", "cpu"]
     assert cli.run(["upsample-train", str(data), "-o", str(files / "run"), "--factor", "4", *small]) == 0

@@ -79,9 +79,10 @@ def command_line(dice: random.Random, files: list[str], output: str) -> list[str
 def _value(parameter: Any, dice: random.Random, files: list[str], output: str) -> str:
     """A value for a parameter: likely one that fits."""
     kind, name = getattr(parameter, "bare_type", str), parameter.name or ""
-    if dice.random() < 0.35:
-        return dice.choice((*_JUNK, *files, output))
-    if name in ("output", "html", "json_file", "plot", "csv") or "output" in name:
+    writes = name in ("output", "html", "json_file", "plot")
+    if dice.random() < 0.35:  # but what is given to read must not be asked to be written
+        return dice.choice((*_JUNK, output) if writes else (*_JUNK, *files, output))
+    if writes:
         return output + dice.choice(("", "", ".png", ".html", ".json", ".onnx", ".pt2"))
     if name == "model":
         return dice.choice((files[0], files[0], "test_resnet", "test_efficientnet", "test_vit"))

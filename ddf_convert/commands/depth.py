@@ -160,6 +160,7 @@ def upsample(
     debug: Debug = False,
 ) -> None:
     """Upsample a depth map under the guidance of a photo."""
+    check_file("--output", output)  # a folder has no name to make another one of
     comparison = output.with_name(f"{output.stem}_compare.png") if picture else None
     for wanted in filter(None, (output, comparison)):
         check_file("--output", wanted)
