@@ -17,10 +17,8 @@ _WRITING = {
     "shutil.move": (0, 1), "os.mknod": (0,),
 }  # fmt: skip
 _FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect")
-_UNPICKLING = "pickle.find_class"  # Numba reads its own cache so
-
-
-_CACHE_MODULES = ("numba", "copyreg", "builtins", "llvmlite", "ddf_convert", "numpy")
+_UNPICKLING = "pickle.find_class"
+_CACHE_MODULES = ("numba", "copyreg", "builtins", "llvmlite", "ddf_convert", "numpy")  # of Numba's own cache
 
 
 class Guard:

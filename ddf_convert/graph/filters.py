@@ -127,7 +127,7 @@ _filters = {
             DDF2d,
             "DDF",
             "Decoupled dynamic filters: one for every pixel, and one for every channel of every image.",
-            config=("heads", "se_ratio", "combine", "affine"),
+            config=CONFIGURABLE,
             options={"nonlinearity": "relu"},
         ),
         Filter(

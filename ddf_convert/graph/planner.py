@@ -13,7 +13,7 @@ from ddf_convert.errors import UsageError
 from ddf_convert.graph.budget import apply_budgets
 from ddf_convert.graph.build import build, caution, is_depthwise, kind_of, obstacle, replacement_for, stand_in
 from ddf_convert.graph.costs import Costs, Stopwatch
-from ddf_convert.graph.filters import DDF, find_filter, is_built_in, with_mixing
+from ddf_convert.graph.filters import DDF, Filter, find_filter, is_built_in, with_mixing
 from ddf_convert.graph.plan import Action, ConvertConfig, FoundBy, Plan, Replacement, Site, Timed, make_config
 from ddf_convert.graph.record import UPSAMPLING, Recording, first_line, record
 from ddf_convert.graph.select import Patterns, Selector
@@ -25,7 +25,7 @@ from ddf_convert.graph.wrappers import bare
 from ddf_convert.inputs import ExampleInput, as_arguments, first_size
 from ddf_convert.layers import DDFConv2d, MixedFilter2d
 
-Filter = Callable[[str, nn.Module], bool]
+FilterFunction = Callable[[str, nn.Module], bool]
 
 _NUMBERED = "torch.fx does not see its calls: they are told apart by their order in one run of the module's forward"
 STEM_CHANNELS = 4  # a convolution of so few input channels reads the image
@@ -37,7 +37,7 @@ def plan(
     config: ConvertConfig | None = None,
     include: Patterns = None,
     exclude: Patterns = None,
-    filter_fn: Filter | None = None,
+    filter_fn: FilterFunction | None = None,
     measure: bool | torch.device | str = False,
     **options: Any,
 ) -> Plan:
@@ -89,12 +89,12 @@ def _plan(
     config: ConvertConfig,
     include: Patterns,
     exclude: Patterns,
-    filter_fn: Filter | None,
+    filter_fn: FilterFunction | None,
     measure: bool | torch.device | str,
     measure_replacements: bool | torch.device | str,
 ) -> Plan:
     chosen = find_filter(config.filter)
-    chosen.arguments(config)
+    chosen.arguments(config)  # refuses what does not go together before the model is looked at
     if config.upsample and chosen.name != DDF:
         raise UsageError(f"upsampling is replaced by DDF-Up, and not by filter {chosen.name}: leave one of the two out")
     model = bare(model)
@@ -107,6 +107,7 @@ def _plan(
     costs = Costs(stopwatch)
     planner = _Planner(
         config,
+        chosen,
         Selector("include", include, convolutions),
         Selector("exclude", exclude, convolutions),
         filter_fn,
@@ -170,15 +171,16 @@ class _Planner:
     def __init__(
         self,
         config: ConvertConfig,
+        chosen: Filter,
         include: Selector,
         exclude: Selector,
-        filter_fn: Filter | None,
+        filter_fn: FilterFunction | None,
         costs: Costs,
         costs_of_replacements: Costs,
         convolutions: Mapping[str, Convolution],
     ) -> None:
         self.config = config
-        self.chosen = find_filter(config.filter)
+        self.chosen = chosen
         self.include = include
         self.exclude = exclude
         self.filter_fn = filter_fn
