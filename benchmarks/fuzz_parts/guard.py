@@ -1,14 +1,17 @@
-"""What must not happen while a case runs: a write outside of where it may write, and no end."""
+"""What must not happen while a case runs: a write outside of where it may write, no end, too much memory."""
 
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from fuzz_parts.spoil import ESCAPED
 
 # Audit events that change files, and the places of the paths among their arguments.
 _WRITING = {
@@ -19,6 +22,8 @@ _WRITING = {
 _FORBIDDEN = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "socket.connect")
 _UNPICKLING = "pickle.find_class"
 _CACHE_MODULES = ("numba", "copyreg", "builtins", "llvmlite", "ddf_convert", "numpy")  # of Numba's own cache
+_TIMERS = ((signal.ITIMER_PROF, signal.SIGPROF, 1), (signal.ITIMER_REAL, signal.SIGALRM, 10))
+_ADDRESSES = 8  # times as much address space as memory: reserving costs nothing
 
 
 class Guard:
@@ -35,17 +40,38 @@ class Guard:
         sys.addaudithook(self._note)
 
     @contextmanager
-    def watching(self, writable: Path, seconds: int) -> Iterator[list[str]]:
-        """A context whose writes may go to one folder alone, and that ends after so many seconds."""
+    def watching(self, writable: Path, seconds: float, memory: int = 2**32) -> Iterator[list[str]]:
+        """A context whose writes may go to one folder alone.
+
+        Args:
+            writable: The folder.
+            seconds: Of processor time, since the machine may be busy; and a tenth of those of the clock.
+            memory: Bytes that may come on top of what the process has (on Linux).
+
+        Raises:
+            TooLong: In the body, when the time is over.
+        """
         self.found = []
         self._allowed = (str(writable.resolve()), "/dev/", "/proc/", *self._caches)
-        signal.signal(signal.SIGALRM, _too_long)
-        signal.alarm(seconds)
+        limits = resource.getrlimit(resource.RLIMIT_AS)
+        with suppress(OSError):  # the peak is counted from here on, where Linux lets us
+            Path("/proc/self/clear_refs").write_text("5")
+        before = _memory("VmHWM")
+        if sys.platform == "linux":
+            resource.setrlimit(resource.RLIMIT_AS, (_memory("VmSize") + _ADDRESSES * memory, limits[1]))
+        for timer, number, limit in _TIMERS:
+            signal.signal(number, _too_long)
+            signal.setitimer(timer, limit * seconds)
         try:
             yield self.found
         finally:
-            signal.alarm(0)
+            for timer, *_ in _TIMERS:
+                signal.setitimer(timer, 0)
             self._allowed = None
+            resource.setrlimit(resource.RLIMIT_AS, limits)
+            grown = _memory("VmHWM") - before
+            if grown > memory:
+                self.found.append(f"took {grown / 2**20:.0f} MiB")
 
     def _note(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self._allowed is None:
@@ -56,7 +82,7 @@ class Guard:
         if event == "open":
             path, mode, flags = arguments
             writes = (isinstance(mode, str) and set(mode) & set("wax+")) or (isinstance(flags, int) and flags & 3)
-            paths = (path,) if writes else ()
+            paths = (path,) if writes or ESCAPED in str(path) else ()
         elif event in _WRITING:
             paths = tuple(arguments[place] for place in _WRITING[event])
         for path in paths:
@@ -75,3 +101,12 @@ class TooLong(BaseException):
 
 def _too_long(number: int, frame: Any) -> None:
     raise TooLong
+
+
+def _memory(which: str) -> int:
+    """Bytes, from Linux's record of this process; 0 elsewhere."""
+    with suppress(FileNotFoundError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(which):
+                return int(line.split()[1]) * 1024
+    return 0

@@ -1,150 +1,462 @@
-"""Spoilt artifacts: a good folder with a manifest, weights or safetensors header that somebody changed."""
+"""Spoiled artifacts: a copy of a good folder with one thing wrong, aimed at one of the checks of the loader.
+
+Whatever changes the weights records their new size and hash by the package's own ``FileRecord``, so the case gets past
+the hashes. Random bytes and values seldom get past the schema; the changes of tensors, sites and options do.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import random
 import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-_WEIGHTS = "model.safetensors"
-_MANIFEST = "manifest.json"
+import safetensors.torch
+import torch
+
+from ddf_convert.artifact import Manifest
+from ddf_convert.folder import FileRecord
+
+REFUSED, SAME, EITHER = "refused", "same", "either"  # what must become of a case; SAME: equal outputs
+WEIGHTS, ORIGINAL, MANIFEST = "model.safetensors", "original.safetensors", "manifest.json"
+ESCAPED = "escaped"  # a file of this name is never opened
+LONG = "x" * 100_000
+_MONSTERS: tuple[Any, ...] = (
+    10**6, 10**9, 2**63, 10**30, -1, -(10**9), 0, 0.5, 1e30, float("nan"), float("inf"), LONG, "", "a\x00b", "é" * 300,
+    "\x1b[31mred", "\ud800", f"../../{ESCAPED}",
+)  # fmt: skip
 _ODD: tuple[Any, ...] = (
-    None, True, False, 0, -1, 1, 2, 3, 10**9, 2**63, -(2**63), 10**30, 0.0, -0.5, 1e308, float("nan"), float("inf"),
-    "", " ", "x", "../../escaped", "/escaped", "a\x00b", "\ud800", "model.safetensors", "é" * 300, "x" * 70_000, "0",
-    "__class__", "forward", "DDF2d", "DDFUpConv2d", "condconv", "resnet10t", "same", [], {}, [[]], [1, "a", None],
-    {"a": {"b": []}}, {"../x": 1}, ["conv1.3"], ["conv1.3", "conv1.6"],
+    *_MONSTERS, None, True, False, 1, 2, 3, "0", "same", "DDF2d", "DDFUpConv2d", "condconv", "__class__", "forward",
+    [], {}, [[]], [1, "a", None], {"a": {"b": []}}, {f"../{ESCAPED}": 1}, [10**6], ["stem", "a"],
+)  # fmt: skip
+_NAMES = ("", " ", "surprise", "a..b", ".", "é", "a\x00b", "__class__", "forward", f"../../{ESCAPED}", LONG, "con*[1]")
+_FLOATS = (torch.float64, torch.float16, torch.bfloat16)
+_NOT_WEIGHTS = (
+    torch.int64, torch.int8, torch.uint8, torch.uint16, torch.bool, torch.complex64, torch.float8_e4m3fn,
+    torch.float8_e5m2,
 )  # fmt: skip
 
 
-def spoil(folder: Path, dice: random.Random) -> str:
-    """Changes a copy of a good artifact; returns what was done, in words."""
-    way = dice.choice(
-        (_manifest_values, _manifest_values, _manifest_values, _manifest_bytes, _header, _header, _weights)
+@dataclass
+class Draft:
+    """A copy of a good artifact while it is changed.
+
+    Attributes:
+        folder: Where it is.
+        way: How it will be loaded: "load", "restore", "original" or "inspect".
+        rng: Chance.
+        manifest: As JSON; written at the end, unless the change wrote the file itself.
+        expected: REFUSED, SAME or EITHER.
+    """
+
+    folder: Path
+    way: str
+    rng: random.Random
+    manifest: Any = field(init=False)
+    expected: str = EITHER
+
+    def __post_init__(self) -> None:
+        self.manifest = json.loads((self.folder / MANIFEST).read_bytes())
+
+    @property
+    def file(self) -> str:
+        """The weights that will be loaded."""
+        return ORIGINAL if self.way == "original" else WEIGHTS
+
+    @property
+    def shared(self) -> dict[str, str]:
+        return self.manifest["shared" if self.file == WEIGHTS else "original_shared"]
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        return self.manifest["conversion"]["replaced"]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return safetensors.torch.load_file(self.folder / self.file)
+
+    def keep(self, weights: dict[str, torch.Tensor] | bytes) -> None:
+        """Writes weights, and records what they are."""
+        path = self.folder / self.file
+        if isinstance(weights, bytes):
+            path.write_bytes(weights)
+        else:
+            safetensors.torch.save_file(weights, path)
+        key = "weights" if self.file == WEIGHTS else "original"
+        self.manifest[key] = FileRecord.of(path).model_dump()
+
+
+_changes: list[tuple[Callable[[Draft], Any], str]] = []
+
+
+def _change(expected: str, times: int = 1) -> Callable[[Callable[[Draft], Any]], Any]:
+    """Registers a change, what must become of it, and how many times as often as another it is drawn."""
+
+    def register(change: Callable[[Draft], Any]) -> Callable[[Draft], Any]:
+        _changes.extend([(change, expected)] * times)
+        return change
+
+    return register
+
+
+def changes() -> list[str]:
+    """The names of all changes."""
+    return sorted({change.__name__.strip("_") for change, _ in _changes})
+
+
+def spoil(folder: Path, way: str, rng: random.Random) -> tuple[str, str, str]:
+    """Changes a copy of a good artifact.
+
+    Args:
+        folder: The copy.
+        way: How it will be loaded: "load", "restore", "original" or "inspect".
+        rng: Chance.
+
+    Returns:
+        The name of the change, what exactly was done, and what must become of it: REFUSED, SAME or EITHER.
+    """
+    change, expected = rng.choice(_changes)
+    draft = Draft(folder, way, rng, expected)
+    did = change(draft)
+    if draft.manifest is not None:
+        text = json.dumps(draft.manifest, ensure_ascii=rng.random() < 0.7)
+        (folder / MANIFEST).write_text(text, encoding="utf-8", errors="surrogatepass")
+    return change.__name__.strip("_"), f"{did!r:.200}", draft.expected
+
+
+# --- the tensors ---
+
+
+def _one(draft: Draft, tensors: dict[str, torch.Tensor], floating: bool = True) -> str:
+    return draft.rng.choice([name for name, each in tensors.items() if each.is_floating_point() or not floating])
+
+
+@_change(REFUSED, 3)
+def _dtype(draft: Draft) -> Any:
+    tensors = draft.tensors()
+    chosen, dtype = _one(draft, tensors), draft.rng.choice(_NOT_WEIGHTS)
+    for name in [chosen] if draft.rng.random() < 0.7 else [name for name in tensors if tensors[name].dim() > 1]:
+        tensors[name] = tensors[name].to(dtype)
+    draft.keep(tensors)
+    return chosen, dtype
+
+
+@_change(EITHER)
+def _precision(draft: Draft) -> Any:
+    tensors = draft.tensors()
+    chosen, dtype = _one(draft, tensors), draft.rng.choice(_FLOATS)
+    for name in [chosen] if draft.rng.random() < 0.5 else [name for name in tensors if tensors[name].dim()]:
+        tensors[name] = tensors[name].to(dtype)
+    draft.keep(tensors)
+    return chosen, dtype
+
+
+@_change(EITHER)
+def _values(draft: Draft) -> Any:
+    tensors = draft.tensors()
+    name = _one(draft, tensors)
+    tensors[name].fill_(value := draft.rng.choice((float("nan"), float("inf"), 0.0, 1e38)))
+    draft.keep(tensors)
+    return name, value
+
+
+@_change(REFUSED, 3)
+def _shape(draft: Draft) -> Any:
+    tensors = draft.tensors()
+    name = _one(draft, tensors, floating=False)
+    shape, rng = list(tensors[name].shape), draft.rng
+    if not shape or rng.random() < 0.2:
+        shape.insert(rng.randrange(len(shape) + 1), rng.choice((0, 1, 2)))
+    elif rng.random() < 0.2:
+        del shape[rng.randrange(len(shape))]
+    else:
+        shape[rng.randrange(len(shape))] += rng.choice((-1, 1))
+    tensors[name] = torch.zeros(shape, dtype=tensors[name].dtype)
+    draft.keep(tensors)
+    return name, shape
+
+
+@_change(REFUSED, 2)
+def _missing(draft: Draft) -> Any:
+    tensors = draft.tensors()
+    del tensors[name := _one(draft, tensors, floating=False)]
+    draft.keep(tensors)
+    return name
+
+
+@_change(REFUSED, 2)
+def _extra(draft: Draft) -> Any:
+    tensors = draft.tensors()
+    tensors[name := draft.rng.choice(_NAMES)] = torch.zeros(draft.rng.choice(((), (0,), (2, 3))))
+    draft.keep(tensors)
+    return name
+
+
+@_change(REFUSED)
+def _renamed(draft: Draft) -> Any:
+    tensors = draft.tensors()
+    name = _one(draft, tensors, floating=False)
+    new = draft.rng.choice((f"module.{name}", f"{name}.", name.upper(), name.replace(".", "_") + "_", *_NAMES))
+    tensors[new] = tensors.pop(name)
+    draft.keep(tensors)
+    return name, new
+
+
+@_change(REFUSED, 2)
+def _shared(draft: Draft) -> Any:
+    """Names that lead to no tensor: round in a circle, on to another shared name, to nothing."""
+    tensors = draft.tensors()
+    one, two = draft.rng.sample(sorted(tensors), 2)
+    circle = {one: two, two: one}
+    how = draft.rng.choice(({one: one}, circle, {"a": "b", "b": one}, {one: draft.rng.choice(_NAMES)}))
+    for name in how:
+        tensors.pop(name, None)
+    draft.shared.update(how)
+    draft.keep(tensors)
+    return how
+
+
+@_change(EITHER)
+def _tied(draft: Draft) -> Any:
+    tensors = draft.tensors()
+    one, two = draft.rng.sample(sorted(tensors), 2)
+    draft.shared[one] = two
+    if draft.rng.random() < 0.5:
+        del tensors[one]
+    draft.keep(tensors)
+    return one, two
+
+
+# --- the source and the conversion ---
+
+
+@_change(REFUSED, 3)
+def _source(draft: Draft) -> Any:
+    source, rng = draft.manifest["source"], draft.rng
+    if source["kind"] == "own":
+        source["class"] = rng.choice((*_NAMES, "os.system"))
+    elif rng.random() < 0.3:
+        names = ("vit_giant_patch14_224", "convnext_xxlarge", "resnet5O", "hf-hub:a/b", f"local-dir:../{ESCAPED}")
+        source["name"] = rng.choice((*names, *_NAMES))
+    elif rng.random() < 0.5:
+        key = rng.choice(("num_classes", "in_chans"))
+        source["kwargs"][key] = rng.choice((10**7, 10**12, 6, *_MONSTERS))
+    else:
+        key = rng.choice(("layers", "channels", "stem_width", "pretrained", "checkpoint_path", "cache_dir", "colour"))
+        source["kwargs"][key] = rng.choice(([10**6], [10**6] * 4, [2, "x"], [], [None] * 4, *_MONSTERS))
+    if draft.way in ("restore", "original"):  # the model is given, and this is for people
+        draft.expected = EITHER
+    return source
+
+
+@_change(REFUSED, 3)
+def _sites(draft: Draft) -> Any:
+    steps, rng = draft.steps, draft.rng
+    step = rng.choice(steps)
+    name = step["names"][0]
+    how = rng.choice(("again", "twice", "gone", "two", "name", "prefix", "part"))
+    if how == "again":
+        steps.append(json.loads(json.dumps(step)))
+    elif how == "twice":
+        steps.insert(0, {**step, "names": [name, name, name]})
+    elif how == "gone":
+        steps.remove(step)
+    elif how == "two":
+        step["names"] = [name, rng.choice((*_NAMES, "stem", "conv1"))]
+    elif how == "prefix":
+        step["names"] = [rng.choice((f"module.{name}", f".{name}", f"{name}.", f"{name}.0", name + "()"))]
+    elif how == "part":
+        step[rng.choice(("removed", "apart"))] = [rng.choice(_NAMES)]
+    else:
+        step["names"] = [rng.choice(_NAMES)]
+    return _of_conversion(draft, how, name)
+
+
+@_change(REFUSED, 4)
+def _options(draft: Draft) -> Any:
+    """An option out of its range."""
+    replacement = draft.rng.choice(draft.steps)["replacement"]
+    options = replacement["mix"] if replacement["mix"] and draft.rng.random() < 0.2 else replacement["options"]
+    key = draft.rng.choice((*options, "colour"))
+    options[key] = value = draft.rng.choice(_MONSTERS)
+    return _of_conversion(draft, replacement["layer"], key, value)
+
+
+def _of_conversion(draft: Draft, *did: Any) -> Any:
+    if draft.way == "original":  # the model before conversion has none of it
+        draft.expected = EITHER
+    return did
+
+
+@_change(EITHER, 2)
+def _other_options(draft: Draft) -> Any:
+    """An option of another kind or value, or none; another layer."""
+    replacement, rng = draft.rng.choice(draft.steps)["replacement"], draft.rng
+    options = replacement["options"]
+    key, how = rng.choice(sorted(options)), rng.choice(("add", "without", "other", "layer"))
+    if how == "without":
+        del options[key]
+    elif how == "layer":
+        replacement["layer"] = key = rng.choice(("DDF2d", "DDFConv2d", "DDFUp2d", "depthwise", "condconv", *_NAMES))
+    elif how == "add" and isinstance(options[key], int | float):
+        options[key] += rng.choice((-1, 1, 2))
+    else:
+        options[key] = rng.choice((1, 2, True, 1.5, "add", "same", "reflect", "linear", "relu", *_ODD[:2]))
+    return how, key, options.get(key)
+
+
+# --- the manifest ---
+
+
+@_change(SAME, 2)
+def _words(draft: Draft) -> Any:
+    """What is for people."""
+    manifest, text = draft.manifest, draft.rng.choice(("", "é", "1.2", "\x1b[31mred", LONG))
+    manifest["versions"]["torch"] = manifest["dtype"] = manifest["conversion"]["source"] = text
+    return text
+
+
+@_change(SAME, 2)
+def _format(draft: Draft) -> Any:
+    """An older format: none of what later ones brought, which all has defaults."""
+    formats = get_args(Manifest.model_fields["format_version"].annotation)
+    kind = draft.manifest["source"]["kind"]
+    draft.manifest = Manifest.model_validate(draft.manifest).model_dump(
+        mode="json", by_alias=True, exclude_defaults=True
     )
-    words = way(folder, dice)
-    if dice.random() < 0.7:  # past the check of the hash, so that what comes after it is reached
-        _seal(folder)
-        words += ", sealed"
-    return words
+    draft.manifest["source"]["kind"] = kind
+    draft.manifest |= {"format": "ddf_convert", "format_version": draft.rng.choice(formats)}
+    return draft.manifest["format_version"]
 
 
-def _seal(folder: Path) -> None:
-    """Writes the size and hash that the weights now have into the manifest, if it still can hold them."""
-    weights = (folder / _WEIGHTS).read_bytes()
-    try:
-        manifest = json.loads((folder / _MANIFEST).read_bytes())
-        manifest["weights"] |= {"bytes": len(weights), "sha256": hashlib.sha256(weights).hexdigest()}
-    except (ValueError, TypeError, KeyError, RecursionError):
-        return
-    (folder / _MANIFEST).write_text(json.dumps(manifest), encoding="utf-8", errors="surrogatepass")
+@_change(REFUSED)
+def _version(draft: Draft) -> Any:
+    draft.manifest["format_version"] = value = draft.rng.choice((0, 99, 10**30, "1", 1.5, None, LONG))
+    return value
 
 
-def _manifest_values(folder: Path, dice: random.Random) -> str:
-    file = folder / _MANIFEST
-    manifest = json.loads(file.read_text())
-    done = [_change(manifest, dice) for _ in range(dice.choice((1, 1, 1, 2, 5)))]
-    file.write_text(json.dumps(manifest, ensure_ascii=dice.random() < 0.5), encoding="utf-8", errors="surrogatepass")
-    return "manifest: " + "; ".join(done)
+@_change(REFUSED)
+def _record(draft: Draft) -> Any:
+    record = draft.manifest["weights" if draft.file == WEIGHTS else "original"]
+    key, sizes = draft.rng.choice(sorted(record)), (0, -1, 10**30, record["size"] + 1, 1.5)
+    record[key] = draft.rng.choice(sizes if key == "size" else ("", "0" * 64, record["sha256"].upper() + " ", LONG))
+    return key, record[key]
 
 
-def _change(document: Any, dice: random.Random) -> str:
-    """Changes one value somewhere inside."""
-    places = list(_places(document))
-    holder, key, path = dice.choice(places)
-    action = dice.choice(("odd", "odd", "delete", "duplicate", "swap", "number"))
+@_change(EITHER, 3)
+def _value(draft: Draft) -> Any:
+    """Any value, anywhere."""
+    return [_set(draft.manifest, draft.rng) for _ in range(draft.rng.choice((1, 1, 3)))]
+
+
+def _set(document: Any, rng: random.Random) -> str:
+    holder, key, path = rng.choice(_places(document))
+    action = rng.choice(("odd", "odd", "delete", "again"))
     if action == "delete":
         del holder[key]
-    elif action == "duplicate" and isinstance(holder, list):
+    elif action == "again" and isinstance(holder, list):
         holder.insert(key, holder[key])
-    elif action == "duplicate":
-        holder[dice.choice(("surprise", "../x", "", "names", "layer", "bytes"))] = holder[key]
-    elif action == "swap":
-        other, there, _ = dice.choice(places)
-        try:
-            holder[key], other[there] = other[there], holder[key]
-            json.dumps(document)
-        except (ValueError, KeyError, IndexError, RecursionError):  # one lies inside the other
-            holder[key] = None
-    elif action == "number" and isinstance(holder[key], int | float):
-        holder[key] = dice.choice((holder[key] + 1, holder[key] * 1000, -holder[key], holder[key] + 0.5))
+    elif action == "again":
+        holder[rng.choice(_NAMES)] = holder[key]
     else:
-        holder[key] = dice.choice(_ODD)
+        holder[key] = rng.choice(_ODD)
     return f"{action} {path}"
 
 
 def _places(value: Any, path: str = "") -> list[tuple[Any, Any, str]]:
     """Every place of a JSON document: what holds it, its key, its path."""
-    if isinstance(value, dict):
-        items: Any = list(value.items())
-    elif isinstance(value, list):
-        items = list(enumerate(value))
-    else:
-        return []
+    items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     found = []
-    for key, inner in items:
+    for key, inner in list(items):
         found += [(value, key, f"{path}.{key}"), *_places(inner, f"{path}.{key}")]
     return found
 
 
-def _manifest_bytes(folder: Path, dice: random.Random) -> str:
-    return "manifest's bytes: " + _bytes(folder / _MANIFEST, dice)
+# --- the files ---
 
 
-def _weights(folder: Path, dice: random.Random) -> str:
-    return "weights' bytes: " + _bytes(folder / _WEIGHTS, dice, everywhere=True)
-
-
-def _bytes(file: Path, dice: random.Random, everywhere: bool = False) -> str:
-    data = bytearray(file.read_bytes())
-    action = dice.choice(("flip", "flip", "cut", "insert", "empty", "nested", "append"))
-    if action == "flip":
-        for _ in range(dice.choice((1, 3, 50))):
-            data[dice.randrange(len(data) if everywhere else min(len(data), 4000))] = dice.randrange(256)
-    elif action == "cut":
-        del data[dice.randrange(len(data)) :]
-    elif action == "insert":
-        place = dice.randrange(min(len(data), 4000))
-        data[place:place] = dice.choice((b"\x00", b'"', b"{", b"[", b"\xff\xfe", b"1e999", b"\\u0000"))
-    elif action == "append":
-        data += dice.choice((b"\x00", b"{}", b"garbage"))
-    else:
-        data = bytearray(b"" if action == "empty" else b"[" * 100_000)
-    file.write_bytes(data)
+@_change(EITHER, 3)
+def _manifest_bytes(draft: Draft) -> Any:
+    data, action = _bytes((draft.folder / MANIFEST).read_bytes(), draft.rng)
+    (draft.folder / MANIFEST).write_bytes(data)
+    draft.manifest = None
     return action
 
 
-def _header(folder: Path, dice: random.Random) -> str:
+@_change(EITHER, 2)
+def _weights_bytes(draft: Draft) -> Any:
+    path = draft.folder / draft.file
+    before = path.read_bytes()
+    data, action = _bytes(before, draft.rng)
+    if draft.rng.random() < 0.3 and data != before:
+        draft.expected = REFUSED
+        path.write_bytes(data)
+        return action, "not recorded"
+    draft.keep(data)
+    return action
+
+
+def _bytes(content: bytes, rng: random.Random) -> tuple[bytes, str]:
+    data = bytearray(content)
+    action = rng.choice(("flip", "flip", "cut", "insert", "empty", "nested", "append"))
+    if action == "flip":
+        for _ in range(rng.choice((1, 3, 50))):
+            data[rng.randrange(min(len(data), 4000))] = rng.randrange(256)
+    elif action == "cut":
+        del data[rng.randrange(len(data)) :]
+    elif action == "insert":
+        place = rng.randrange(min(len(data), 4000))
+        data[place:place] = rng.choice((b"\x00", b'"', b"{", b"[", b"\xff\xfe", b"1e999", b"\\u0000"))
+    elif action == "append":
+        data += rng.choice((b"\x00", b"{}", b"garbage"))
+    else:
+        data = bytearray(b"" if action == "empty" else b"[" * 100_000)
+    return bytes(data), action
+
+
+@_change(EITHER, 4)
+def _header(draft: Draft) -> Any:
     """The header of a safetensors file: eight bytes of length, then JSON of dtypes, shapes and offsets."""
-    file = folder / _WEIGHTS
-    data = file.read_bytes()
+    data, rng = (draft.folder / draft.file).read_bytes(), draft.rng
     (length,) = struct.unpack("<Q", data[:8])
     header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
-    action = dice.choice(("length", "value", "value", "entry", "dtype", "shape", "offsets", "rename", "metadata"))
-    names = [name for name in header if name != "__metadata__"]
-    entry = header[dice.choice(names)]
-    claimed = None
-    if action == "length":
-        claimed = dice.choice((0, 1, length - 1, length + 1, len(data), 2**32, 2**63, 2**64 - 1))
-    elif action == "value":
-        _change(header, dice)
-    elif action == "entry":
-        header[dice.choice(("surprise", "../x", "", "\x00"))] = dict(entry)
+    entry = header[rng.choice([name for name in header if name != "__metadata__"])]
+    action = rng.choice(("length", "value", "dtype", "shape", "data_offsets", "metadata"))
+    if action == "value":
+        _set(header, rng)
     elif action == "dtype":
-        entry["dtype"] = dice.choice(("F64", "F16", "BF16", "I64", "BOOL", "F8_E4M3", "U8", "X", "", None, 4))
+        entry["dtype"] = rng.choice(("I32", "F8_E4M3", "F8_E8M0", "F4", "X", "", None, 4))
     elif action == "shape":
-        entry["shape"] = dice.choice(([], [0], [-1], [2**62, 2], [1] * 100, [10**12], "x", None, [1.5]))
-    elif action == "offsets":
-        entry["data_offsets"] = dice.choice(([0, 0], [0, 2**63], [8, 4], [-4, 4], [0], "x", [len(rest), len(rest) + 4]))
-    elif action == "rename":
-        name = dice.choice(names)
-        header[dice.choice(("x", name + "x", name.upper()))] = header.pop(name)
-    else:
-        header["__metadata__"] = dice.choice(
-            ({"format": "tf"}, {"a": 1}, [], "x", {"format": "pt", "x": "y" * 100_000})
-        )
+        entry["shape"] = rng.choice(([], [0], [-1], [2**62, 2], [1] * 100, [10**12], "x", None, [1.5]))
+    elif action == "data_offsets":
+        entry[action] = rng.choice(([0, 0], [0, 2**63], [8, 4], [-4, 4], [0], "x", [len(rest), len(rest) + 4]))
+    elif action == "metadata":
+        header["__metadata__"] = rng.choice(({"format": "tf"}, {"a": 1}, [], "x", {"format": "pt", "x": LONG}))
     text = json.dumps(header).encode("utf-8", "surrogatepass")
-    file.write_bytes(struct.pack("<Q", len(text) if claimed is None else claimed) + text + rest)
-    return f"safetensors header: {action}"
+    wrong = (0, 1, len(text) - 1, len(text) + 1, len(data), 2**32, 2**63, 2**64 - 1)
+    draft.keep(struct.pack("<Q", rng.choice(wrong) if action == "length" else len(text)) + text + rest)
+    return action
+
+
+@_change(SAME)
+def _report(draft: Draft) -> Any:
+    """What stands in no model's way."""
+    file = draft.folder / draft.rng.choice(("report.json", ORIGINAL if draft.file == WEIGHTS else WEIGHTS))
+    content = draft.rng.choice((None, b"", b"garbage"))
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    return file.name, content
+
+
+@_change(SAME)
+def _pending(draft: Draft) -> Any:
+    """A save that was interrupted after its manifest."""
+    file = draft.folder / draft.file
+    file.rename(f"{file}.new")
+    content = draft.rng.choice((None, b"", b"garbage"))
+    if content is not None:
+        file.write_bytes(content)
+    return content
