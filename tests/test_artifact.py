@@ -313,6 +313,9 @@ DAMAGE = {
     "no such layer": (edit_step(colour=1), "cannot be built"),
     "other channels": (edit_step(in_channels=10**9), "has in_channels"),
     "other kernel": (edit_step(kernel_size=10**6 + 1), "has kernel_size 3"),
+    "other padding": (edit_step(padding=10**9), "has padding 1, where the record has 1000000000"),
+    "other dilation": (edit_step(dilation=2), "has dilation 1, where the record has 2"),
+    "other padding mode": (edit_step(padding_mode="reflect"), "has padding_mode zeros, where the record has reflect"),
     "huge squeeze": (edit_step(se_ratio=1e30), "cannot be built"),
     "wrong type": (edit_step(heads="many"), "cannot be built"),
 }

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ddf_convert.errors import UsageError
-from ddf_convert.graph.build import build, kernel_for, kind_of, obstacle
+from ddf_convert.graph.build import build, geometry, kernel_for, kind_of, obstacle
 from ddf_convert.graph.functional import functional_convolutions, place_of, replace_functions
 from ddf_convert.graph.intercept import Apart, intercept, is_intercepted, obstacle_to_intercepting
 from ddf_convert.graph.plan import Action, Replacement, Site, suggestion
@@ -225,7 +225,7 @@ def _actual(place: nn.Module, shuffle: nn.Module | None) -> dict[str, Any]:
     if isinstance(place, nn.ConvTranspose2d):
         return actual | {"scale_factor": stride, "kernel_size": kernel_for(size, stride, int(place.padding[0]))}
     if shuffle is None:
-        return actual | {"kernel_size": size, "stride": stride}
+        return actual | geometry(place)
     factor = shuffle.upscale_factor if isinstance(shuffle, nn.PixelShuffle) else 0
     channels = place.out_channels // max(factor, 1) ** 2
     return actual | {"out_channels": channels, "kernel_size": size, "scale_factor": factor}
