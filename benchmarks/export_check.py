@@ -58,6 +58,7 @@ class Family:
         shapes: Of the example inputs.
         torch_export: Whether the torch.export file is made too: it takes longer than the other.
         dtype: Of the model and its inputs.
+        exports: Whether it can be exported.
     """
 
     build: Callable[[], nn.Module]
@@ -65,6 +66,7 @@ class Family:
     shapes: tuple[tuple[int, ...], ...] = ((1, 3, 96, 96),)
     torch_export: bool = False
     dtype: torch.dtype = torch.float32
+    exports: bool = True
 
 
 def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
@@ -105,8 +107,12 @@ FAMILIES = {
     "pixel shuffle": Family(networks.Shuffles, UP),
     "nearest in a pyramid": Family(networks.Pyramid, UP),
     "F.conv2d, a GraphModule": Family(networks.Functions, {"functional": True}, torch_export=True),
-    "ssdlite320_mobilenet_v3_large": Family(detection("ssdlite320_mobilenet_v3_large"), {"depthwise": True}, LARGE),
-    "fasterrcnn_mobilenet_v3_large_fpn": Family(detection("fasterrcnn_mobilenet_v3_large_fpn"), {}, LARGE),
+    "ssdlite320_mobilenet_v3_large": Family(
+        detection("ssdlite320_mobilenet_v3_large"), {"depthwise": True}, LARGE, exports=False
+    ),
+    "fasterrcnn_mobilenet_v3_large_fpn": Family(
+        detection("fasterrcnn_mobilenet_v3_large_fpn"), {}, LARGE, exports=False
+    ),
 }
 
 
@@ -130,6 +136,15 @@ def main() -> None:
         torch.set_num_threads(threads)
         keep(chosen.results, document)
     print("\n".join(page(document)))
+    others = [name for name, family in FAMILIES.items() if fnmatch.fnmatch(name, chosen.only)]
+    others = [name for name in others if exports(document["rows"][name]) != FAMILIES[name].exports]
+    if others:
+        raise DDFError(f"otherwise than expected, exported or not: {', '.join(others)}")
+
+
+def exports(found: dict[str, Any]) -> bool:
+    """Whether a row has no error."""
+    return not any("error" in part for part in (found, *found.values()) if isinstance(part, dict))
 
 
 def keep(folder: Path, document: dict[str, Any]) -> None:

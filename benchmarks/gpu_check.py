@@ -6,7 +6,8 @@
 
 The report is written after every part and every few measurements, so that what was found survives what comes later.
 Parts run in order of importance; when the time is over the rest is left out, and the report says so. Exit code: 0, 1 if
-anything came out wrong or the kernels are not in use, 2 for a mistake in the options, 130 for Ctrl-C.
+anything came out wrong or the kernels are not in use, 2 for a mistake in the options, 3 if nothing came out wrong but
+something was left out, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ from ddf_convert.errors import UsageError
 from ddf_convert.files import write_file
 from ddf_convert.machine import describe
 
+INCOMPLETE = 3
 GRACE = 45  # seconds past the end after which a hanging kernel is given up
 
 
@@ -113,8 +115,10 @@ def main() -> int:
         _fill(run, report, Part("aims", lambda run, record: aims(run, record, report["parts"])))
     faulthandler.cancel_dump_traceback_later()
     wrong = [name for name, part in report["parts"].items() if part["status"] == "failed"]
-    print(f"report: {file.with_suffix('.md')}" + (f"; failed: {', '.join(wrong)}" if wrong else ""))
-    return 1 if wrong else 0
+    left_out = [name for name, part in report["parts"].items() if part["status"] == "incomplete"]
+    words = [f"; {what}: {', '.join(names)}" for what, names in (("failed", wrong), ("incomplete", left_out)) if names]
+    print(f"report: {file.with_suffix('.md')}{''.join(words)}")
+    return 1 if wrong else INCOMPLETE if left_out else 0
 
 
 def _fill(run: Run, report: dict[str, Any], part: Part) -> None:

@@ -44,6 +44,9 @@ def main() -> int:
     options = _options()
     everything = catalogue()
     chosen = choose(everything, options.only, options.library, options.per_file)
+    if not chosen:
+        print("no architecture is called that", file=sys.stderr)
+        return 2
     store = Store(options.results, source_key(), stale=options.failed, fresh=options.fresh)
     start = time.monotonic()
     run(check_shapes, chosen, store, options)

@@ -7,6 +7,7 @@ import torch
 from converted_networks import UNet
 from torch import nn
 
+from ddf_convert.accounting import Cost
 from ddf_convert.graph import Action, ConvertConfig, plan
 from ddf_convert.graph.budget import apply_budgets
 
@@ -89,6 +90,28 @@ def test_the_fewest_are_replaced_and_of_equals_the_nearest_to_the_output():
     assert chosen(saving["4"] + 1) == ["4", min(saving, key=saving.get)]
     assert chosen(saving["1"]) == ["3"]
     assert chosen(saving["4"] + saving["1"]) == ["3", "4"]
+
+
+def replaced_of(savings, targets):
+    """Which sites are replaced, of those that save so many (MACs, parameters), to save what the targets say."""
+    decided = plan(alike(), IMAGE)
+    sites = decided.replaced[: len(savings)]
+    for site, (macs, params) in zip(sites, savings, strict=True):
+        site.before, site.replacement_cost = Cost(macs=100, params=100), Cost(macs=100 - macs, params=100 - params)
+    options = dict(zip(FIELDS, (1000 - target for target in targets), strict=True))
+    notes = apply_budgets(sites, ConvertConfig(**options), Cost(macs=1000, params=1000))
+    return [place for place, site in enumerate(sites) if site.action is Action.REPLACE], notes
+
+
+def test_what_the_later_ones_make_needless_is_not_replaced():
+    # The first is worth most of both targets together; the others are needed all the same, and are enough.
+    assert replaced_of([(8, 4), (10, 0), (0, 10)], (10, 10)) == ([1, 2], [])
+
+
+def test_what_is_against_a_target_out_of_reach_is_not_replaced():
+    replaced, (note,) = replaced_of([(5, 0), (-5, 3), (0, 8)], (10, 0))
+    assert replaced == [0]
+    assert note.startswith("target_macs 990 is out of reach: 995 MACs are left")
 
 
 @pytest.mark.parametrize(("options", "kept"), [({"keep_first": 2}, {0, 1}), ({"keep_last": 1}, {4}), ({}, set())])

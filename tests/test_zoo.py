@@ -180,6 +180,7 @@ def test_a_run_with_all_that_can_happen_and_its_resumption(monkeypatch, tmp_path
     before = results.read_text()
     assert run()[0] == 1
     assert results.read_text() == before  # nothing was done again
+    assert run("--only", "Tyni")[0] == 2  # nothing that was looked at is nothing that passed
     run("--failed")
     assert len(results.read_text().splitlines()) == 5
 
