@@ -472,3 +472,28 @@ class ShufflesAndMore(Shuffles):
     def forward(self, x):
         x = self.conv(self.first(x))
         return self.shuffle(x).mean() + x.mean()
+
+
+class Routed(nn.Module):
+    """Like ultralytics' models: where each layer reads from, and what it is, stands on the instances."""
+
+    def __init__(self):
+        super().__init__()
+        layers = [(conv(), -1), (conv(stride=2), -1), (nn.Upsample(scale_factor=2), -1), (conv(64, 32), [-1, 0])]
+        self.model = nn.Sequential(*(self._marked(i, *each) for i, each in enumerate(layers)))
+        self.save = sorted({place for _, reads in layers if isinstance(reads, list) for place in reads if place >= 0})
+
+    @staticmethod
+    def _marked(number, layer, reads):
+        layer.i, layer.f, layer.type = number, reads, f"torch.nn.{type(layer).__name__}"
+        layer.np = sum(parameter.numel() for parameter in layer.parameters())
+        return layer
+
+    def forward(self, x):
+        outputs = []
+        for layer in self.model:
+            if isinstance(layer.f, list):
+                x = torch.cat([x if place == -1 else outputs[place] for place in layer.f], 1)
+            x = layer(x)
+            outputs.append(x if layer.i in self.save else None)
+        return x

@@ -50,10 +50,10 @@ LAYERS = {
 
 def convolved(layer, image, weight, bias=None, groups=1):
     """One image, (C, H, W), by torch's convolution with the layer's geometry."""
-    options = {"stride": (layer.stride,) * 2, "dilation": (layer.dilation,) * 2, "groups": groups}
+    options = {"stride": layer.stride, "dilation": layer.dilation, "groups": groups}
     if layer.padding == "same":
         return conv2d_same(image[None], weight, bias, **options)[0]
-    pad = (layer.padding,) * 4
+    pad = layer.padding * 2
     mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
     return F.conv2d(F.pad(image[None], pad, mode=mode), weight, bias, **options)[0]
 
@@ -68,7 +68,7 @@ def from_filters(layer, input, filters):
 
 def spatial(layer, input):
     """By the definition: a window of the input for every pixel, times its filter."""
-    size = layer.kernel_size
+    size = layer.kernel_size[0]
     filters = layer.spatial_branch(layer.centres(input))
     taps = torch.eye(size**2, dtype=input.dtype).view(size**2, 1, size, size)
     output = torch.zeros(*input.shape[:2], *filters.shape[2:], dtype=input.dtype)
@@ -83,7 +83,7 @@ def channel(layer, input):
 
 
 def weightnet(layer, input):
-    size = layer.kernel_size
+    size = layer.kernel_size[0]
     pooled = layer.excite(layer.squeeze(F.adaptive_avg_pool2d(input, 1).flatten(1))).sigmoid()
     grouped = F.conv2d(pooled[..., None, None], layer.expand.view(-1, 1, 1, 1), groups=input.shape[1])
     return from_filters(layer, input, grouped.view(*input.shape[:2], size, size))

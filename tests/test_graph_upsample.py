@@ -541,7 +541,7 @@ def test_new_layers_take_over_where_they_stand():
     layer = converted.ddf_interpolate
     assert {parameter.dtype for parameter in layer.parameters()} == {torch.float16}
     assert layer.training
-    assert not any(parameter.requires_grad for parameter in layer.parameters())
+    assert all(parameter.requires_grad for parameter in layer.parameters())
 
 
 def test_losses_and_groups_know_the_new_layers():

@@ -55,14 +55,14 @@ def watched(layer: DDFUp2d) -> DDFUp2d:
 
 def one_by_one(layer: DDFUp2d, input: Tensor, guide: Tensor | None = None) -> Tensor:
     """DDF-Up as the paper draws it: each branch by itself, then pixel shuffle."""
-    padding = layer.dilation * (layer.kernel_size - 1) // 2
+    padding = layer.dilation[0] * (layer.kernel_size[0] - 1) // 2
     maps = [
         ops.ddf(
             input,
             channel(input),
             spatial(input if guide is None else guide),
             padding=padding,
-            dilation=layer.dilation,
+            dilation=layer.dilation[0],
             combine=layer.combine,
         )
         for channel, spatial in zip(layer.channel_branch, layer.spatial_branch, strict=True)

@@ -13,8 +13,8 @@ class OnesForPixels(nn.Module):
 
     def __init__(self, layer: DDF2d) -> None:
         super().__init__()
-        self.taps = layer.heads * layer.kernel_size**2
-        self.stride = layer.stride
+        self.taps = layer.heads * layer.kernel_size[0] ** 2
+        self.stride = layer.stride[0]
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, G*K*K, ceil(H / stride), ceil(W / stride)) ones."""
@@ -27,7 +27,7 @@ class OnesForChannels(nn.Module):
 
     def __init__(self, layer: DDF2d) -> None:
         super().__init__()
-        self.shape = layer.in_channels, layer.kernel_size, layer.kernel_size
+        self.shape = layer.in_channels, *layer.kernel_size
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, K, K) ones."""

@@ -99,7 +99,7 @@ class SeparateUp(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, s*H, s*W)."""
-        padding = self.layer.kernel_size // 2
+        padding = self.layer.kernel_size[0] // 2
         maps = [
             ops.ddf(input, channel(input), spatial(input), padding=padding)
             for channel, spatial in zip(self.layer.channel_branch, self.layer.spatial_branch, strict=True)

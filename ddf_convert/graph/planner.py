@@ -121,6 +121,7 @@ def _plan(
     if stopwatch:
         before = before.model_copy(update={"latency_ms": stopwatch.ms(model, *args, **kwargs)})
     notes = [*_notes(recording, traced, sites), *apply_budgets(sites, config, before)]
+    notes += _frozen(model, sites)
     if stopwatch:
         steps = steps_of(sites, model)
         after = stopwatch.ms_converted(model, steps, *args, **kwargs) if measure_replacements and steps else None
@@ -163,6 +164,23 @@ def _notes(recording: Recording, traced: Traced, sites: list[Site]) -> list[str]
     if recording.on_values:
         notes.append("The forward pass depends on values: what it calls, and the shapes, are those of one run")
     return notes
+
+
+def _frozen(model: nn.Module, sites: list[Site]) -> list[str]:
+    """A note on frozen convolutions: what replaces them is random, so it is trainable all the same."""
+    modules = dict(model.named_modules())
+    replaced = [list(modules[site.name].parameters()) for site in sites if _is_replaced_module(site, modules)]
+    frozen = sum(bool(tensors) and not any(each.requires_grad for each in tensors) for tensors in replaced)
+    if not frozen:
+        return []
+    return [
+        f"Frozen (requires_grad=False): {frozen} of the {len(replaced)} modules that are replaced. The new layers are"
+        " trainable; a recipe that takes over their weights freezes them again with initialise.keep_frozen"
+    ]
+
+
+def _is_replaced_module(site: Site, modules: Mapping[str, nn.Module]) -> bool:
+    return site.action is Action.REPLACE and site.name in modules
 
 
 class _Planner:

@@ -50,7 +50,8 @@ def convert(
     The model keeps its class, its methods and the names of its other parameters; the modules are swapped in the tree.
     Only where a convolution that is called as a function is replaced (``functional=True``) does a torch.fx GraphModule
     take the model's place: in it, ``self.training`` has the value that it has now wherever the forward pass reads it.
-    New layers take the device, dtype, training mode and requires_grad of the convolution. They are drawn from
+    New layers take the device, dtype, training mode and plain attributes of the module that they replace, and are
+    trainable, also where that was frozen. They are drawn from
     torch's CPU generator, whose state is left as it was. The record of what was done is ``model.ddf_conversion``.
 
     Args:

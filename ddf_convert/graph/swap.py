@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -149,9 +150,37 @@ def swap(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
         intercept(model.get_submodule(owner), {attribute: layer})
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
-            if id(child) in new:
+            if child is not None and id(child) in new:
+                carry_over_attributes(child, new[id(child)])
                 parent._modules[key] = new[id(child)]
     return replace_functions(model, functions) if functions else model
+
+
+def carry_over_attributes(old: nn.Module, new: nn.Module) -> None:
+    """Gives a new layer the plain attributes of the module that it replaces, such as those that a library set on it.
+
+    What the new layer has of its own (its sizes, parameters, parts and methods) stays. Hooks, parameters and whatever
+    else ``nn.Module`` keeps are not plain attributes.
+
+    Args:
+        old: The module that is replaced; it stays as it is.
+        new: What replaces it; it changes.
+    """
+    own = {*vars(new), *new._parameters, *new._buffers, *new._modules}
+    for name, value in vars(old).items():
+        if name not in _INTERNAL and name not in own and not _has_of_its_own(type(new), name):
+            new.__dict__[name] = value
+
+
+# What modules and convolutions keep for themselves; a compiled call would be that of the old module.
+_INTERNAL = {*vars(nn.Module()), "_compiled_call_impl", "_reversed_padding_repeated_twice"}
+
+
+def _has_of_its_own(kind: type[nn.Module], name: str) -> bool:
+    """Whether a class defines a method or property of that name, other than those that every module has."""
+    found = inspect.getattr_static(kind, name, None)
+    inherited = found is inspect.getattr_static(nn.Module, name, None)
+    return not inherited and (callable(found) or hasattr(found, "__get__"))
 
 
 @dataclass(frozen=True)
@@ -159,7 +188,7 @@ class _Like:
     """What a new layer takes over.
 
     Attributes:
-        weight: For device, dtype, layout and whether it learns; None if nothing around has any.
+        weight: For device, dtype and layout; None if nothing around has any.
         training: The mode.
     """
 
@@ -232,7 +261,7 @@ def _actual(place: nn.Module, shuffle: nn.Module | None) -> dict[str, Any]:
 
 
 def _built(like: _Like, step: Replaced) -> nn.Module:
-    weight = torch.empty(0, requires_grad=True) if like.weight is None else like.weight
+    weight = torch.empty(0) if like.weight is None else like.weight
     try:
         layer = build(step.replacement, device="meta" if weight.device.type == "meta" else "cpu")
     except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
@@ -240,4 +269,4 @@ def _built(like: _Like, step: Replaced) -> nn.Module:
     if not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
         layer = layer.to(memory_format=torch.channels_last)
     layer = layer.to(weight.device, weight.dtype)
-    return layer.train(like.training).requires_grad_(weight.requires_grad)
+    return layer.train(like.training)  # trainable, also where the old module was frozen: its weights are random

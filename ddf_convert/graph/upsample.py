@@ -215,7 +215,7 @@ def _check_weights(convolution: Convolution) -> None:
 
 
 def _ratio(call: Call) -> tuple[float, ...]:
-    return tuple(after / before for before, after in zip(call.input_shape[2:], call.output_shape[2:], strict=True))
+    return tuple(after / before for before, after in zip(call.input_shape[-2:], call.output_shape[-2:], strict=True))
 
 
 def _factor(calls: tuple[Call, ...]) -> int:

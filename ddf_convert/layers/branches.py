@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import cast
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +11,22 @@ from torch import Tensor, nn
 
 from ddf_convert.layers.direct import is_plain
 from ddf_convert.layers.filter_norm import ChannelFilterNorm, SpatialFilterNorm
+
+NARROWEST_SQUEEZE = 4
+
+
+def squeeze_width(channels: int, se_ratio: float) -> int:
+    """Width of a squeeze: the fraction of the channels that is asked for, and at least min(4, channels).
+
+    A squeeze of one or two units behind a ReLU often starts closed for every image, and then never learns. The authors'
+    checkpoints have none so narrow.
+    """
+    return max(int(channels * se_ratio), min(NARROWEST_SQUEEZE, channels))
+
+
+def narrow_squeeze_width(channels: int, se_ratio: float) -> int:
+    """The width without that limit, which layers had until manifests of format 5."""
+    return max(1, int(channels * se_ratio))
 
 
 class SpatialBranch(nn.Sequential):
@@ -63,9 +80,11 @@ class ChannelBranch(nn.Sequential):
     Args:
         channels: C.
         kernel_size: K.
-        se_ratio: Width of the squeeze as a fraction of C (sigma in the paper); the squeeze is at least 1 wide.
+        se_ratio: Width of the squeeze as a fraction of C (sigma in the paper), and at least min(4, C): a narrower one
+            often starts with all its ReLUs closed, and then never learns.
         nonlinearity: Sets the base scale of the filters.
         affine: Whether FilterNorm learns a shift besides its scale.
+        squeeze_channels: Width of the squeeze in channels, instead of ``se_ratio``.
         device: Of the parameters.
         dtype: Of the parameters.
     """
@@ -77,10 +96,15 @@ class ChannelBranch(nn.Sequential):
         se_ratio: float = 0.2,
         nonlinearity: str = "relu",
         affine: bool = False,
+        squeeze_channels: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        squeezed = max(1, int(channels * se_ratio))
+        squeezed = squeeze_width(channels, se_ratio) if squeeze_channels is None else squeeze_channels
+        if squeezed < 1:
+            raise ValueError(f"ChannelBranch: squeeze_channels must be 1 or more, got {squeezed}")
+        # Layers of few channels were made with fewer than 4 once; their weights are still loaded.
+        self._loadable_widths = (squeezed, narrow_squeeze_width(channels, se_ratio))
         super().__init__(
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(channels, squeezed, 1, device=device, dtype=dtype),
@@ -88,6 +112,23 @@ class ChannelBranch(nn.Sequential):
             nn.Conv2d(squeezed, channels * kernel_size**2, 1, device=device, dtype=dtype),
             ChannelFilterNorm(channels, kernel_size, nonlinearity, affine, device=device, dtype=dtype),
         )
+
+    def _load_from_state_dict(self, state_dict: Mapping[str, Any], prefix: str, *rest: Any) -> None:
+        weight = state_dict.get(f"{prefix}1.weight")
+        if isinstance(weight, Tensor) and weight.ndim == 4 and weight.shape[0] in self._loadable_widths:
+            self._resize_squeeze(weight.shape[0])
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
+    def _resize_squeeze(self, width: int) -> None:
+        squeeze, expand = self.squeeze, self.expand
+        if width == squeeze.out_channels:
+            return
+        assert squeeze.bias is not None
+        squeeze.out_channels = expand.in_channels = width
+        # The parameters stay the same objects, so that an optimizer still has them.
+        squeeze.weight.data = squeeze.weight.data.new_empty(width, *squeeze.weight.shape[1:])
+        squeeze.bias.data = squeeze.bias.data.new_empty(width)
+        expand.weight.data = expand.weight.data.new_empty(expand.weight.shape[0], width, 1, 1)
 
     @property
     def squeeze(self) -> nn.Conv2d:

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 import torch.nn.functional as F
 from timm.layers.cond_conv2d import CondConv2d as Experts
 from torch import Tensor, nn
 
-from ddf_convert.layers.window import Windowed
+from ddf_convert.layers.window import Size, Windowed, batched
 
 
 class CondConv2d(Windowed):
@@ -44,10 +42,10 @@ class CondConv2d(Windowed):
         self,
         in_channels: int,
         out_channels: int | None = None,
-        kernel_size: int = 3,
-        stride: int = 1,
-        padding: int | Literal["same"] | None = None,
-        dilation: int = 1,
+        kernel_size: Size = 3,
+        stride: Size = 1,
+        padding: Size | str | None = None,
+        dilation: Size = 1,
         groups: int = 1,
         num_experts: int = 8,
         bias: bool = False,
@@ -56,6 +54,7 @@ class CondConv2d(Windowed):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(in_channels, kernel_size, stride, padding, dilation, padding_mode)
+        self.groups = groups
         self.out_channels = in_channels if out_channels is None else out_channels
         if groups < 1 or in_channels % groups or self.out_channels % groups:
             raise ValueError(f"{type(self).__name__}: groups must divide the channels, got {groups}")
@@ -65,10 +64,10 @@ class CondConv2d(Windowed):
         self.experts = Experts(
             in_channels,
             self.out_channels,
-            kernel_size,
-            stride=stride,
+            self.kernel_size[0],
+            stride=self.stride[0],
             padding=self.padding if self._experts_pad else 0,
-            dilation=dilation,
+            dilation=self.dilation[0],
             groups=groups,
             bias=bias,
             num_experts=num_experts,
@@ -78,7 +77,10 @@ class CondConv2d(Windowed):
         self.routing = nn.Linear(in_channels, num_experts, device=device, dtype=dtype)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C_in, H, W) -> (B, C_out, Ho, Wo), Ho and Wo as for a convolution with the same arguments."""
+        """(B, C_in, H, W) -> (B, C_out, Ho, Wo), Ho and Wo as for a convolution with these arguments; or without B."""
+        return batched(type(self).__name__, self._forward, input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         shares = self.routing(input.mean((-2, -1))).sigmoid()
         if not self._experts_pad:
             input, rest = self.padded(input)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from ddf_convert.layers.ddf import DDF2d
+from ddf_convert.layers.mixed import SeparableConv
+from ddf_convert.layers.window import Size
 
 
-class DDFConv2d(nn.Sequential):
+class DDFConv2d(SeparableConv):
     """DDF, then a 1x1 convolution that mixes channels and sets the output width.
 
     It is what the paper puts in the place of the 3x3 convolutions of a basic block (DDF-ResNet-18).
@@ -33,13 +35,12 @@ class DDFConv2d(nn.Sequential):
     """
 
     ddf: DDF2d
-    mix: nn.Conv2d
 
     def __init__(
         self,
         in_channels: int,
         out_channels: int,
-        kernel_size: int = 3,
+        kernel_size: Size = 3,
         groups: int = 1,
         bias: bool = False,
         device: Any = None,
@@ -47,19 +48,6 @@ class DDFConv2d(nn.Sequential):
         **ddf_options: Any,
     ) -> None:
         super().__init__()
+        self.groups = groups
         self.ddf = DDF2d(in_channels, kernel_size, device=device, dtype=dtype, **ddf_options)
         self.mix = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=bias, device=device, dtype=dtype)
-
-    @property
-    def in_channels(self) -> int:
-        """C of the input."""
-        return self.ddf.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        """C of the output."""
-        return self.mix.out_channels
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C_in, H, W) -> (B, C_out, Ho, Wo), as a convolution with the same arguments."""
-        return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ddf_convert.layers.branches import ChannelBranch, SpatialBranch
 from ddf_convert.layers.direct import is_plain
 from ddf_convert.layers.filter_norm import ChannelFilterNorm, SpatialFilterNorm
-from ddf_convert.layers.window import Windowed, add_bias
+from ddf_convert.layers.window import Size, Windowed, add_bias, batched
 from ddf_convert.ops import COMBINATIONS, ddf, ddf_normalised
 
 
@@ -43,13 +43,13 @@ class DDF2d(Windowed):
 
     Args:
         in_channels: C, of the input and of the output.
-        kernel_size: K, odd and at least 3.
+        kernel_size: K, odd and at least 3; or (K, K), as Conv2d has it, which goes for the next three too.
         stride: Step between output pixels, in input pixels.
         padding: Pixels on every side; None keeps the size (at stride 1); "same" is TensorFlow's SAME, which pads so
             that the output has ceil(H / stride) rows, one more pixel below than above where they cannot be equal.
         dilation: Distance between taps, in pixels.
         heads: G; the channels of a head share a spatial filter.
-        se_ratio: Width of the channel branch's squeeze, as a fraction of C (sigma in the paper).
+        se_ratio: Width of the channel branch's squeeze, as a fraction of C (sigma in the paper); at least min(4, C).
         combine: "mul" or "add": how the two filters make one.
         nonlinearity: What follows the layer, by the names of ``torch.nn.init.calculate_gain``; sets the filters' scale.
         affine: Both FilterNorms learn a scale and a shift for each tap (the paper's: the channel branch's scale alone).
@@ -57,6 +57,7 @@ class DDF2d(Windowed):
             how a convolution's weights are taken over.
         bias: Add a learned constant to each channel, as a convolution can.
         padding_mode: "zeros", "reflect", "replicate" or "circular", as for Conv2d.
+        squeeze_channels: Width of the squeeze in channels, instead of ``se_ratio``.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -76,10 +77,10 @@ class DDF2d(Windowed):
     def __init__(
         self,
         in_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        padding: int | Literal["same"] | None = None,
-        dilation: int = 1,
+        kernel_size: Size = 3,
+        stride: Size = 1,
+        padding: Size | str | None = None,
+        dilation: Size = 1,
         heads: int = 1,
         se_ratio: float = 0.2,
         combine: str = "mul",
@@ -87,6 +88,7 @@ class DDF2d(Windowed):
         affine: bool = False,
         bias: bool = False,
         padding_mode: str = "zeros",
+        squeeze_channels: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -97,22 +99,25 @@ class DDF2d(Windowed):
         self.combine = combine
         self.affine = affine
         self.spatial_branch = SpatialBranch(
-            in_channels, kernel_size, heads, stride, nonlinearity, affine, device=device, dtype=dtype
+            in_channels, self.kernel_size[0], heads, self.stride[0], nonlinearity, affine, device=device, dtype=dtype
         )
         self.channel_branch = ChannelBranch(
-            in_channels, kernel_size, se_ratio, nonlinearity, affine, device=device, dtype=dtype
+            in_channels, self.kernel_size[0], se_ratio, nonlinearity, affine, squeeze_channels, device, dtype
         )
         self.bias = nn.Parameter(torch.zeros(in_channels, device=device, dtype=dtype)) if bias else None
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, Ho, Wo), Ho and Wo as for a convolution with the same arguments."""
+        """(B, C, H, W) -> (B, C, Ho, Wo), Ho and Wo as for a convolution with the same arguments; or both without B."""
+        return batched("DDF2d", self._forward, input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         channel_filter = self.channel_branch(input)
         centres = self.centres(input)
         input, padding = self.padded(input)
         options: dict[str, Any] = {
-            "stride": self.stride,
+            "stride": self.stride[0],
             "padding": padding,
-            "dilation": self.dilation,
+            "dilation": self.dilation[0],
             "combine": self.combine,
         }
         if normalises_inside(self.spatial_branch, input):

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from ddf_convert.layers.branches import ChannelBranch, SpatialBranch
 from ddf_convert.layers.ddf import check_options
-from ddf_convert.layers.window import Windowed, add_bias
+from ddf_convert.layers.window import Size, Windowed, add_bias, batched
 from ddf_convert.ops import ddf
 
 
@@ -47,10 +45,10 @@ class SpatialFilter2d(Windowed):
     def __init__(
         self,
         in_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        padding: int | Literal["same"] | None = None,
-        dilation: int = 1,
+        kernel_size: Size = 3,
+        stride: Size = 1,
+        padding: Size | str | None = None,
+        dilation: Size = 1,
         heads: int = 1,
         nonlinearity: str = "relu",
         affine: bool = False,
@@ -64,16 +62,19 @@ class SpatialFilter2d(Windowed):
         self.heads = heads
         self.affine = affine
         self.spatial_branch = SpatialBranch(
-            in_channels, kernel_size, heads, stride, nonlinearity, affine, device=device, dtype=dtype
+            in_channels, self.kernel_size[0], heads, self.stride[0], nonlinearity, affine, device=device, dtype=dtype
         )
         self.bias = nn.Parameter(torch.zeros(in_channels, device=device, dtype=dtype)) if bias else None
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, Ho, Wo), Ho and Wo as for a convolution with the same arguments."""
+        """(B, C, H, W) -> (B, C, Ho, Wo), Ho and Wo as for a convolution with the same arguments; or both without B."""
+        return batched("SpatialFilter2d", self._forward, input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         spatial_filter = self.spatial_branch(self.centres(input))
         input, padding = self.padded(input)
-        ones = spatial_filter.new_ones(*input.shape[:2], self.kernel_size, self.kernel_size)
-        output = ddf(input, ones, spatial_filter, stride=self.stride, padding=padding, dilation=self.dilation)
+        ones = spatial_filter.new_ones(*input.shape[:2], *self.kernel_size)
+        output = ddf(input, ones, spatial_filter, stride=self.stride[0], padding=padding, dilation=self.dilation[0])
         return add_bias(output, self.bias)
 
     def extra_repr(self) -> str:
@@ -92,11 +93,12 @@ class ChannelFilter2d(Windowed):
         stride: As of :class:`DDF2d`, like all that follow.
         padding: As of :class:`DDF2d`.
         dilation: As of :class:`DDF2d`.
-        se_ratio: Width of the branch's squeeze, as a fraction of C (sigma in the paper).
+        se_ratio: Width of the branch's squeeze, as a fraction of C (sigma in the paper); at least min(4, C).
         nonlinearity: Sets the filters' scale.
         affine: FilterNorm learns a shift too.
         bias: Add a learned constant to each channel.
         padding_mode: As of :class:`DDF2d`.
+        squeeze_channels: Width of the squeeze in channels, instead of ``se_ratio``.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -115,15 +117,16 @@ class ChannelFilter2d(Windowed):
     def __init__(
         self,
         in_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        padding: int | Literal["same"] | None = None,
-        dilation: int = 1,
+        kernel_size: Size = 3,
+        stride: Size = 1,
+        padding: Size | str | None = None,
+        dilation: Size = 1,
         se_ratio: float = 0.2,
         nonlinearity: str = "relu",
         affine: bool = False,
         bias: bool = False,
         padding_mode: str = "zeros",
+        squeeze_channels: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
@@ -132,12 +135,15 @@ class ChannelFilter2d(Windowed):
         self.se_ratio = se_ratio
         self.affine = affine
         self.channel_branch = ChannelBranch(
-            in_channels, kernel_size, se_ratio, nonlinearity, affine, device=device, dtype=dtype
+            in_channels, self.kernel_size[0], se_ratio, nonlinearity, affine, squeeze_channels, device, dtype
         )
         self.bias = nn.Parameter(torch.zeros(in_channels, device=device, dtype=dtype)) if bias else None
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, Ho, Wo), Ho and Wo as for a convolution with the same arguments."""
+        """(B, C, H, W) -> (B, C, Ho, Wo), Ho and Wo as for a convolution with the same arguments; or both without B."""
+        return batched("ChannelFilter2d", self._forward, input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         return add_bias(filtered_by_channel(self, input, self.channel_branch(input)), self.bias)
 
     def extra_repr(self) -> str:
@@ -153,6 +159,6 @@ def filtered_by_channel(layer: Windowed, input: Tensor, channel_filter: Tensor) 
         input: (B, C, H, W).
         channel_filter: (B, C, K, K).
     """
-    ones = channel_filter.new_ones(input.shape[0], layer.kernel_size**2, *layer.output_shape(input))
+    ones = channel_filter.new_ones(input.shape[0], layer.kernel_size[0] ** 2, *layer.output_shape(input))
     input, padding = layer.padded(input)
-    return ddf(input, channel_filter, ones, stride=layer.stride, padding=padding, dilation=layer.dilation)
+    return ddf(input, channel_filter, ones, stride=layer.stride[0], padding=padding, dilation=layer.dilation[0])

@@ -13,11 +13,11 @@ from ddf_convert.layers.branches import ChannelBranch, SpatialBranch
 from ddf_convert.layers.ddf import check_options, normalises_inside
 from ddf_convert.layers.symbolic import surely
 from ddf_convert.layers.together import alike_spatial_branches, channel_filters, normalised, raw_spatial_filters
-from ddf_convert.layers.window import add_bias, check_padding_mode
+from ddf_convert.layers.window import ConvAttributes, Size, add_bias, batched, check_padding_mode, one_size
 from ddf_convert.ops import ddf, ddf_normalised
 
 
-class DDFUp2d(nn.Module):
+class DDFUp2d(ConvAttributes):
     """Upsamples by an integer factor: every pixel of the output has a K x K filter of its own over the input.
 
     There are s*s branches, each of which predicts the filters of the pixels at one place in the s x s cells that the
@@ -26,12 +26,12 @@ class DDFUp2d(nn.Module):
     Args:
         in_channels: C, of the input and of the output.
         scale_factor: s, 2 or more. For large factors stack several layers: 16x is four layers of 2x.
-        kernel_size: K, odd and at least 3.
+        kernel_size: K, odd and at least 3, or (K, K).
         guide_channels: C of the guide, a feature of the input's height and width that the spatial filters are predicted
             from (joint upsampling); None predicts them from the input, through a depthwise K x K convolution.
-        dilation: Distance between taps, in pixels of the input.
+        dilation: Distance between taps, in pixels of the input; one number, or two equal ones.
         heads: G; the channels of a head share a spatial filter.
-        se_ratio: Width of the channel branches' squeeze, as a fraction of C (sigma in the paper).
+        se_ratio: Width of the channel branches' squeeze, as a fraction of C (sigma in the paper); at least min(4, C).
         combine: "mul" or "add": how the two filters make one.
         nonlinearity: What follows the layer, by the names of ``torch.nn.init.calculate_gain``; sets the filters' scale.
         affine: Both FilterNorms learn a scale and a shift for each tap, so that :meth:`fix` can take over an
@@ -39,6 +39,7 @@ class DDFUp2d(nn.Module):
         bias: Add a learned constant to each channel.
         padding_mode: What taps outside the input read: "zeros" (the authors'), "replicate" (as interpolation does),
             "reflect" or "circular".
+        squeeze_channels: Width of the squeeze in channels, instead of ``se_ratio``.
         device: Of the parameters.
         dtype: Of the parameters.
 
@@ -59,9 +60,9 @@ class DDFUp2d(nn.Module):
         self,
         in_channels: int,
         scale_factor: int = 2,
-        kernel_size: int = 3,
+        kernel_size: Size = 3,
         guide_channels: int | None = None,
-        dilation: int = 1,
+        dilation: Size = 1,
         heads: int = 1,
         se_ratio: float = 0.2,
         combine: str = "mul",
@@ -69,12 +70,15 @@ class DDFUp2d(nn.Module):
         affine: bool = False,
         bias: bool = False,
         padding_mode: str = "zeros",
+        squeeze_channels: int | None = None,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         check_options("DDFUp2d", in_channels, heads, se_ratio, combine)
         check_padding_mode("DDFUp2d", padding_mode)
+        kernel_size = one_size("DDFUp2d", "kernel_size", kernel_size)
+        dilation = one_size("DDFUp2d", "dilation", dilation)
         if scale_factor != int(scale_factor) or scale_factor < 2:
             raise ValueError(f"DDFUp2d: scale_factor must be a whole number from 2 on, got {scale_factor}")
         if guide_channels is not None and guide_channels < 1:
@@ -83,9 +87,9 @@ class DDFUp2d(nn.Module):
             raise ValueError(f"DDFUp2d: dilation must be 1 or more, got {dilation}")
         self.in_channels = self.out_channels = in_channels
         self.scale_factor = int(scale_factor)
-        self.kernel_size = kernel_size
+        self.kernel_size = (kernel_size, kernel_size)
         self.guide_channels = guide_channels
-        self.dilation = dilation
+        self.dilation = (dilation, dilation)
         self.heads = heads
         self.se_ratio = se_ratio
         self.combine = combine
@@ -106,31 +110,36 @@ class DDFUp2d(nn.Module):
         branches = range(self.scale_factor**2)
         self.spatial_branch = nn.ModuleList(spatial() for _ in branches)
         self.channel_branch = nn.ModuleList(
-            ChannelBranch(in_channels, kernel_size, se_ratio, nonlinearity, affine, **where) for _ in branches
+            ChannelBranch(in_channels, kernel_size, se_ratio, nonlinearity, affine, squeeze_channels, **where)
+            for _ in branches
         )
         self.bias = nn.Parameter(torch.zeros(in_channels, **where)) if bias else None
 
     def forward(self, input: Tensor, guide: Tensor | None = None, output_size: Sequence[int] | None = None) -> Tensor:
-        """(B, C, H, W) -> (B, C, s*H, s*W).
+        """(B, C, H, W) -> (B, C, s*H, s*W); or all without B.
 
         Args:
-            input: (B, C, H, W).
-            guide: (B, guide_channels, H, W), where the layer has a guide.
+            input: (B, C, H, W) or (C, H, W).
+            guide: (B, guide_channels, H, W), without B if the input is, where the layer has a guide.
             output_size: (height, width) of the output, where it is not s*H and s*W: the map is then resized to it, to
                 the nearest pixel.
 
         Raises:
             ValueError: The guide is missing, is not wanted, or has another size than the input.
         """
+        one = None if guide is None else guide.unsqueeze(0) if input.dim() == 3 else guide
+        return batched("DDFUp2d", lambda images: self._forward(images, one, output_size), input)
+
+    def _forward(self, input: Tensor, guide: Tensor | None, output_size: Sequence[int] | None) -> Tensor:
         self._check_guide(input, guide)
         read = input if guide is None else guide
         channel_filter = channel_filters(list(self.channel_branch), input)
-        padding = self.dilation * (self.kernel_size - 1) // 2
+        padding = self.dilation[0] * (self.kernel_size[0] - 1) // 2
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, (padding,) * 4, mode=self.padding_mode), 0
         options: dict[str, Any] = {
             "padding": padding,
-            "dilation": self.dilation,
+            "dilation": self.dilation[0],
             "combine": self.combine,
             "upscale_factor": self.scale_factor,
         }
@@ -187,8 +196,8 @@ class DDFUp2d(nn.Module):
     def extra_repr(self) -> str:
         """The arguments, as ``print`` shows them."""
         return (
-            f"{self.in_channels}, scale_factor={self.scale_factor}, kernel_size={self.kernel_size},"
-            f" guide_channels={self.guide_channels}, dilation={self.dilation}, heads={self.heads},"
+            f"{self.in_channels}, scale_factor={self.scale_factor}, kernel_size={self.kernel_size[0]},"
+            f" guide_channels={self.guide_channels}, dilation={self.dilation[0]}, heads={self.heads},"
             f" se_ratio={self.se_ratio}, combine={self.combine!r}, affine={self.affine},"
             f" bias={self.bias is not None}, padding_mode={self.padding_mode!r}"
         )

@@ -8,9 +8,10 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from ddf_convert.layers.up import DDFUp2d
+from ddf_convert.layers.window import ConvAttributes, Size
 
 
-class DDFUpConv2d(nn.Module):
+class DDFUpConv2d(ConvAttributes):
     """A 1x1 convolution that mixes channels at the input's size, then DDF-Up.
 
     It takes the place of a transposed convolution, or of a convolution and the pixel shuffle behind it. The 1x1 comes
@@ -43,7 +44,7 @@ class DDFUpConv2d(nn.Module):
         in_channels: int,
         out_channels: int,
         scale_factor: int = 2,
-        kernel_size: int = 3,
+        kernel_size: Size = 3,
         groups: int = 1,
         bias: bool = False,
         device: Any = None,
@@ -56,6 +57,21 @@ class DDFUpConv2d(nn.Module):
         self.up = DDFUp2d(out_channels, scale_factor, kernel_size, bias=bias, **where, **up_options)
 
     @property
+    def bias(self) -> nn.Parameter | None:
+        """Of the DDF-Up layer, (C_out,), or None."""
+        return self.up.bias
+
+    @property
+    def kernel_size(self) -> tuple[int, int]:
+        """(K, K) of the DDF-Up layer."""
+        return self.up.kernel_size
+
+    @property
+    def dilation(self) -> tuple[int, int]:
+        """(rows, columns) of the DDF-Up layer."""
+        return self.up.dilation
+
+    @property
     def in_channels(self) -> int:
         """C of the input."""
         return self.mix.in_channels
@@ -66,7 +82,7 @@ class DDFUpConv2d(nn.Module):
         return self.mix.out_channels
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
-        """(B, C_in, H, W) -> (B, C_out, s*H, s*W).
+        """(B, C_in, H, W) -> (B, C_out, s*H, s*W); or both without B.
 
         Args:
             input: (B, C_in, H, W).

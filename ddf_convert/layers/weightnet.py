@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor, nn
 
 from ddf_convert.layers.single import filtered_by_channel
-from ddf_convert.layers.window import Windowed, add_bias
+from ddf_convert.layers.window import Size, Windowed, add_bias, batched
 
 NARROWEST = 16  # the squeeze is never narrower, and 1/16 of the channels where that is more
 
@@ -48,10 +46,10 @@ class DwWeightNet2d(Windowed):
     def __init__(
         self,
         in_channels: int,
-        kernel_size: int = 3,
-        stride: int = 1,
-        padding: int | Literal["same"] | None = None,
-        dilation: int = 1,
+        kernel_size: Size = 3,
+        stride: Size = 1,
+        padding: Size | str | None = None,
+        dilation: Size = 1,
         bias: bool = False,
         padding_mode: str = "zeros",
         device: torch.device | str | None = None,
@@ -61,7 +59,7 @@ class DwWeightNet2d(Windowed):
         squeezed = max(NARROWEST, in_channels // NARROWEST)
         self.squeeze = nn.Linear(in_channels, squeezed, device=device, dtype=dtype)
         self.excite = nn.Linear(squeezed, in_channels, device=device, dtype=dtype)
-        self.expand = nn.Parameter(torch.empty(in_channels, kernel_size**2, device=device, dtype=dtype))
+        self.expand = nn.Parameter(torch.empty(in_channels, self.kernel_size[0] ** 2, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(in_channels, device=device, dtype=dtype)) if bias else None
         self.reset_parameters()
 
@@ -70,11 +68,14 @@ class DwWeightNet2d(Windowed):
         nn.init.kaiming_uniform_(self.expand, a=5**0.5)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, Ho, Wo), Ho and Wo as for a convolution with the same arguments."""
+        """(B, C, H, W) -> (B, C, Ho, Wo), Ho and Wo as for a convolution with the same arguments; or both without B."""
+        return batched("DwWeightNet2d", self._forward, input)
+
+    def _forward(self, input: Tensor) -> Tensor:
         excitation = self.excite(self.squeeze(input.mean((-2, -1)))).sigmoid()
         # A grouped 1x1 convolution of one input and K*K outputs a group is this product.
         taps = (excitation.unsqueeze(-1) * self.expand).to(input.dtype)
-        channel_filter = taps.unflatten(-1, (self.kernel_size, self.kernel_size))
+        channel_filter = taps.unflatten(-1, self.kernel_size)
         return add_bias(filtered_by_channel(self, input, channel_filter), self.bias)
 
     def extra_repr(self) -> str:

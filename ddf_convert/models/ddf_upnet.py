@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddf_convert.layers import DDFUp2d, SpatialBranch
+from ddf_convert.layers.branches import narrow_squeeze_width
 from ddf_convert.models.depth_holes import fill_holes, moments
 
 SCALE_FACTORS = (2, 4, 8, 16)
@@ -297,6 +298,7 @@ class DDFUpStage(nn.Module):
             combine="add",
             affine=True,
             padding_mode="replicate",
+            squeeze_channels=narrow_squeeze_width(width, 0.2),  # as the networks in docs/depth.md were trained
         )
         _start_as_interpolation(self.up, filters, guide_width)
 

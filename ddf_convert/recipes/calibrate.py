@@ -145,12 +145,12 @@ def sample(pair: Pair, given: Tensor, wanted: Tensor, each: int, seed: int) -> t
         [torch.randperm(rows * columns, generator=generator)[: min(each, rows * columns)] for _ in range(images)]
     ).to(given.device)
     row, column = chosen // columns, chosen % columns  # (B, positions)
-    reach = torch.arange(ddf.kernel_size, device=given.device) * ddf.dilation
+    reach = torch.arange(ddf.kernel_size[0], device=given.device) * ddf.dilation[0]
     image = torch.arange(images, device=given.device)[:, None]
     patches = padded.permute(0, 2, 3, 1)[
         image[..., None, None],
-        (row * ddf.stride)[..., None, None] + reach[:, None],
-        (column * ddf.stride)[..., None, None] + reach,
+        (row * ddf.stride[0])[..., None, None] + reach[:, None],
+        (column * ddf.stride[0])[..., None, None] + reach,
     ]  # (B, positions, K, K, C)
     outputs = wanted.float().permute(0, 2, 3, 1)[image, row, column]
     return patches.flatten(2, 3).transpose(2, 3).flatten(0, 1), outputs.flatten(0, 1)

@@ -90,6 +90,10 @@ def initialise(
     if original is None:
         raise UsageError(f"{settings.method!r} starts from the old weights: give the original model too")
     found = pairs(model, original)
+    if settings.keep_frozen:
+        for pair in found:
+            if pair.conv is not None and not pair.conv.weight.requires_grad:
+                pair.layer.requires_grad_(False)
     if settings.method == "preserve":
         return Initialised(method="preserve", layers=tuple(_preserve(pair) for pair in found))
     if images is None:

@@ -70,7 +70,7 @@ class Pair:
             bias: (channels out,), or None.
         """
         ddf, mix = self.ddf, self.mix
-        ddf.fix(factors.depthwise.reshape(ddf.in_channels, ddf.kernel_size, ddf.kernel_size))
+        ddf.fix(factors.depthwise.reshape(ddf.in_channels, *ddf.kernel_size))
         if mix is not None and factors.mix is not None:
             mix.weight.copy_(factors.mix.reshape(mix.weight.shape))
             if ddf.bias is not None:
@@ -122,7 +122,7 @@ def _pair(model: nn.Module, original: nn.Module, functions: dict[str, nn.Conv2d]
         )
     pair = Pair(name, place, conv, layer)
     expected = (conv.in_channels, conv.out_channels, conv.kernel_size[0])
-    if (layer.in_channels, layer.out_channels, pair.ddf.kernel_size) != expected:
+    if (layer.in_channels, layer.out_channels, pair.ddf.kernel_size[0]) != expected:
         raise UsageError(f"the original does not fit the converted model: {name} has other channels or kernels")
     _check_affine(place, pair.ddf.affine)
     return pair

@@ -54,6 +54,8 @@ class Initialise(Part):
         steps: "calibrate": gradient steps for each layer after the closed form, its dynamic parts included.
         lr: "calibrate": learning rate of these steps (Adam).
         batch_norm: "calibrate": estimate the statistics of batch normalisations anew, each before the layers behind it.
+        keep_frozen: "preserve" and "calibrate": a layer that takes over frozen weights is frozen too. Layers are
+            trainable otherwise.
     """
 
     method: Method = "paper"
@@ -62,6 +64,7 @@ class Initialise(Part):
     steps: int = Field(default=16, ge=0)
     lr: float = Field(default=1e-3, gt=0)
     batch_norm: bool = True
+    keep_frozen: bool = False
 
 
 class Optimizer(Part):

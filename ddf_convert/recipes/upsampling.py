@@ -57,7 +57,7 @@ class UpPair:
             convolutions.
         """
         up = self.up
-        factor, size, channels = up.scale_factor, up.kernel_size, up.in_channels
+        factor, size, channels = up.scale_factor, up.kernel_size[0], up.in_channels
         if self.interpolation is not None:
             filters = interpolation_filters(self.interpolation.mode, factor, size)
             up.fix(filters[:, None].expand(-1, channels, -1, -1))

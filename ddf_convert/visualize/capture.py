@@ -197,7 +197,7 @@ def _branches(layer: DDF2d | DDFUp2d) -> tuple[list[nn.Module], list[nn.Module]]
 
 def _joined(place: Place, spatial: list[Tensor], channel: list[Tensor], call: int) -> LayerFilters:
     layer = place.layer
-    size, step = layer.kernel_size, layer.scale_factor if isinstance(layer, DDFUp2d) else 1
+    size, step = layer.kernel_size[0], layer.scale_factor if isinstance(layer, DDFUp2d) else 1
     maps = torch.stack(spatial, 2)  # (B, G*K*K, N, H, W), which a pixel shuffle takes
     whole = torch.pixel_shuffle(maps.flatten(1, 2), step)
     return LayerFilters(

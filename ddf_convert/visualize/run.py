@@ -230,7 +230,7 @@ def _select(places: Sequence[Place], patterns: Sequence[str]) -> list[Place]:
 def _check(places: Sequence[Place], request: Request) -> None:
     """Whether every layer that is drawn has the head, the branch and the taps."""
     for place in places:
-        heads, size = place.layer.heads, place.layer.kernel_size
+        heads, size = place.layer.heads, place.layer.kernel_size[0]
         if request.head >= heads:
             counted = f"{heads} heads, counted from 0" if heads > 1 else "1 head, number 0"
             raise UsageError(f"--head {request.head}: {place.name} has {counted}; --layer chooses others")
