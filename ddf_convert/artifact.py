@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -30,6 +29,8 @@ from ddf_convert.graph.rewrite import Conversion, recorded
 from ddf_convert.graph.swap import prepare, swap
 from ddf_convert.graph.trace import describe
 from ddf_convert.graph.wrappers import bare
+from ddf_convert.notices import tell_once
+from ddf_convert.provenance import OwnSource, TimmSource, built_by_timm, find_source
 from ddf_convert.version import __version__
 
 __all__ = [
@@ -47,45 +48,12 @@ __all__ = [
 ]
 
 FORMAT = "ddf_convert"
-FORMAT_VERSION = 4  # 2: recipes, and the original's weights; 3: upsampling; 4: other filters
+FORMAT_VERSION = 5
+# 2: recipes, and the original's weights; 3: upsampling; 4: other filters; 5: why a source is the user's own
+_WITH_SOURCE = "if timm can build it, save it with source=TimmSource(name, kwargs)"
 WEIGHTS = "model.safetensors"
 ORIGINAL = "original.safetensors"
 REPORT = "report.json"
-
-# Arguments of timm.create_model that make it read or fetch files: an artifact never carries them.
-_READING = {
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "pretrained_strict",
-    "checkpoint_path",
-    "cache_dir",
-}
-
-_Scalar = bool | int | float | str | None
-
-
-class TimmSource(BaseModel):
-    """A model that timm can build: ``timm.create_model(name, pretrained=False, **kwargs)``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["timm"] = "timm"
-    name: str
-    kwargs: dict[str, _Scalar | list[_Scalar]] = {}
-
-
-class OwnSource(BaseModel):
-    """A model of the user's own: it is built by the user and filled by :func:`restore`.
-
-    Attributes:
-        model_class: Module and name of its class, to recognise it by; never imported.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["own"] = "own"
-    model_class: str = Field(alias="class")
 
 
 class Manifest(BaseModel):
@@ -108,7 +76,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["ddf_convert"] = "ddf_convert"
-    format_version: Literal[1, 2, 3, 4] = 4
+    format_version: Literal[1, 2, 3, 4, 5] = 5
     versions: dict[str, str]
     source: Annotated[TimmSource | OwnSource, Field(discriminator="kind")]
     conversion: Conversion
@@ -156,7 +124,12 @@ def save(
     tensors, shared = _unique(model.state_dict())
     originals, original_shared = _unique(bare(original).state_dict()) if original is not None else ({}, {})
     conversion = recorded(model) or Conversion(source=describe(model))
-    origin = _source(model, conversion, source)
+    origin = find_source(model, conversion, source)
+    if isinstance(origin, OwnSource) and origin.reason:
+        tell_once(
+            f"the model is saved as one of your own, and not as timm's {describe(model)}: {origin.reason}. Only"
+            f" restore(fresh_model, folder) will read it; {_WITH_SOURCE}"
+        )
     folder = Path(path)
     if unfinished(folder):
         with suppress(ArtifactError):  # what cannot be finished is about to be replaced
@@ -196,8 +169,8 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
     manifest = read_manifest(folder)
     if isinstance(manifest.source, OwnSource):
         raise ArtifactError(
-            f"{folder} holds a model of your own ({manifest.source.model_class}), which only you can build;"
-            " use ddf_convert.restore(fresh_model, folder)"
+            f"{folder} holds {_own(manifest.source)}, which only you can build; use"
+            " ddf_convert.restore(fresh_model, folder)" + (f", or {_WITH_SOURCE}" if manifest.source.reason else "")
         )
     return _fill(build_original(folder), folder, manifest).eval().to(device)
 
@@ -262,11 +235,9 @@ def build_original(path: str | os.PathLike[str]) -> nn.Module:
     """
     manifest = read_manifest(path)
     if isinstance(manifest.source, OwnSource):
-        raise ArtifactError(
-            f"{path} holds a model of your own ({manifest.source.model_class}), which only you can build: give it"
-        )
+        raise ArtifactError(f"{path} holds {_own(manifest.source)}, which only you can build: give it")
     try:
-        return _built_by_timm(manifest.source, "cpu")
+        return built_by_timm(manifest.source, "cpu")
     except UsageError as error:
         raise ArtifactError(f"{path}: {error}") from error
 
@@ -365,6 +336,12 @@ def _take_dtypes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
             own.data = own.data.to(tensors[name].dtype)
 
 
+def _own(source: OwnSource) -> str:
+    """What a folder holds, in words."""
+    reason = f"; timm does not build it: {source.reason}" if source.reason else ""
+    return f"a model of your own ({source.model_class}{reason})"
+
+
 # --- what to write ---
 
 
@@ -393,75 +370,3 @@ def _unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]
 def _dtype(model: nn.Module) -> str:
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
     return "+".join(sorted(dtypes)) or "none"
-
-
-def _source(model: nn.Module, conversion: Conversion, asked: TimmSource | str | None) -> TimmSource | OwnSource:
-    """The source to record: the one asked for, which must be right, or the one that timm's own record leads to."""
-    name = describe(model) if asked is None else asked
-    guesses = [name] if isinstance(name, TimmSource) else _guesses(model, name)
-    reason = f"timm has no model {name!r}"
-    for guess in guesses:
-        mismatch = _mismatch(model, conversion, guess)
-        if mismatch is None:
-            return guess
-        reason = mismatch
-    if asked is not None:
-        named = asked.name if isinstance(asked, TimmSource) else asked
-        raise UsageError(f"the model cannot be saved as timm's {named}: {reason}")
-    # A GraphModule is a class of its own each time: the name of what it was made of says more.
-    graph = isinstance(model, fx.GraphModule)
-    own = conversion.source if graph else f"{type(model).__module__}.{type(model).__qualname__}"
-    return OwnSource.model_validate({"class": own})
-
-
-def _guesses(model: nn.Module, name: str) -> list[TimmSource]:
-    """The arguments that a timm model may have been built with, the most likely ones first."""
-    if not timm.is_model(name):
-        return []
-    kwargs: dict[str, _Scalar | list[_Scalar]] = {}
-    configuration = getattr(model, "pretrained_cfg", None) or {}
-    classes = getattr(model, "num_classes", None)
-    if isinstance(classes, int) and classes != configuration.get("num_classes"):
-        kwargs["num_classes"] = classes
-    first = configuration.get("first_conv")
-    modules = dict(model.named_modules())
-    channels = getattr(modules.get(first), "in_channels", None) if isinstance(first, str) else None
-    plain = TimmSource(name=name, kwargs=kwargs)
-    if not isinstance(channels, int) or channels == 3:
-        return [plain]
-    # Either the image has so many channels, or the model folds pixels into channels before its first convolution.
-    return [TimmSource(name=name, kwargs={**kwargs, "in_chans": channels}), plain]
-
-
-def _mismatch(model: nn.Module, conversion: Conversion, source: TimmSource) -> str | None:
-    """Why timm's model, converted, would not be this one; None if names, shapes and the printed trees agree."""
-    try:
-        built = _built_by_timm(source, "meta")
-        built = swap(built, prepare(built, conversion.replaced))
-    except UsageError as error:
-        return str(error)
-    difference = describe_difference(state_of(built), {name: tuple(t.shape) for name, t in model.state_dict().items()})
-    if difference:
-        return difference
-    # The text of the tree shows activations, strides, dropout and the like, which no weight has.
-    for mine, theirs in zip_longest(repr(model).splitlines(), repr(built).splitlines(), fillvalue="nothing"):
-        if mine != theirs:
-            return f"it has {mine.strip()} where timm builds {theirs.strip()}"
-    return None
-
-
-def _built_by_timm(source: TimmSource, device: str) -> nn.Module:
-    """A fresh model from timm; nothing is downloaded or read, and torch's random state stays as it is."""
-    if not timm.is_model(source.name):
-        raise UsageError(f"timm {timm.__version__} has no model {source.name!r}")
-    reading = [name for name in source.kwargs if name in _READING]
-    if reading:
-        raise UsageError(f"{reading[0]} is not an argument that an artifact may give to timm")
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device(device):
-            arguments: dict[str, Any] = dict(source.kwargs)
-            return timm.create_model(source.name, pretrained=False, **arguments)
-    except Exception as error:
-        if device == "meta":  # some models look at values while they are built
-            return _built_by_timm(source, "cpu")
-        raise UsageError(f"timm {timm.__version__} cannot build {source.name}: {first_line(error)}") from error
