@@ -23,9 +23,10 @@ from ddf_convert.checkpoint import describe_difference, load_checkpoint, state_o
 from ddf_convert.copies import check_initialised, meta_copy
 from ddf_convert.errors import ArtifactError, UsageError
 from ddf_convert.folder import MANIFEST, FileRecord, check_writable, finished, replacing, unfinished
+from ddf_convert.graph.parts import outstanding
 from ddf_convert.graph.plan import in_one_line
 from ddf_convert.graph.record import first_line
-from ddf_convert.graph.rewrite import Conversion, recorded
+from ddf_convert.graph.rewrite import Conversion, check_whole, recorded
 from ddf_convert.graph.swap import prepare, swap
 from ddf_convert.graph.trace import describe
 from ddf_convert.graph.wrappers import bare
@@ -120,6 +121,7 @@ def save(
     model = bare(model)
     check_initialised(model)
     check_writable(path)
+    check_whole(model)
     state_of(model)  # only tensors can be saved
     tensors, shared = _unique(model.state_dict())
     originals, original_shared = _unique(bare(original).state_dict()) if original is not None else ({}, {})
@@ -287,14 +289,14 @@ def _fill(model: nn.Module, folder: Path, manifest: Manifest) -> nn.Module:
         if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
             raise UsageError("the model is on the meta device and can hold no weights; build it on a real device")
         sketch = meta_copy(model)
-        sketch = swap(sketch, prepare(sketch, manifest.conversion.replaced))
+        sketch = swap(sketch, prepare(sketch, outstanding(sketch, manifest.conversion.replaced)))
         difference = describe_difference(state_of(sketch), shapes)
         if difference:
             versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
             raise UsageError(
                 f"the weights do not fit {describe(model)}: {difference}; they were written with {versions}"
             )
-        layers = prepare(model, manifest.conversion.replaced)
+        layers = prepare(model, outstanding(model, manifest.conversion.replaced))
     except UsageError as error:
         raise ArtifactError(f"{folder}: {error}") from error
     tensors = _tensors(weights, manifest.shared)
