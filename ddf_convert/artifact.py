@@ -5,6 +5,7 @@ Loading repeats the recorded decisions and never makes one. Nothing in an artifa
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
@@ -16,12 +17,13 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor, fx, nn
 
 from ddf_convert.checkpoint import describe_difference, load_checkpoint, state_of
 from ddf_convert.copies import check_initialised, meta_copy
 from ddf_convert.errors import ArtifactError, UsageError
+from ddf_convert.extra_state import extra_state_names, split_state
 from ddf_convert.folder import MANIFEST, FileRecord, check_writable, finished, replacing, unfinished
 from ddf_convert.graph.parts import outstanding
 from ddf_convert.graph.plan import in_one_line
@@ -50,7 +52,8 @@ __all__ = [
 
 FORMAT = "ddf_convert"
 FORMAT_VERSION = 5
-# 2: recipes, and the original's weights; 3: upsampling; 4: other filters; 5: why a source is the user's own
+# 2: recipes, and the original's weights; 3: upsampling; 4: other filters; 5: why a source is the user's own, extra
+# states, functions of parts
 _WITH_SOURCE = "if timm can build it, save it with source=TimmSource(name, kwargs)"
 WEIGHTS = "model.safetensors"
 ORIGINAL = "original.safetensors"
@@ -68,9 +71,11 @@ class Manifest(BaseModel):
         conversion: What was done to it.
         dtype: Of its floating-point parameters, for people; each tensor has its own in the weights.
         shared: Tensors that are the same as another one, which alone is in the weights: name to that name.
+        extra_states: What modules gave as their ``get_extra_state`` and is no tensor, by its name in the state dict.
         weights: Size and hash of ``model.safetensors``.
         original: Size and hash of ``original.safetensors``, the weights before conversion, if they were kept.
         original_shared: As ``shared``, of these.
+        original_extra_states: As ``extra_states``, of the model before conversion.
         report: Size and hash of ``report.json``, if there is one.
     """
 
@@ -83,9 +88,11 @@ class Manifest(BaseModel):
     conversion: Conversion
     dtype: str
     shared: dict[str, str] = {}
+    extra_states: dict[str, JsonValue] = {}
     weights: FileRecord
     original: FileRecord | None = None
     original_shared: dict[str, str] = {}
+    original_extra_states: dict[str, JsonValue] = {}
     report: FileRecord | None = None
 
     def files(self) -> dict[str, FileRecord]:
@@ -103,18 +110,29 @@ def save(
 ) -> Manifest:
     """Writes a converted model to a folder, whole or not at all; what the folder held before stays until then.
 
+    Conversions of parts count: a model of your own around a converted one is saved with its record, and so is a part of
+    a converted model. DDF layers that your own class builds by hand are part of its code, and in no record.
+
+    timm is the source of a model only if it provably builds the same network: the same weights by name and shape, and
+    the same classes, attributes (rates, epsilons, flags) and constant buffers in every module. The arguments that timm
+    was given are found and recorded. A timm model that timm does not rebuild exactly is saved as your own; a warning
+    says so, and why. Hooks, training modes and timm's ``grad_checkpointing`` are not part of the network.
+
     Args:
-        model: A model that ``convert`` returned, with all its parameters and buffers; of one in an ``nn.DataParallel``
-            what that wraps is saved.
+        model: A model that ``convert`` returned, or one that holds such a model, with all its parameters and buffers;
+            of one in an ``nn.DataParallel`` what that wraps is saved. Extra states of its modules (``get_extra_state``)
+            have to be tensors or JSON.
         path: The folder; made if need be.
-        source: What timm builds the unconverted model from: a name, or a name and arguments. None finds it out for
-            timm models; a model that timm does not rebuild exactly is recorded as the user's own, for :func:`restore`.
+        source: What timm builds the unconverted model from: a name, or ``TimmSource(name, kwargs)``. None finds it out
+            for timm models; a model that timm does not rebuild exactly is recorded as the user's own, for
+            :func:`restore`.
         report: JSON to keep beside the model as ``report.json``.
         original: The model before conversion, whose weights are kept too, for :func:`load_original`: recipes that
             distil learn from it.
 
     Raises:
-        UsageError: The model has no weights (meta device), or timm does not build it from ``source``.
+        UsageError: The model has no weights (meta device), holds only half of what was replaced together, has an extra
+            state that cannot be kept, or timm does not build it from ``source``.
         ArtifactError: The path is a file, or cannot be written.
         DDFError: Writing failed.
     """
@@ -122,9 +140,10 @@ def save(
     check_initialised(model)
     check_writable(path)
     check_whole(model)
-    state_of(model)  # only tensors can be saved
-    tensors, shared = _unique(model.state_dict())
-    originals, original_shared = _unique(bare(original).state_dict()) if original is not None else ({}, {})
+    state, extra_states = split_state(model)
+    tensors, shared = _unique(state)
+    original_state, original_extra_states = split_state(bare(original)) if original is not None else ({}, {})
+    originals, original_shared = _unique(original_state)
     conversion = recorded(model) or Conversion(source=describe(model))
     origin = find_source(model, conversion, source)
     if isinstance(origin, OwnSource) and origin.reason:
@@ -148,9 +167,11 @@ def save(
             conversion=conversion,
             dtype=_dtype(model),
             shared=shared,
+            extra_states=extra_states,
             weights=FileRecord.of(stage / WEIGHTS),
             original=None if original is None else FileRecord.of(stage / ORIGINAL),
             original_shared=original_shared,
+            original_extra_states=original_extra_states,
             report=None if report is None else FileRecord.of(stage / REPORT),
         )
         (stage / MANIFEST).write_text(manifest.model_dump_json(indent=2, by_alias=True) + "\n", encoding="utf-8")
@@ -184,7 +205,8 @@ def restore(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     if one fails the model is as it was.
 
     Args:
-        model: The unconverted model, built as the one that was converted and saved.
+        model: The unconverted model, built as the one that was converted and saved. Parts of it that its constructor
+            converts stay as they are, if they were converted as the folder records.
         path: The folder.
 
     Returns:
@@ -218,14 +240,14 @@ def load_original(path: str | os.PathLike[str], fresh_model: nn.Module | None = 
     weights = finished(folder, {ORIGINAL: manifest.original})[ORIGINAL]
     model = bare(build_original(folder) if fresh_model is None else fresh_model)
     try:
-        tensors = _tensors(weights, manifest.original_shared)
-        difference = describe_difference(state_of(model), tensors)
+        tensors: dict[str, Any] = _tensors(weights, manifest.original_shared)
+        difference = _difference(model, tensors, manifest.original_extra_states)
         if difference:
             raise UsageError(f"the original's weights do not fit {describe(model)}: {difference}")
     except UsageError as error:
         raise ArtifactError(f"{folder}: {error}") from error
     _take_dtypes(model, tensors)
-    model.load_state_dict(tensors)
+    model.load_state_dict({**tensors, **copy.deepcopy(manifest.original_extra_states)})
     return model.eval()
 
 
@@ -286,11 +308,11 @@ def _fill(model: nn.Module, folder: Path, manifest: Manifest) -> nn.Module:
     weights = finished(folder, {WEIGHTS: manifest.weights})[WEIGHTS]
     shapes = _shapes(weights, manifest.shared)
     try:
-        if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
+        if any(isinstance(each, Tensor) and each.device.type == "meta" for each in model.state_dict().values()):
             raise UsageError("the model is on the meta device and can hold no weights; build it on a real device")
         sketch = meta_copy(model)
         sketch = swap(sketch, prepare(sketch, outstanding(sketch, manifest.conversion.replaced)))
-        difference = describe_difference(state_of(sketch), shapes)
+        difference = _difference(sketch, shapes, manifest.extra_states)
         if difference:
             versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
             raise UsageError(
@@ -302,9 +324,23 @@ def _fill(model: nn.Module, folder: Path, manifest: Manifest) -> nn.Module:
     tensors = _tensors(weights, manifest.shared)
     model = swap(model, layers)
     _take_dtypes(model, tensors)
-    model.load_state_dict(tensors)
+    model.load_state_dict({**tensors, **copy.deepcopy(manifest.extra_states)})
     model.ddf_conversion = manifest.conversion  # type: ignore[assignment]
     return model
+
+
+def _difference(
+    model: nn.Module,
+    found: Mapping[str, Tensor] | Mapping[str, tuple[int, ...]],
+    extra_states: Mapping[str, Any],
+) -> str:
+    """What of a model's state a folder does not have, or has too much, in one line; "" if all is right."""
+    shapes = {name: tuple(value.shape) if isinstance(value, Tensor) else value for name, value in found.items()}
+    names = extra_state_names(model)
+    return describe_difference(
+        state_of(model, extra_states=False) | dict.fromkeys(names, ()),
+        shapes | dict.fromkeys((*extra_states, *(names & shapes.keys())), ()),  # those that are tensors have any shape
+    )
 
 
 def _tensors(weights: Path, shared: Mapping[str, str]) -> dict[str, Tensor]:
@@ -333,8 +369,9 @@ def _shapes(weights: Path, shared: Mapping[str, str]) -> dict[str, tuple[int, ..
 
 def _take_dtypes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Gives parameters and buffers the dtypes of the saved tensors, which ``load_state_dict`` would cast away."""
+    extra = extra_state_names(model)
     for name, own in model.state_dict(keep_vars=True).items():
-        if own.dtype != tensors[name].dtype:
+        if name not in extra and own.dtype != tensors[name].dtype:
             own.data = own.data.to(tensors[name].dtype)
 
 

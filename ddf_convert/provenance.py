@@ -12,7 +12,7 @@ import timm
 import timm.layers
 import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from ddf_convert.checkpoint import describe_difference, state_of
 from ddf_convert.copies import real_copy
@@ -193,8 +193,7 @@ def _try(model: nn.Module, conversion: Conversion, source: TimmSource) -> _Trial
         built = _converted(source, conversion, "meta")
     except UsageError as error:
         return _Trial(source, str(error))
-    mine = {name: tuple(value.shape) for name, value in model.state_dict().items() if isinstance(value, Tensor)}
-    theirs = state_of(built)
+    mine, theirs = state_of(model, extra_states=False), state_of(built, extra_states=False)
     unequal = sum(mine.get(name) != theirs.get(name) for name in {*mine, *theirs})
     compared = differences(model, built)
     if not unequal and not compared.found and (compared.without_values or compared.undecided):
@@ -303,8 +302,6 @@ def _arguments_for(model: nn.Module, difference: Difference) -> Iterator[dict[st
         yield {"drop_path_rate": round(max(rates, default=0.0), 6)}
     elif attribute == "p" and name in _DROPOUTS:
         yield {_DROPOUTS[name]: value}
-    elif attribute == "stride" or attribute == "dilation":
-        yield from ({"output_stride": stride} for stride in (16, 8))
     elif not attribute and isinstance(value, nn.Module):
         yield from ({"act_layer": act} for act in _ACTIVATIONS if timm.layers.get_act_layer(act) is type(value))
     for argument in _SAME_VALUE.get(attribute, ()):
