@@ -5,11 +5,11 @@ Loading repeats the recorded decisions and never makes one. Nothing in an artifa
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -17,19 +17,23 @@ import safetensors
 import safetensors.torch
 import timm
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor, fx, nn
 
 from ddf_convert.checkpoint import describe_difference, load_checkpoint, state_of
 from ddf_convert.copies import check_initialised, meta_copy
 from ddf_convert.errors import ArtifactError, UsageError
+from ddf_convert.extra_state import extra_state_names, split_state
 from ddf_convert.folder import MANIFEST, FileRecord, check_writable, finished, replacing, unfinished
+from ddf_convert.graph.parts import outstanding
 from ddf_convert.graph.plan import in_one_line
 from ddf_convert.graph.record import first_line
-from ddf_convert.graph.rewrite import Conversion, recorded
+from ddf_convert.graph.rewrite import Conversion, check_whole, recorded
 from ddf_convert.graph.swap import prepare, swap
 from ddf_convert.graph.trace import describe
 from ddf_convert.graph.wrappers import bare
+from ddf_convert.notices import tell_once
+from ddf_convert.provenance import OwnSource, TimmSource, built_by_timm, find_source
 from ddf_convert.version import __version__
 
 __all__ = [
@@ -47,45 +51,13 @@ __all__ = [
 ]
 
 FORMAT = "ddf_convert"
-FORMAT_VERSION = 4  # 2: recipes, and the original's weights; 3: upsampling; 4: other filters
+FORMAT_VERSION = 5
+# 2: recipes, and the original's weights; 3: upsampling; 4: other filters; 5: why a source is the user's own, extra
+# states, functions of parts
+_WITH_SOURCE = "if timm can build it, save it with source=TimmSource(name, kwargs)"
 WEIGHTS = "model.safetensors"
 ORIGINAL = "original.safetensors"
 REPORT = "report.json"
-
-# Arguments of timm.create_model that make it read or fetch files: an artifact never carries them.
-_READING = {
-    "pretrained",
-    "pretrained_cfg",
-    "pretrained_cfg_overlay",
-    "pretrained_strict",
-    "checkpoint_path",
-    "cache_dir",
-}
-
-_Scalar = bool | int | float | str | None
-
-
-class TimmSource(BaseModel):
-    """A model that timm can build: ``timm.create_model(name, pretrained=False, **kwargs)``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["timm"] = "timm"
-    name: str
-    kwargs: dict[str, _Scalar | list[_Scalar]] = {}
-
-
-class OwnSource(BaseModel):
-    """A model of the user's own: it is built by the user and filled by :func:`restore`.
-
-    Attributes:
-        model_class: Module and name of its class, to recognise it by; never imported.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    kind: Literal["own"] = "own"
-    model_class: str = Field(alias="class")
 
 
 class Manifest(BaseModel):
@@ -99,24 +71,28 @@ class Manifest(BaseModel):
         conversion: What was done to it.
         dtype: Of its floating-point parameters, for people; each tensor has its own in the weights.
         shared: Tensors that are the same as another one, which alone is in the weights: name to that name.
+        extra_states: What modules gave as their ``get_extra_state`` and is no tensor, by its name in the state dict.
         weights: Size and hash of ``model.safetensors``.
         original: Size and hash of ``original.safetensors``, the weights before conversion, if they were kept.
         original_shared: As ``shared``, of these.
+        original_extra_states: As ``extra_states``, of the model before conversion.
         report: Size and hash of ``report.json``, if there is one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: Literal["ddf_convert"] = "ddf_convert"
-    format_version: Literal[1, 2, 3, 4] = 4
+    format_version: Literal[1, 2, 3, 4, 5] = 5
     versions: dict[str, str]
     source: Annotated[TimmSource | OwnSource, Field(discriminator="kind")]
     conversion: Conversion
     dtype: str
     shared: dict[str, str] = {}
+    extra_states: dict[str, JsonValue] = {}
     weights: FileRecord
     original: FileRecord | None = None
     original_shared: dict[str, str] = {}
+    original_extra_states: dict[str, JsonValue] = {}
     report: FileRecord | None = None
 
     def files(self) -> dict[str, FileRecord]:
@@ -134,29 +110,47 @@ def save(
 ) -> Manifest:
     """Writes a converted model to a folder, whole or not at all; what the folder held before stays until then.
 
+    Conversions of parts count: a model of your own around a converted one is saved with its record, and so is a part of
+    a converted model. DDF layers that your own class builds by hand are part of its code, and in no record.
+
+    timm is the source of a model only if it provably builds the same network: the same weights by name and shape, and
+    the same classes, attributes (rates, epsilons, flags) and constant buffers in every module. The arguments that timm
+    was given are found and recorded. A timm model that timm does not rebuild exactly is saved as your own; a warning
+    says so, and why. Hooks, training modes and timm's ``grad_checkpointing`` are not part of the network.
+
     Args:
-        model: A model that ``convert`` returned, with all its parameters and buffers; of one in an ``nn.DataParallel``
-            what that wraps is saved.
+        model: A model that ``convert`` returned, or one that holds such a model, with all its parameters and buffers;
+            of one in an ``nn.DataParallel`` what that wraps is saved. Extra states of its modules (``get_extra_state``)
+            have to be tensors or JSON.
         path: The folder; made if need be.
-        source: What timm builds the unconverted model from: a name, or a name and arguments. None finds it out for
-            timm models; a model that timm does not rebuild exactly is recorded as the user's own, for :func:`restore`.
+        source: What timm builds the unconverted model from: a name, or ``TimmSource(name, kwargs)``. None finds it out
+            for timm models; a model that timm does not rebuild exactly is recorded as the user's own, for
+            :func:`restore`.
         report: JSON to keep beside the model as ``report.json``.
         original: The model before conversion, whose weights are kept too, for :func:`load_original`: recipes that
             distil learn from it.
 
     Raises:
-        UsageError: The model has no weights (meta device), or timm does not build it from ``source``.
+        UsageError: The model has no weights (meta device), holds only half of what was replaced together, has an extra
+            state that cannot be kept, or timm does not build it from ``source``.
         ArtifactError: The path is a file, or cannot be written.
         DDFError: Writing failed.
     """
     model = bare(model)
     check_initialised(model)
     check_writable(path)
-    state_of(model)  # only tensors can be saved
-    tensors, shared = _unique(model.state_dict())
-    originals, original_shared = _unique(bare(original).state_dict()) if original is not None else ({}, {})
+    check_whole(model)
+    state, extra_states = split_state(model)
+    tensors, shared = _unique(state)
+    original_state, original_extra_states = split_state(bare(original)) if original is not None else ({}, {})
+    originals, original_shared = _unique(original_state)
     conversion = recorded(model) or Conversion(source=describe(model))
-    origin = _source(model, conversion, source)
+    origin = find_source(model, conversion, source)
+    if isinstance(origin, OwnSource) and origin.reason:
+        tell_once(
+            f"the model is saved as one of your own, and not as timm's {describe(model)}: {origin.reason}. Only"
+            f" restore(fresh_model, folder) will read it; {_WITH_SOURCE}"
+        )
     folder = Path(path)
     if unfinished(folder):
         with suppress(ArtifactError):  # what cannot be finished is about to be replaced
@@ -173,9 +167,11 @@ def save(
             conversion=conversion,
             dtype=_dtype(model),
             shared=shared,
+            extra_states=extra_states,
             weights=FileRecord.of(stage / WEIGHTS),
             original=None if original is None else FileRecord.of(stage / ORIGINAL),
             original_shared=original_shared,
+            original_extra_states=original_extra_states,
             report=None if report is None else FileRecord.of(stage / REPORT),
         )
         (stage / MANIFEST).write_text(manifest.model_dump_json(indent=2, by_alias=True) + "\n", encoding="utf-8")
@@ -196,8 +192,8 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
     manifest = read_manifest(folder)
     if isinstance(manifest.source, OwnSource):
         raise ArtifactError(
-            f"{folder} holds a model of your own ({manifest.source.model_class}), which only you can build;"
-            " use ddf_convert.restore(fresh_model, folder)"
+            f"{folder} holds {_own(manifest.source)}, which only you can build; use"
+            " ddf_convert.restore(fresh_model, folder)" + (f", or {_WITH_SOURCE}" if manifest.source.reason else "")
         )
     return _fill(build_original(folder), folder, manifest).eval().to(device)
 
@@ -209,7 +205,8 @@ def restore(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     if one fails the model is as it was.
 
     Args:
-        model: The unconverted model, built as the one that was converted and saved.
+        model: The unconverted model, built as the one that was converted and saved. Parts of it that its constructor
+            converts stay as they are, if they were converted as the folder records.
         path: The folder.
 
     Returns:
@@ -243,14 +240,14 @@ def load_original(path: str | os.PathLike[str], fresh_model: nn.Module | None = 
     weights = finished(folder, {ORIGINAL: manifest.original})[ORIGINAL]
     model = bare(build_original(folder) if fresh_model is None else fresh_model)
     try:
-        tensors = _tensors(weights, manifest.original_shared)
-        difference = describe_difference(state_of(model), tensors)
+        tensors: dict[str, Any] = _tensors(weights, manifest.original_shared)
+        difference = _difference(model, tensors, manifest.original_extra_states)
         if difference:
             raise UsageError(f"the original's weights do not fit {describe(model)}: {difference}")
     except UsageError as error:
         raise ArtifactError(f"{folder}: {error}") from error
     _take_dtypes(model, tensors)
-    model.load_state_dict(tensors)
+    model.load_state_dict({**tensors, **copy.deepcopy(manifest.original_extra_states)})
     return model.eval()
 
 
@@ -262,11 +259,9 @@ def build_original(path: str | os.PathLike[str]) -> nn.Module:
     """
     manifest = read_manifest(path)
     if isinstance(manifest.source, OwnSource):
-        raise ArtifactError(
-            f"{path} holds a model of your own ({manifest.source.model_class}), which only you can build: give it"
-        )
+        raise ArtifactError(f"{path} holds {_own(manifest.source)}, which only you can build: give it")
     try:
-        return _built_by_timm(manifest.source, "cpu")
+        return built_by_timm(manifest.source, "cpu")
     except UsageError as error:
         raise ArtifactError(f"{path}: {error}") from error
 
@@ -313,25 +308,39 @@ def _fill(model: nn.Module, folder: Path, manifest: Manifest) -> nn.Module:
     weights = finished(folder, {WEIGHTS: manifest.weights})[WEIGHTS]
     shapes = _shapes(weights, manifest.shared)
     try:
-        if any(tensor.device.type == "meta" for tensor in model.state_dict().values()):
+        if any(isinstance(each, Tensor) and each.device.type == "meta" for each in model.state_dict().values()):
             raise UsageError("the model is on the meta device and can hold no weights; build it on a real device")
         sketch = meta_copy(model)
-        sketch = swap(sketch, prepare(sketch, manifest.conversion.replaced))
-        difference = describe_difference(state_of(sketch), shapes)
+        sketch = swap(sketch, prepare(sketch, outstanding(sketch, manifest.conversion.replaced)))
+        difference = _difference(sketch, shapes, manifest.extra_states)
         if difference:
             versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
             raise UsageError(
                 f"the weights do not fit {describe(model)}: {difference}; they were written with {versions}"
             )
-        layers = prepare(model, manifest.conversion.replaced)
+        layers = prepare(model, outstanding(model, manifest.conversion.replaced))
     except UsageError as error:
         raise ArtifactError(f"{folder}: {error}") from error
     tensors = _tensors(weights, manifest.shared)
     model = swap(model, layers)
     _take_dtypes(model, tensors)
-    model.load_state_dict(tensors)
+    model.load_state_dict({**tensors, **copy.deepcopy(manifest.extra_states)})
     model.ddf_conversion = manifest.conversion  # type: ignore[assignment]
     return model
+
+
+def _difference(
+    model: nn.Module,
+    found: Mapping[str, Tensor] | Mapping[str, tuple[int, ...]],
+    extra_states: Mapping[str, Any],
+) -> str:
+    """What of a model's state a folder does not have, or has too much, in one line; "" if all is right."""
+    shapes = {name: tuple(value.shape) if isinstance(value, Tensor) else value for name, value in found.items()}
+    names = extra_state_names(model)
+    return describe_difference(
+        state_of(model, extra_states=False) | dict.fromkeys(names, ()),
+        shapes | dict.fromkeys((*extra_states, *(names & shapes.keys())), ()),  # those that are tensors have any shape
+    )
 
 
 def _tensors(weights: Path, shared: Mapping[str, str]) -> dict[str, Tensor]:
@@ -360,9 +369,16 @@ def _shapes(weights: Path, shared: Mapping[str, str]) -> dict[str, tuple[int, ..
 
 def _take_dtypes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Gives parameters and buffers the dtypes of the saved tensors, which ``load_state_dict`` would cast away."""
+    extra = extra_state_names(model)
     for name, own in model.state_dict(keep_vars=True).items():
-        if own.dtype != tensors[name].dtype:
+        if name not in extra and own.dtype != tensors[name].dtype:
             own.data = own.data.to(tensors[name].dtype)
+
+
+def _own(source: OwnSource) -> str:
+    """What a folder holds, in words."""
+    reason = f"; timm does not build it: {source.reason}" if source.reason else ""
+    return f"a model of your own ({source.model_class}{reason})"
 
 
 # --- what to write ---
@@ -393,75 +409,3 @@ def _unique(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]
 def _dtype(model: nn.Module) -> str:
     dtypes = {str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.is_floating_point()}
     return "+".join(sorted(dtypes)) or "none"
-
-
-def _source(model: nn.Module, conversion: Conversion, asked: TimmSource | str | None) -> TimmSource | OwnSource:
-    """The source to record: the one asked for, which must be right, or the one that timm's own record leads to."""
-    name = describe(model) if asked is None else asked
-    guesses = [name] if isinstance(name, TimmSource) else _guesses(model, name)
-    reason = f"timm has no model {name!r}"
-    for guess in guesses:
-        mismatch = _mismatch(model, conversion, guess)
-        if mismatch is None:
-            return guess
-        reason = mismatch
-    if asked is not None:
-        named = asked.name if isinstance(asked, TimmSource) else asked
-        raise UsageError(f"the model cannot be saved as timm's {named}: {reason}")
-    # A GraphModule is a class of its own each time: the name of what it was made of says more.
-    graph = isinstance(model, fx.GraphModule)
-    own = conversion.source if graph else f"{type(model).__module__}.{type(model).__qualname__}"
-    return OwnSource.model_validate({"class": own})
-
-
-def _guesses(model: nn.Module, name: str) -> list[TimmSource]:
-    """The arguments that a timm model may have been built with, the most likely ones first."""
-    if not timm.is_model(name):
-        return []
-    kwargs: dict[str, _Scalar | list[_Scalar]] = {}
-    configuration = getattr(model, "pretrained_cfg", None) or {}
-    classes = getattr(model, "num_classes", None)
-    if isinstance(classes, int) and classes != configuration.get("num_classes"):
-        kwargs["num_classes"] = classes
-    first = configuration.get("first_conv")
-    modules = dict(model.named_modules())
-    channels = getattr(modules.get(first), "in_channels", None) if isinstance(first, str) else None
-    plain = TimmSource(name=name, kwargs=kwargs)
-    if not isinstance(channels, int) or channels == 3:
-        return [plain]
-    # Either the image has so many channels, or the model folds pixels into channels before its first convolution.
-    return [TimmSource(name=name, kwargs={**kwargs, "in_chans": channels}), plain]
-
-
-def _mismatch(model: nn.Module, conversion: Conversion, source: TimmSource) -> str | None:
-    """Why timm's model, converted, would not be this one; None if names, shapes and the printed trees agree."""
-    try:
-        built = _built_by_timm(source, "meta")
-        built = swap(built, prepare(built, conversion.replaced))
-    except UsageError as error:
-        return str(error)
-    difference = describe_difference(state_of(built), {name: tuple(t.shape) for name, t in model.state_dict().items()})
-    if difference:
-        return difference
-    # The text of the tree shows activations, strides, dropout and the like, which no weight has.
-    for mine, theirs in zip_longest(repr(model).splitlines(), repr(built).splitlines(), fillvalue="nothing"):
-        if mine != theirs:
-            return f"it has {mine.strip()} where timm builds {theirs.strip()}"
-    return None
-
-
-def _built_by_timm(source: TimmSource, device: str) -> nn.Module:
-    """A fresh model from timm; nothing is downloaded or read, and torch's random state stays as it is."""
-    if not timm.is_model(source.name):
-        raise UsageError(f"timm {timm.__version__} has no model {source.name!r}")
-    reading = [name for name in source.kwargs if name in _READING]
-    if reading:
-        raise UsageError(f"{reading[0]} is not an argument that an artifact may give to timm")
-    try:
-        with torch.random.fork_rng(devices=[]), torch.device(device):
-            arguments: dict[str, Any] = dict(source.kwargs)
-            return timm.create_model(source.name, pretrained=False, **arguments)
-    except Exception as error:
-        if device == "meta":  # some models look at values while they are built
-            return _built_by_timm(source, "cpu")
-        raise UsageError(f"timm {timm.__version__} cannot build {source.name}: {first_line(error)}") from error

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ddf_convert.copies import meta_copy
 from ddf_convert.errors import UsageError
+from ddf_convert.extra_state import extra_state_names, without_extra_states
 
 _SHOWN = 3  # names in an error
 
@@ -63,13 +64,21 @@ def read_checkpoint(file: str | os.PathLike[str]) -> dict[str, Tensor]:
     return dict(found)
 
 
-def state_of(module: nn.Module) -> dict[str, tuple[int, ...]]:
+def state_of(module: nn.Module, extra_states: bool = True) -> dict[str, tuple[int, ...]]:
     """Names and shapes of a module's state dict.
+
+    Args:
+        module: Any module.
+        extra_states: With the modules' extra states, which then have to be tensors.
 
     Raises:
         UsageError: The state holds something besides tensors.
     """
-    state = meta_copy(module).state_dict()
+    copied, left_out = meta_copy(module), set[str]()
+    if not extra_states:
+        left_out = extra_state_names(copied)
+        without_extra_states(copied)
+    state = {name: value for name, value in copied.state_dict().items() if name not in left_out}
     odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
     if odd:
         raise UsageError(f"{type(module).__name__}: {odd[0]} is not a tensor, and only tensors are saved and loaded")

@@ -51,7 +51,7 @@ def intercept(module: nn.Module, layers: Mapping[str, nn.Module] | None = None) 
     """
     for attribute, layer in (layers or {}).items():
         module.add_module(attribute, layer)
-    if not _is_intercepting(type(module)):
+    if not is_intercepting(type(module)):
         module.__class__ = _intercepting(type(module))
 
 
@@ -67,10 +67,11 @@ def obstacle_to_intercepting(module: nn.Module) -> str | None:
 def class_of(module: nn.Module) -> type[nn.Module]:
     """A module's class as its author wrote it, whether its calls are intercepted or not."""
     kind = type(module)
-    return kind.__mro__[1] if _is_intercepting(kind) else kind
+    return kind.__mro__[1] if is_intercepting(kind) else kind
 
 
-def _is_intercepting(kind: type) -> bool:
+def is_intercepting(kind: type) -> bool:
+    """Whether modules of a class have their calls answered by layers, or counted apart."""
     return "_ddf_intercepts" in vars(kind)
 
 

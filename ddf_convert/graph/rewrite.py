@@ -10,6 +10,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import fx, nn
 
 from ddf_convert.errors import UsageError
+from ddf_convert.graph.parts import is_still_there, steps_in
 from ddf_convert.graph.plan import ConvertConfig, Plan
 from ddf_convert.graph.planner import plan as make_plan
 from ddf_convert.graph.swap import Replaced, prepare, steps_of, swap
@@ -102,8 +103,51 @@ def convert(
 
 
 def recorded(model: nn.Module) -> Conversion | None:
-    """The record of a model's conversion, if it was converted."""
-    conversion = getattr(bare(model), "ddf_conversion", None)
+    """The record of a model's conversion, if it or any part of it was converted.
+
+    Conversions of parts count under their prefix, whoever put the parts into the model; a part of a converted model has
+    its share of the record. Layers that are no longer in the model do not count. Nor do DDF layers that no conversion
+    made: the model's own class builds those.
+    """
+    inner = bare(model)
+    own = _own_record(inner)
+    steps, _ = steps_in(inner)
+    kept = [step for step in (own.replaced if own else ()) if is_still_there(step, inner)]
+    known = {place for step in kept for place in step.places}
+    more = [step for step in steps if known.isdisjoint(step.places)]
+    if own is not None and not more and len(kept) == len(own.replaced):
+        return own
+    if own is None and not more:
+        return None
+    parts = [record for part in inner.modules() if part is not inner and (record := _own_record(part)) is not None]
+    configs = list(own.configs if own else ())
+    configs += [config for part in parts for config in part.configs if config not in configs]
+    recipes = [record.recipe for record in (own, *parts) if record is not None and record.recipe is not None]
+    alike = all(recipe == recipes[0] for recipe in recipes)
+    return Conversion(
+        source=own.source if own else describe(inner),
+        replaced=(*kept, *more),
+        configs=tuple(configs),
+        recipe=recipes[0] if recipes and (alike or (own and own.recipe)) else None,
+    )
+
+
+def check_whole(model: nn.Module) -> None:
+    """Checks that the record of a model explains every layer in it that a conversion made.
+
+    Raises:
+        UsageError: A part was taken out of a converted model, and half of what was replaced together is elsewhere.
+    """
+    inner = bare(model)
+    own = _own_record(inner)
+    places = {place for step in (own.replaced if own else ()) for place in (*step.places, *step.removed)}
+    for place, reason in steps_in(inner)[1]:
+        if place not in places:
+            raise UsageError(f"{describe(inner)}: {place} {reason}; save a module that holds both")
+
+
+def _own_record(model: nn.Module) -> Conversion | None:
+    conversion = vars(model).get("ddf_conversion")
     return conversion if isinstance(conversion, Conversion) else None
 
 

@@ -15,6 +15,7 @@ from ddf_convert.errors import UsageError
 from ddf_convert.graph.build import build, geometry, kernel_for, kind_of, obstacle
 from ddf_convert.graph.functional import functional_convolutions, place_of, replace_functions
 from ddf_convert.graph.intercept import Apart, intercept, is_intercepted, obstacle_to_intercepting
+from ddf_convert.graph.origin import Origin, note, origin_of
 from ddf_convert.graph.plan import Action, Replacement, Site, suggestion
 from ddf_convert.graph.record import first_line
 from ddf_convert.graph.sites import module_names, neighbour
@@ -30,6 +31,8 @@ class Replaced(BaseModel):
         removed: Every path of the pixel shuffle that is part of what took its place.
         apart: Of an interpolation that is called as a function, the modules inside the one that calls it that call the
             same function, and stay as they are.
+        graph: Of a convolution that was called as a function, the path of the module that becomes a GraphModule for
+            it: a part that was converted by itself; "" is the whole model.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -38,6 +41,7 @@ class Replaced(BaseModel):
     replacement: Replacement
     removed: tuple[str, ...] = ()
     apart: tuple[str, ...] = ()
+    graph: str = ""
 
     @property
     def functional(self) -> bool:
@@ -117,13 +121,21 @@ def prepare(model: nn.Module, steps: Sequence[Replaced]) -> dict[str, nn.Module]
         UsageError: A step does not fit: no such module, another kind of module, other channels.
     """
     found = dict(model.named_modules(remove_duplicate=False))
-    if any(step.functional for step in steps):
-        found |= functional_convolutions(model)
+    for graph in dict.fromkeys(step.graph for step in steps if step.functional):
+        if graph not in found:
+            raise UsageError(f"the conversion does not fit {describe(model)}: it has no {graph}")
+        called = functional_convolutions(found[graph])
+        found |= {f"{graph}.{name}" if graph else name: conv for name, conv in called.items()}
     prepared: dict[str, nn.Module] = {}
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         for step in steps:
-            prepared[step.names[0]] = _built(_checked(model, found, step), step)
-            prepared |= {name: nn.Identity() for name in step.removed[:1]}
+            layer = prepared[step.names[0]] = _built(_checked(model, found, step), step)
+            call = step.names[0].rpartition(".")[2] if step.functional or step.intercepted else ""
+            origin = Origin(step.replacement, call, bool(step.removed), step.graph)
+            note(layer, origin)
+            for name in step.removed[:1]:
+                prepared[name] = nn.Identity()
+                note(prepared[name], origin)
             prepared |= {name: Apart() for name in step.apart if name not in prepared}
     return prepared
 
@@ -148,12 +160,26 @@ def swap(model: nn.Module, layers: dict[str, nn.Module]) -> nn.Module:
     for name, layer in calls.items():
         owner, _, attribute = place_of(name).rpartition(".")
         intercept(model.get_submodule(owner), {attribute: layer})
+    _put(model, new)
+    by_graph: dict[str, dict[str, nn.Module]] = {}
+    for name, layer in functions.items():
+        origin = origin_of(layer)
+        by_graph.setdefault(origin.graph if origin else "", {})[name] = layer
+    whole = by_graph.pop("", {})
+    for graph, inside in by_graph.items():
+        part = model.get_submodule(graph)
+        relative = {name.removeprefix(f"{graph}."): layer for name, layer in inside.items()}
+        _put(model, {id(part): replace_functions(part, relative)})
+    return replace_functions(model, whole) if whole else model
+
+
+def _put(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
+    """Registers new modules wherever the old ones, which are known by their ids, are registered."""
     for parent in list(model.modules()):
         for key, child in parent._modules.items():
             if child is not None and id(child) in new:
                 carry_over_attributes(child, new[id(child)])
                 parent._modules[key] = new[id(child)]
-    return replace_functions(model, functions) if functions else model
 
 
 def carry_over_attributes(old: nn.Module, new: nn.Module) -> None:
