@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,7 +16,7 @@ from ddf_convert.graph.costs import Costs, Stopwatch
 from ddf_convert.graph.filters import DDF, Filter, find_filter, is_built_in, with_mixing
 from ddf_convert.graph.plan import Action, ConvertConfig, FoundBy, Plan, Replacement, Site, Timed, make_config
 from ddf_convert.graph.record import UPSAMPLING, Recording, first_line, record
-from ddf_convert.graph.select import Patterns, Selector
+from ddf_convert.graph.select import FilterFunction, Patterns, Selector, asked, check_order
 from ddf_convert.graph.sites import Convolution, find_convolutions
 from ddf_convert.graph.swap import steps_of
 from ddf_convert.graph.trace import Traced, describe, trace
@@ -24,8 +24,6 @@ from ddf_convert.graph.upsample import Refused, replacement_for_upsampling, stan
 from ddf_convert.graph.wrappers import bare
 from ddf_convert.inputs import ExampleInput, as_arguments, first_size
 from ddf_convert.layers import DDFConv2d, MixedFilter2d
-
-FilterFunction = Callable[[str, nn.Module], bool]
 
 _NUMBERED = "torch.fx does not see its calls: they are told apart by their order in one run of the module's forward"
 STEM_CHANNELS = 4  # a convolution of so few input channels reads the image
@@ -53,8 +51,8 @@ def plan(
         config: How to convert.
         include: Names, globs or ``re:`` patterns of the convolutions to look at; None for all.
         exclude: The same for those to leave alone; it wins over ``include``.
-        filter_fn: Called with the name and the module of each that could be replaced and is not excluded; False leaves
-            it alone.
+        filter_fn: Called with the module and the name of each that could be replaced and is not excluded, as
+            torchao's; False leaves it alone.
         measure: Also time the model, and every convolution and what could take its place: on the model's device (the
             CPU for the meta device), or the one given.
         **options: Single fields of the config, e.g. ``se_ratio=0.5``.
@@ -64,8 +62,8 @@ def plan(
         edited, and is applied by ``convert``.
 
     Raises:
-        UsageError: The model does not accept the input or cannot be looked at, a pattern matches nothing, or an option
-            is wrong.
+        UsageError: The model does not accept the input or cannot be looked at, a pattern matches nothing, an option is
+            wrong, or ``filter_fn`` fails or takes its arguments the other way round.
         DDFError: What is to be timed does not run.
     """
     return _plan(model, example_input, make_config(config, options), include, exclude, filter_fn, measure, measure)
@@ -97,6 +95,8 @@ def _plan(
     chosen.arguments(config)  # refuses what does not go together before the model is looked at
     if config.upsample and chosen.name != DDF:
         raise UsageError(f"upsampling is replaced by DDF-Up, and not by filter {chosen.name}: leave one of the two out")
+    if filter_fn is not None:
+        check_order(filter_fn)
     model = bare(model)
     args, kwargs = as_arguments(model, example_input)
     recording = record(model, args, kwargs, describe(model), config.upsample)
@@ -375,7 +375,7 @@ class _Planner:
             return f"excluded by {excluded!r}"
         if self.include.patterns and self.include.matching(convolution) is None:
             return "outside include"
-        if self.filter_fn is not None and not self.filter_fn(convolution.name, conv):
+        if self.filter_fn is not None and not asked(self.filter_fn, conv, convolution.name):
             return "filter_fn said no"
         return None
 
