@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import copy
-import functools
 import logging
 import random
+import threading
 import warnings
-from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
-from types import MethodType, ModuleType
+from types import GeneratorType, ModuleType
 from typing import Any, TypeVar
 
 import numpy
@@ -22,10 +21,9 @@ from torch.nn.parameter import is_lazy
 from torch.utils import _pytree
 
 from ddf_convert.errors import UsageError
+from ddf_convert.hooks import copy_hooks, without_global_hooks
 
 Watched = TypeVar("Watched")
-
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,7 @@ class Copy:
         """A context to run the copy in: gradients on, whatever the caller's own modes are; random states stay."""
         with ExitStack() as stack:
             stack.enter_context(_quiet())
+            stack.enter_context(without_global_hooks())
             stack.enter_context(unchanged_random_states())
             stack.enter_context(torch.inference_mode(False))
             stack.enter_context(torch.enable_grad())
@@ -151,6 +150,19 @@ def meta_copy(module: nn.Module) -> nn.Module:
     return _copy(module, lambda tensor: _imitate(tensor, "meta"))
 
 
+def trainable_copy(module: nn.Module) -> nn.Module:
+    """A copy as ``copy.deepcopy`` makes it, whose own hooks work on the copy; a user's hooks stay on it as they are.
+
+    What a forward pass left in attributes is copied without the graph of that pass, which ``deepcopy`` refuses.
+
+    Raises:
+        Exception: Something in the module cannot be copied.
+    """
+    with torch.inference_mode(False):  # or the copy could not be trained
+        computed = {id(tensor): tensor.detach().clone() for tensor in _tensors(module) if not tensor.is_leaf}
+        return _deep_copy(module, computed, keep_others=True)
+
+
 def check_initialised(module: nn.Module) -> None:
     """Raises UsageError if parameters or buffers wait for a first forward pass to get their shapes."""
     for tensors in (module.named_parameters(), module.named_buffers()):
@@ -186,12 +198,50 @@ def unchanged_random_states() -> Iterator[None]:
 def _copy(module: nn.Module, like: Callable[[Tensor], Tensor]) -> nn.Module:
     check_initialised(module)
     # deepcopy takes what the memo holds for the copy: shared tensors stay shared, and no weight is ever duplicated.
-    memo: dict[int, Any] = {id(tensor): like(tensor) for tensor in _tensors(module)}
+    tensors: dict[int, Any] = {id(tensor): like(tensor) for tensor in _tensors(module)}
     try:
-        memo |= {id(hooks): _own_hooks(hooks, module, memo) for hooks in _hooks(module)}
-        return copy.deepcopy(module, memo)
+        try:
+            return _deep_copy(module, dict(tensors), keep_others=False)
+        except Exception:  # a lock, a file, a generator
+            shared = tensors | _shared(module, tensors)
+            return _deep_copy(module, shared, keep_others=False)
     except Exception as error:
         raise UsageError(f"{type(module).__name__} cannot be copied to look at its shapes: {error}") from error
+
+
+def _deep_copy(module: nn.Module, memo: dict[int, Any], keep_others: bool) -> nn.Module:
+    copy_hooks(module, memo, keep_others)
+    return copy.deepcopy(module, memo)
+
+
+def _shared(module: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """What attributes hold that ``deepcopy`` cannot copy: the copy shares it with the module."""
+    parts = {id(part): part for part in module.modules()}
+    seen: set[int] = set()
+    shared: dict[int, Any] = {}
+    for part in parts.values():
+        for value in _uncopyable(vars(part), memo | parts, seen):
+            shared[id(value)] = _stand_in(value)
+    return shared
+
+
+def _uncopyable(value: Any, memo: dict[int, Any], seen: set[int]) -> list[Any]:
+    """The smallest parts of a value that ``deepcopy`` cannot copy."""
+    if id(value) in seen:
+        return []
+    seen.add(id(value))
+    try:
+        copy.deepcopy(value, dict(memo))
+    except Exception:
+        return [part for inner in _inside(value) for part in _uncopyable(inner, memo, seen)] or [value]
+    return []
+
+
+def _stand_in(value: Any) -> Any:
+    """What a copy gets for something that it would change for the module, too."""
+    if isinstance(value, GeneratorType):
+        return (each for each in tuple[Any, ...]())
+    return threading.local() if isinstance(value, threading.local) else value
 
 
 def _in_evaluation(module: nn.Module) -> nn.Module:
@@ -247,9 +297,19 @@ def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
         return
     else:
         seen.add(id(value))
-        inner = value.values() if isinstance(value, Mapping) else value if isinstance(value, list | tuple | set) else ()
-        for item in (*inner, *getattr(value, "__dict__", {}).values()):
+        for item in _inside(value):
             yield from _tensors_in(item, seen)
+
+
+def _inside(value: Any) -> Iterator[Any]:
+    """What a container, or an object's attributes, hold."""
+    if isinstance(value, type | ModuleType):
+        return
+    if isinstance(value, Mapping):
+        yield from value.values()
+    elif isinstance(value, list | tuple | set):
+        yield from value
+    yield from getattr(value, "__dict__", {}).values()
 
 
 @contextmanager
@@ -264,26 +324,3 @@ def _quiet() -> Iterator[None]:
             yield
         finally:
             logger.setLevel(level)
-
-
-def _hooks(module: nn.Module) -> Iterator[OrderedDict[int, Any]]:
-    return (getattr(part, kind) for part in module.modules() for kind in _HOOKS)
-
-
-def _own_hooks(hooks: OrderedDict[int, Any], module: nn.Module, memo: dict[int, Any]) -> OrderedDict[int, Any]:
-    """The hooks that are part of the model (timm's features, torch's weight_norm), copied; never those of a user.
-
-    A user's hook would be called with what nobody wanted to see, and tell the user's lists and loggers of it.
-    """
-    if not hooks:
-        return OrderedDict()
-    owned = {id(value) for part in module.modules() for value in (part, *vars(part).values())}
-    return OrderedDict((key, copy.deepcopy(hook, memo)) for key, hook in hooks.items() if _is_owned(hook, owned))
-
-
-def _is_owned(hook: Any, owned: set[int]) -> bool:
-    while isinstance(hook, functools.partial):
-        hook = hook.func
-    if isinstance(hook, MethodType):
-        return id(hook.__self__) in owned
-    return type(hook).__module__.startswith("torch.nn.utils.")

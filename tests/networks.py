@@ -1,7 +1,10 @@
 """Odd networks: each holds one thing that a planner can get wrong."""
 
+import contextvars
 import dataclasses
+import functools
 import random
+import threading
 import warnings
 
 import numpy
@@ -395,6 +398,146 @@ def pruned():
 
 
 same = timm.layers.create_conv2d(32, 64, 3, stride=2, padding="same")
+
+
+_collected = contextvars.ContextVar("collected", default=None)
+
+
+def install_capture(module):
+    """As transformers does it: a hook that is active while the model that collects runs."""
+
+    def capture(module, args, output):
+        if _collected.get() is not None:
+            _collected.get().append(output)
+
+    module.register_forward_hook(capture)
+
+
+class LazyHooks(nn.Module):
+    """Registers hooks on its blocks at its first forward, remembers that it did, and returns what they collect."""
+
+    def __init__(self, blocks=2):
+        super().__init__()
+        self.first, self.blocks = nn.Conv2d(3, 32, 1), nn.ModuleList([Inner() for _ in range(blocks)])
+        self.hooked = False
+
+    def install(self):
+        for block in self.blocks:
+            install_capture(block)
+
+    def run(self, x):
+        token = _collected.set([])
+        try:
+            for block in self.blocks:
+                x = block(x)
+            return _collected.get()
+        finally:
+            _collected.reset(token)
+
+    def forward(self, x):
+        if not self.hooked:
+            self.install()
+            self.hooked = True
+        return self.run(self.first(x))[-1]
+
+
+class LazyClosures(LazyHooks):
+    """The same with hooks whose closure holds the model and a list of it, in partials."""
+
+    def install(self):
+        self.collected = found = []
+
+        def capture(key, module, args, output):
+            found.append((key, output))
+            self.last = output
+
+        for number, block in enumerate(self.blocks):
+            block.register_forward_hook(functools.partial(capture, number))
+
+    def run(self, x):
+        self.collected.clear()
+        for block in self.blocks:
+            x = block(x)
+        assert self.last is self.collected[-1][1]
+        return [output for _, output in self.collected]
+
+
+class _Capture:
+    """A callable hook, which keeps what it saw."""
+
+    def __init__(self):
+        self.seen = None
+
+    def __call__(self, module, args, output):
+        self.seen = output
+
+
+class LazyObjects(LazyHooks):
+    """The same with hooks that are objects."""
+
+    def install(self):
+        self.captures = []
+        for block in self.blocks:
+            self.captures.append(_Capture())
+            block.register_forward_hook(self.captures[-1])
+
+    def run(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return [capture.seen for capture in self.captures]
+
+
+class LazyPreHooks(LazyHooks):
+    """The same with hooks before the forward, which take keyword arguments."""
+
+    @staticmethod
+    def scale(module, args, kwargs):
+        return (args[0] * kwargs.pop("scale"),), kwargs
+
+    def install(self):
+        for block in self.blocks:
+            block.register_forward_pre_hook(self.scale, with_kwargs=True)
+
+    def run(self, x):
+        for block in self.blocks:
+            x = block(x, scale=2.0)
+        return [x]
+
+
+class Caching(nn.Module):
+    """Makes tables at its first forward and keeps them: in an attribute, in a dict by size, in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 32, 1), conv()
+        self.table, self.tables, self.ready = None, {}, False
+
+    def forward(self, x):
+        x = self.first(x)
+        if not self.ready:
+            self.table = torch.linspace(0, 1, x.shape[-1])
+            self.register_buffer("rows", torch.linspace(0, 1, x.shape[-2])[:, None], persistent=False)
+            self.ready = True
+        if x.shape not in self.tables:
+            self.tables[x.shape] = torch.ones(x.shape[-2:])
+        return self.conv(x + self.table + self.rows + self.tables[x.shape])
+
+
+class Uncopyable(nn.Module):
+    """Holds what deepcopy cannot copy, some of it deep inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 32, 1), conv()
+        self.lock, self.event, self.local = threading.RLock(), threading.Event(), threading.local()
+        self.steps = (step for step in range(3))
+        self.helpers = {"numpy": numpy, "state": [threading.Lock(), _collected]}
+        self.local.calls = 0
+
+    def forward(self, x):
+        with self.lock, self.helpers["state"][0]:
+            self.local.calls = getattr(self.local, "calls", 0) + 1
+            return self.conv(self.first(x))
 
 
 class Up(nn.Module):

@@ -1,8 +1,11 @@
 """Kinds of models: what goes in and comes out, what torch.fx cannot follow, wrappers; and that nothing is harmed."""
 
 import copy
+import functools
 import random
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import networks as net
 import numpy
@@ -147,6 +150,141 @@ def test_a_hook_that_belongs_to_the_model_is_kept():
     assert decided["body.convs.1"].action is Action.REPLACE
     assert model.collected == []
     assert convert(model, decided)(IMAGE).shape == (1, 32, 20, 20)
+
+
+RUN_ONCE = {
+    "hooks, installed by a function": (net.LazyHooks, "blocks.0.conv"),
+    "hooks, closures": (net.LazyClosures, "blocks.0.conv"),
+    "hooks, objects": (net.LazyObjects, "blocks.0.conv"),
+    "hooks before, with keywords": (net.LazyPreHooks, "blocks.0.conv"),
+    "tables": (net.Caching, "conv"),
+    "locks and generators": (net.Uncopyable, "conv"),
+    "accelerate": (lambda: accelerated(net.Loop()), "convs.0"),
+}
+
+
+def accelerated(model):
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(model, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    return model
+
+
+def attributes(model):
+    """What a run changes: which objects they are, and how much they hold."""
+    return {key: (id(value), len(value) if isinstance(value, list | dict) else 0) for key, value in vars(model).items()}
+
+
+@pytest.mark.parametrize("case", RUN_ONCE)
+def test_a_model_that_ran_once_is_planned_like_one_that_did_not(case):
+    make, name = RUN_ONCE[case]
+    model = make().eval()
+    expected = plan(model, IMAGE)
+    assert expected[name].action is Action.REPLACE
+    shape = model(IMAGE).shape
+    before, seen = attributes(model), []
+    for module in (model, *model.children()):
+        if not isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda module, args: seen.append(args))
+    assert plan(model, IMAGE) == expected
+    assert seen == []
+    assert {key: value for key, value in attributes(model).items() if "hooks" not in key} == {
+        key: value for key, value in before.items() if "hooks" not in key
+    }
+    if "generators" in case:
+        assert list(model.steps) == [0, 1, 2]
+        assert model.local.calls == 1
+        assert convert(model, expected, inplace=True)(IMAGE).shape == shape
+        return
+    converted = convert(model, expected)
+    before = attributes(model)
+    assert converted(IMAGE).shape == shape
+    assert attributes(model) == before
+    assert len(seen) == 1  # the user's hook goes with the model that is handed over
+
+
+def raising(*given):
+    raise AssertionError("called")
+
+
+class Watcher:
+    """A user's object that listens."""
+
+    def listen(self, *given):
+        raise AssertionError("called")
+
+    __call__ = listen
+
+
+LISTENERS = {
+    "a function": raising,
+    "a lambda": lambda *given: 1 / 0,
+    "a method": Watcher().listen,
+    "an object": Watcher(),
+    "a partial": functools.partial(raising, 1),
+    "a closure of a helper": (lambda kept: lambda *given: kept.append(1 / 0))([]),
+}
+
+
+def every_registration(model):
+    place = model.blocks[0] if isinstance(model, net.LazyHooks) else model
+    yield from (place.register_forward_hook, place.register_forward_pre_hook, place.register_full_backward_hook)
+    yield from (nn.modules.module.register_module_forward_hook, nn.modules.module.register_module_forward_pre_hook)
+
+
+@pytest.mark.parametrize("case", LISTENERS)
+@pytest.mark.parametrize("make", [net.LazyHooks, net.Stateful])
+def test_a_users_hook_is_never_called(case, make):
+    model = make()
+    expected = plan(model, IMAGE)
+    model(IMAGE)
+    handles = [register(LISTENERS[case]) for register in every_registration(model)]
+    try:
+        assert plan(model, IMAGE) == expected
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_hooks_for_all_modules_are_called_in_other_threads_meanwhile():
+    seen = []
+    waiting, done = threading.Event(), threading.Event()
+
+    class Waits(net.Loop):
+        def forward(self, x):
+            waiting.set()
+            assert done.wait(60)
+            return super().forward(x)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: seen.append(type(module)))
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            planned = pool.submit(plan, Waits(), IMAGE)
+            assert waiting.wait(60)
+            nn.Identity()(IMAGE)
+            done.set()
+            planned.result()
+        nn.ReLU()(IMAGE)
+    finally:
+        handle.remove()
+    assert seen == [nn.Identity, nn.ReLU]
+
+
+def test_segformer_that_ran_once():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "patch_sizes": [7, 3], "strides": [4, 2]}
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2, num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=16, **sizes
+    )
+    model = transformers.SegformerForSemanticSegmentation(config).eval()
+    image = torch.randn(1, 3, 32, 32)
+    expected = plan(model, image)
+    shape = model(image).logits.shape
+    assert any(module._forward_hooks for module in model.modules())
+    assert plan(model, image) == expected
+    assert expected.replaced
+    converted = convert(model, expected)
+    assert converted(image).logits.shape == shape
+    assert len(converted(image, output_hidden_states=True).hidden_states) == 2
 
 
 def test_functional_sites_make_a_graph_module():
