@@ -9,7 +9,8 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from enum import IntEnum
 from types import GeneratorType, ModuleType
 from typing import Any, TypeVar
 
@@ -26,31 +27,69 @@ from ddf_convert.hooks import copy_hooks, without_global_hooks
 Watched = TypeVar("Watched")
 
 
+class Watch(IntEnum):
+    """What of a run can be watched without the run failing."""
+
+    MODULES = 0  # calls of modules, by hooks
+    OPERATIONS = 1  # every operation too, by torch's modes
+    EVERYTHING = 2  # what autograd keeps, too
+
+
 @dataclass(frozen=True)
-class Copy:
-    """A copy of a module, in evaluation mode, and the inputs to call it with.
+class Way:
+    """How a copy of a module runs.
 
     Attributes:
-        module: The copy; every floating-point parameter asks for a gradient.
+        words: What is special about it, after "the model ran"; empty where nothing is.
+        watch: What is watched.
+        grad: The mode of autograd, as a context.
+        as_used: Parameters keep their requires_grad, and their memory is not the module's.
+        training: Modules keep their training mode.
+    """
+
+    words: str = ""
+    watch: Watch = Watch.EVERYTHING
+    grad: Callable[[], AbstractContextManager[Any]] = torch.enable_grad
+    as_used: bool = False
+    training: bool = False
+
+
+_LOOKED_AT = Way()
+_AS_USED = (
+    Way("with its parameters' own requires_grad", Watch.MODULES, torch.enable_grad, as_used=True),
+    Way("without gradients", Watch.MODULES, torch.no_grad, as_used=True),
+    Way("in inference mode", Watch.MODULES, torch.inference_mode, as_used=True),
+    Way("in training mode", Watch.MODULES, torch.enable_grad, as_used=True, training=True),
+)
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A copy of a module, in evaluation mode unless its way says otherwise, and the inputs to call it with.
+
+    Attributes:
+        module: The copy; every floating-point parameter asks for a gradient, unless its way says otherwise.
         args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
         mode: The mode of fake tensors, if neither module nor inputs have contents.
+        way: How it runs.
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     mode: FakeTensorMode | None
+    way: Way = _LOOKED_AT
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A context to run the copy in: gradients on, whatever the caller's own modes are; random states stay."""
+        """A context to run the copy in: modes are its way's, whatever the caller's own are; random states stay."""
         with ExitStack() as stack:
             stack.enter_context(_quiet())
             stack.enter_context(without_global_hooks())
             stack.enter_context(unchanged_random_states())
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(torch.enable_grad())
+            stack.enter_context(self.way.grad())
             for device in ("cpu", "cuda"):
                 stack.enter_context(torch.autocast(device, dtype=torch.bfloat16, enabled=False))
             if self.mode is not None:
@@ -61,6 +100,10 @@ class Copy:
         """Calls the copy."""
         return self.module(*self.args, **self.kwargs)
 
+    def again(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Copy:
+        """Another copy of the module, that runs as this one does."""
+        return real_copy(module, args, kwargs, self.way) if self.mode is None else fake_copy(module, args, kwargs)
+
 
 def watch_a_run(
     module: nn.Module,
@@ -70,23 +113,54 @@ def watch_a_run(
 ) -> tuple[Copy, Watched]:
     """Runs a copy of a module and watches it: on shapes alone or, if its forward looks at values, on values.
 
+    Some forwards fail because they are watched, or because parameters that are frozen ask for gradients. They run as
+    their users run them, and less of them is watched; the copy's ``way`` says how.
+
     Args:
         module: Any module; it stays as it is.
         args: Positional arguments of its forward; only shapes matter, unless the forward looks at values.
         kwargs: Keyword arguments of its forward.
-        watch: Called with the copy, gives the context to run it in.
+        watch: Called with the copy, gives the context to run it in; it watches what ``way.watch`` of the copy allows.
 
     Returns:
         The copy that ran, and what the context gave.
 
     Raises:
         UsageError: The module has parameters that are not initialised, or cannot be copied.
-        Exception: Whatever its forward raises, on values as on shapes.
+        Exception: Whatever its forward raises when it runs as its users run it.
     """
     try:
         return _watched(fake_copy(module, args, kwargs), watch)
     except Exception:  # fake tensors refuse what depends on values in many ways; any other fault will recur
+        pass
+    try:
         return _watched(real_copy(module, args, kwargs), watch)
+    except UsageError:
+        raise
+    except Exception:
+        return _watched_as_used(module, args, kwargs, watch)
+
+
+def _watched_as_used(
+    module: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    watch: Callable[[Copy], AbstractContextManager[Watched]],
+) -> tuple[Copy, Watched]:
+    errors: list[Exception] = []
+    for way in _AS_USED:
+        if way.training and not any(part.training for part in module.modules()):
+            continue
+        try:
+            ran = _watched(real_copy(module, args, kwargs, way), watch)
+        except Exception as error:
+            errors.append(error)
+            continue
+        try:
+            return _watched(real_copy(module, args, kwargs, replace(way, watch=Watch.OPERATIONS)), watch)
+        except Exception:
+            return ran
+    raise errors[0]
 
 
 def _watched(copied: Copy, watch: Callable[[Copy], AbstractContextManager[Watched]]) -> tuple[Copy, Watched]:
@@ -122,7 +196,9 @@ def fake_copy(
     return Copy(_in_evaluation(copied), in_mode(mode, args), in_mode(mode, kwargs or {}), mode)
 
 
-def real_copy(module: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None) -> Copy:
+def real_copy(
+    module: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, way: Way = _LOOKED_AT
+) -> Copy:
     """Copies a module so that it computes: its parameters are the module's own memory, its buffers are copies.
 
     What is on the meta device stands on the CPU in the copy, with small random weights.
@@ -131,14 +207,17 @@ def real_copy(module: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, A
         module: Any module.
         args: Positional arguments of its forward; they are moved to the module's device.
         kwargs: Keyword arguments of its forward, likewise.
+        way: How it is to run.
 
     Raises:
         UsageError: The module has parameters that are not initialised, or cannot be copied.
     """
-    copied = _in_evaluation(_copy(module, _alias))
+    copied = _copy(module, _clone if way.as_used else _alias)
+    if not way.training:
+        _in_evaluation(copied)
     device = next((parameter.device for parameter in copied.parameters()), torch.device("cpu"))
     moved, named = (_pytree.tree_map_only(Tensor, lambda t: _filled(t).to(device), each) for each in (args, kwargs))
-    return Copy(copied, moved, named or {}, None)
+    return Copy(copied, moved, named or {}, None, way)
 
 
 def meta_copy(module: nn.Module) -> nn.Module:
@@ -263,6 +342,13 @@ def _alias(tensor: Tensor) -> Tensor:
         if isinstance(tensor, nn.Parameter):
             return _as_parameter(_filled(tensor).detach())
         return _filled(tensor).clone()
+
+
+def _clone(tensor: Tensor) -> Tensor:
+    """A tensor that a forward pass may change, and that asks for a gradient if the other does."""
+    with torch.no_grad():
+        cloned = _filled(tensor).detach().clone()
+    return nn.Parameter(cloned, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cloned
 
 
 def _filled(tensor: Tensor) -> Tensor:

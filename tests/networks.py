@@ -540,6 +540,103 @@ class Uncopyable(nn.Module):
             return self.conv(self.first(x))
 
 
+class _Reversible(torch.autograd.Function):
+    """Runs blocks without a graph, and again for the gradient, as reversible networks do."""
+
+    @staticmethod
+    def forward(ctx, x, blocks, *parameters):
+        ctx.blocks = blocks
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            for block in blocks:
+                x = x + block(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = x
+            for block in ctx.blocks:
+                y = y + block(y)
+        parameters = [parameter for block in ctx.blocks for parameter in block.parameters()]
+        given = torch.autograd.grad(y, (x, *parameters), gradient)
+        return given[0], None, *given[1:]
+
+
+class Reversible(nn.Module):
+    """A network whose blocks run inside an autograd function of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.blocks = nn.Conv2d(3, 32, 1), nn.ModuleList([Inner(), Inner()])
+
+    def forward(self, x):
+        parameters = [parameter for block in self.blocks for parameter in block.parameters()]
+        return _Reversible.apply(self.first(x), self.blocks, *parameters)
+
+
+class Demanding(nn.Module):
+    """Runs only if a check, or something that it does to its feature first, succeeds."""
+
+    def __init__(self, demand):
+        super().__init__()
+        self.demand = demand
+        self.first, self.conv = nn.Conv2d(3, 32, 1), conv()
+        self.register_parameter("scale", nn.Parameter(torch.ones(()), requires_grad=False))
+
+    def forward(self, x):
+        x = self.conv(self.first(x))
+        return x * self.demand(self, x)
+
+
+def without_gradients(model, x):
+    assert not torch.is_grad_enabled(), "use torch.no_grad()"
+    return 1
+
+
+def in_inference_mode(model, x):
+    assert torch.is_inference_mode_enabled()
+    return 1
+
+
+def in_training_mode(model, x):
+    assert model.training
+    return 1
+
+
+def frozen(model, x):
+    assert not any(parameter.requires_grad for parameter in model.first.parameters()), "freeze me"
+    return 1
+
+
+def to_numpy(model, x):
+    return float(x.numpy().mean())
+
+
+def scaled_in_place(model, x):
+    model.scale.view(1).mul_(0.5)
+    return model.scale
+
+
+def backward(model, x):
+    x.sum().backward(inputs=list(model.first.parameters()))
+    return model.first.weight.grad.mean()
+
+
+def gradient(model, x):
+    with torch.enable_grad():
+        (found,) = torch.autograd.grad(x.square().sum(), model.first.weight)
+    return found.mean()
+
+
+def unwatched(model, x):
+    assert not torch.overrides._get_current_function_mode_stack()
+    assert torch._C._len_torch_dispatch_stack() == 0
+    return 1
+
+
 class Up(nn.Module):
     """An image into ``width`` channels, upsampled by a module."""
 

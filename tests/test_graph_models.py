@@ -287,6 +287,95 @@ def test_segformer_that_ran_once():
     assert len(converted(image, output_hidden_states=True).hidden_states) == 2
 
 
+# what the model demands: (whether all parameters are frozen, what the plan notes)
+DEMANDS = {
+    net.without_gradients: (False, "The model only runs without gradients: its activations are those of its"),
+    net.in_inference_mode: (False, "The model only runs in inference mode"),
+    net.in_training_mode: (False, "The model only runs in training mode"),
+    net.to_numpy: (False, "The model only runs without gradients"),
+    net.frozen: (True, "The model only runs with its parameters' own requires_grad"),
+    net.scaled_in_place: (False, "The model only runs with its parameters' own requires_grad"),
+    net.backward: (False, None),
+    net.gradient: (False, None),
+    net.unwatched: (False, "own requires_grad: its MACs and activations are those of its convolutions alone; convol"),
+}
+
+
+@pytest.mark.parametrize("demand", DEMANDS, ids=lambda demand: demand.__name__)
+def test_a_model_is_run_as_it_demands(demand):
+    is_frozen, note = DEMANDS[demand]
+    model = net.Demanding(demand).train(demand is net.in_training_mode)
+    if is_frozen:
+        model.requires_grad_(False)
+    state = copy.deepcopy(model.state_dict())
+    decided = plan(model, IMAGE)
+    assert decided["conv"].action is Action.REPLACE
+    assert [text for text in decided.notes if note and note in text] or note is None
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert 0 < decided.after.params < decided.before.params
+    assert 0 < decided.after.macs < decided.before.macs
+    assert decided.after.activation_bytes > 0
+    converted = convert(model, decided)
+    modes = {net.without_gradients: torch.no_grad, net.to_numpy: torch.no_grad}
+    with {**modes, net.in_inference_mode: torch.inference_mode}.get(demand, torch.enable_grad)():
+        assert converted(IMAGE).shape == (1, 32, 20, 20)
+    assert measure(model, IMAGE).params == decided.before.params
+
+
+def test_a_reversible_network_is_planned_and_trains():
+    model = net.Reversible()
+    decided = plan(model, IMAGE)
+    assert [site.name for site in decided.replaced] == ["blocks.0.conv", "blocks.1.conv"]
+    converted = convert(model, decided)
+    converted(IMAGE).sum().backward()
+    assert all(parameter.grad is not None for parameter in converted.parameters())
+
+
+class Decoder(nn.Module):
+    """Takes as many features as it has convolutions."""
+
+    def __init__(self, features=2):
+        super().__init__()
+        self.features = features
+        self.first = nn.Conv2d(3, 32, 1)
+        self.decoder = nn.Module()
+        self.decoder.forward = lambda features: features[2] + features[0]
+
+    def forward(self, x):
+        return self.decoder([self.first(x)] * self.features)
+
+
+# no advice but what is known to help: (model, input, what the error ends in)
+FAILURES = {
+    "too few features": (Decoder(), IMAGE, "list index out of range; so does the model itself with this input"),
+    "a fault of its own": (net.Demanding(lambda model, x: 1 / 0), IMAGE, "division by zero; so does the model itself"),
+    "no room for a kernel": (nn.Sequential(nn.Conv2d(3, 3, 7)), IMAGE[..., :4, :4], "try a larger --input-size"),
+    "no room to pool": (nn.Sequential(nn.Conv2d(3, 3, 1), nn.MaxPool2d(32)), IMAGE, "try a larger --input-size"),
+    "no room to reflect": (nn.Sequential(net.conv(3, padding=9, padding_mode="reflect")), IMAGE[..., :8], "larger"),
+    "nothing left": (nn.Sequential(nn.Conv2d(3, 3, 1), nn.AvgPool2d(20), nn.AvgPool2d(2)), IMAGE, "larger --input"),
+    "one pixel to normalize": (nn.Sequential(nn.Conv2d(3, 3, 20), nn.InstanceNorm2d(3)), IMAGE, "larger --input-size"),
+    "another size for a linear layer": (
+        nn.Sequential(nn.Conv2d(3, 1, 1), nn.Flatten(), nn.Linear(99, 3)),
+        IMAGE,
+        "it takes 99 features and was given 400",
+    ),
+    "without gradients, and wrong": (net.Demanding(net.without_gradients), IMAGE[:, :1], "takes 3 channels and was gi"),
+    "a TypeError inside": (net.Demanding(lambda model, x: None + 1), IMAGE, "so does the model itself with this input"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_advice_is_given_only_where_the_cause_is_known(case):
+    model, image, words = FAILURES[case]
+    with pytest.raises(UsageError) as caught:
+        plan(model, image)
+    message = str(caught.value)
+    assert words in message
+    assert ("input-size" in message) == ("larger" in words)
+    assert "\n" not in message
+
+
 def test_functional_sites_make_a_graph_module():
     model = net.Functions().eval()
     decided = plan(model, IMAGE, functional=True)

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from ddf_convert.accounting import Cost
+from ddf_convert.copies import Watch
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.budget import apply_budgets
 from ddf_convert.graph.build import build, caution, is_depthwise, kind_of, obstacle, replacement_for, stand_in
@@ -117,7 +118,7 @@ def _plan(
     )
     sites = [planner.decide(convolution) for convolution in convolutions]
     _give_up_to_shuffles(sites)
-    before, timed = recording.cost, None
+    before, timed = _whole_cost(recording, sites), None
     if stopwatch:
         before = before.model_copy(update={"latency_ms": stopwatch.ms(model, *args, **kwargs)})
     notes = [*_notes(recording, traced, sites), *apply_budgets(sites, config, before)]
@@ -148,6 +149,17 @@ def _give_up_to_shuffles(sites: list[Site]) -> None:
             site.skip(f"part of {takers[site.name]}, which is replaced with it")
 
 
+def _whole_cost(recording: Recording, sites: list[Site]) -> Cost:
+    """The cost of the whole model; of what could not be watched, that of its sites."""
+    cost, watch = recording.cost, recording.copied.way.watch
+    counted = {}
+    if watch < Watch.EVERYTHING:
+        counted["activation_bytes"] = sum(site.before.activation_bytes for site in sites)
+    if watch < Watch.OPERATIONS:
+        counted["macs"] = sum(site.before.macs for site in sites)
+    return cost.model_copy(update=counted)
+
+
 def _notes(recording: Recording, traced: Traced, sites: list[Site]) -> list[str]:
     """What there is to say of the whole model, so that it need not be said of each of its convolutions."""
     notes = []
@@ -160,7 +172,12 @@ def _notes(recording: Recording, traced: Traced, sites: list[Site]) -> list[str]
         found = ", ".join(f"{number} {words}" for words, number in counts if number) or "none"
         what = "Convolutions and upsampling" if UPSAMPLING[0] in recording.kinds else "Convolutions"
         notes.append(f"The model as a whole {traced.untraced['']}. {what} found: {found}")
-    if recording.on_values:
+    way = recording.copied.way
+    if way.words:
+        lost = "MACs and activations" if way.watch < Watch.OPERATIONS else "activations"
+        unseen = "; convolutions that are called as functions are not seen" if way.watch < Watch.OPERATIONS else ""
+        notes.append(f"The model only runs {way.words}: its {lost} are those of its convolutions alone{unseen}")
+    elif recording.on_values:
         notes.append("The forward pass depends on values: what it calls, and the shapes, are those of one run")
     return notes
 
