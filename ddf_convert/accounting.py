@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ddf_convert.copies import Copy, check_initialised, watch_a_run
+from ddf_convert.copies import Copy, Watch, check_initialised, watch_a_run
 
 
 class Cost(BaseModel):
@@ -82,13 +82,26 @@ def measure(module: nn.Module, *args: Any, **kwargs: Any) -> Cost:
         **kwargs: The same by name.
 
     Returns:
-        The costs, for the batch as given.
+        The costs, for the batch as given. A module that only runs without being watched (it demands that gradients are
+        off, for one) has no activations in them, and no MACs if its operations cannot be watched either.
 
     Raises:
         UsageError: The module has lazy parameters, or cannot be copied.
     """
     _, tally = watch_a_run(module, args, kwargs, counting)
     return tally.cost
+
+
+class _NoModules:
+    """Replaces torch's tracker of modules: its hooks fail inside autograd functions, and only totals are needed."""
+
+    parents = ("Global",)
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *error: object) -> None:
+        pass
 
 
 class Tally:
@@ -101,14 +114,16 @@ class Tally:
         # Attention on the CPU has an operator of its own, which torch's registry of formulas leaves out.
         attention = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops}
         self.flops = FlopCounterMode(display=False, custom_mapping=attention)
+        self.flops.mod_tracker = _NoModules()  # type: ignore[assignment]
 
-    def keep(self, tensor: Tensor) -> None:
+    def keep(self, tensor: Tensor) -> Tensor:
         """Notes a tensor that autograd would keep, and holds its memory, so that no address is used twice.
 
-        Autograd gets nothing in its place, since no backward pass follows: what saves its own output would hold itself
-        for ever.
+        Autograd gets the tensor without its graph, which is enough for gradients that a forward pass asks for: what
+        saves its own output would hold itself for ever.
         """
         self._kept.setdefault(_storage(tensor), tensor.untyped_storage())
+        return tensor.detach()
 
     @property
     def cost(self) -> Cost:
@@ -123,9 +138,13 @@ class Tally:
 
 @contextmanager
 def counting(copied: Copy) -> Iterator[Tally]:
-    """A context to run a copy in, which counts what it costs."""
+    """A context to run a copy in, which counts what it costs, as far as the copy's way lets it be watched."""
     tally = Tally(copied)
-    with tally.flops, torch.autograd.graph.saved_tensors_hooks(tally.keep, lambda nothing: nothing):
+    with ExitStack() as stack:
+        if copied.way.watch >= Watch.OPERATIONS:
+            stack.enter_context(tally.flops)
+        if copied.way.watch >= Watch.EVERYTHING:
+            stack.enter_context(torch.autograd.graph.saved_tensors_hooks(tally.keep, lambda kept: kept))
         yield tally
 
 

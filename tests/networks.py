@@ -1,7 +1,10 @@
 """Odd networks: each holds one thing that a planner can get wrong."""
 
+import contextvars
 import dataclasses
+import functools
 import random
+import threading
 import warnings
 
 import numpy
@@ -395,6 +398,243 @@ def pruned():
 
 
 same = timm.layers.create_conv2d(32, 64, 3, stride=2, padding="same")
+
+
+_collected = contextvars.ContextVar("collected", default=None)
+
+
+def install_capture(module):
+    """As transformers does it: a hook that is active while the model that collects runs."""
+
+    def capture(module, args, output):
+        if _collected.get() is not None:
+            _collected.get().append(output)
+
+    module.register_forward_hook(capture)
+
+
+class LazyHooks(nn.Module):
+    """Registers hooks on its blocks at its first forward, remembers that it did, and returns what they collect."""
+
+    def __init__(self, blocks=2):
+        super().__init__()
+        self.first, self.blocks = nn.Conv2d(3, 32, 1), nn.ModuleList([Inner() for _ in range(blocks)])
+        self.hooked = False
+
+    def install(self):
+        for block in self.blocks:
+            install_capture(block)
+
+    def run(self, x):
+        token = _collected.set([])
+        try:
+            for block in self.blocks:
+                x = block(x)
+            return _collected.get()
+        finally:
+            _collected.reset(token)
+
+    def forward(self, x):
+        if not self.hooked:
+            self.install()
+            self.hooked = True
+        return self.run(self.first(x))[-1]
+
+
+class LazyClosures(LazyHooks):
+    """The same with hooks whose closure holds the model and a list of it, in partials."""
+
+    def install(self):
+        self.collected = found = []
+
+        def capture(key, module, args, output):
+            found.append((key, output))
+            self.last = output
+
+        for number, block in enumerate(self.blocks):
+            block.register_forward_hook(functools.partial(capture, number))
+
+    def run(self, x):
+        self.collected.clear()
+        for block in self.blocks:
+            x = block(x)
+        assert self.last is self.collected[-1][1]
+        return [output for _, output in self.collected]
+
+
+class _Capture:
+    """A callable hook, which keeps what it saw."""
+
+    def __init__(self):
+        self.seen = None
+
+    def __call__(self, module, args, output):
+        self.seen = output
+
+
+class LazyObjects(LazyHooks):
+    """The same with hooks that are objects."""
+
+    def install(self):
+        self.captures = []
+        for block in self.blocks:
+            self.captures.append(_Capture())
+            block.register_forward_hook(self.captures[-1])
+
+    def run(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return [capture.seen for capture in self.captures]
+
+
+class LazyPreHooks(LazyHooks):
+    """The same with hooks before the forward, which take keyword arguments."""
+
+    @staticmethod
+    def scale(module, args, kwargs):
+        return (args[0] * kwargs.pop("scale"),), kwargs
+
+    def install(self):
+        for block in self.blocks:
+            block.register_forward_pre_hook(self.scale, with_kwargs=True)
+
+    def run(self, x):
+        for block in self.blocks:
+            x = block(x, scale=2.0)
+        return [x]
+
+
+class Caching(nn.Module):
+    """Makes tables at its first forward and keeps them: in an attribute, in a dict by size, in a buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 32, 1), conv()
+        self.table, self.tables, self.ready = None, {}, False
+
+    def forward(self, x):
+        x = self.first(x)
+        if not self.ready:
+            self.table = torch.linspace(0, 1, x.shape[-1])
+            self.register_buffer("rows", torch.linspace(0, 1, x.shape[-2])[:, None], persistent=False)
+            self.ready = True
+        if x.shape not in self.tables:
+            self.tables[x.shape] = torch.ones(x.shape[-2:])
+        return self.conv(x + self.table + self.rows + self.tables[x.shape])
+
+
+class Uncopyable(nn.Module):
+    """Holds what deepcopy cannot copy, some of it deep inside."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.conv = nn.Conv2d(3, 32, 1), conv()
+        self.lock, self.event, self.local = threading.RLock(), threading.Event(), threading.local()
+        self.steps = (step for step in range(3))
+        self.helpers = {"numpy": numpy, "state": [threading.Lock(), _collected]}
+        self.local.calls = 0
+
+    def forward(self, x):
+        with self.lock, self.helpers["state"][0]:
+            self.local.calls = getattr(self.local, "calls", 0) + 1
+            return self.conv(self.first(x))
+
+
+class _Reversible(torch.autograd.Function):
+    """Runs blocks without a graph, and again for the gradient, as reversible networks do."""
+
+    @staticmethod
+    def forward(ctx, x, blocks, *parameters):
+        ctx.blocks = blocks
+        ctx.save_for_backward(x)
+        with torch.no_grad():
+            for block in blocks:
+                x = x + block(x)
+        return x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        (x,) = ctx.saved_tensors
+        with torch.enable_grad():
+            x = x.detach().requires_grad_()
+            y = x
+            for block in ctx.blocks:
+                y = y + block(y)
+        parameters = [parameter for block in ctx.blocks for parameter in block.parameters()]
+        given = torch.autograd.grad(y, (x, *parameters), gradient)
+        return given[0], None, *given[1:]
+
+
+class Reversible(nn.Module):
+    """A network whose blocks run inside an autograd function of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.blocks = nn.Conv2d(3, 32, 1), nn.ModuleList([Inner(), Inner()])
+
+    def forward(self, x):
+        parameters = [parameter for block in self.blocks for parameter in block.parameters()]
+        return _Reversible.apply(self.first(x), self.blocks, *parameters)
+
+
+class Demanding(nn.Module):
+    """Runs only if a check, or something that it does to its feature first, succeeds."""
+
+    def __init__(self, demand):
+        super().__init__()
+        self.demand = demand
+        self.first, self.conv = nn.Conv2d(3, 32, 1), conv()
+        self.register_parameter("scale", nn.Parameter(torch.ones(()), requires_grad=False))
+
+    def forward(self, x):
+        x = self.conv(self.first(x))
+        return x * self.demand(self, x)
+
+
+def without_gradients(model, x):
+    assert not torch.is_grad_enabled(), "use torch.no_grad()"
+    return 1
+
+
+def in_inference_mode(model, x):
+    assert torch.is_inference_mode_enabled()
+    return 1
+
+
+def in_training_mode(model, x):
+    assert model.training
+    return 1
+
+
+def frozen(model, x):
+    assert not any(parameter.requires_grad for parameter in model.first.parameters()), "freeze me"
+    return 1
+
+
+def to_numpy(model, x):
+    return float(x.numpy().mean())
+
+
+def scaled_in_place(model, x):
+    model.scale.view(1).mul_(0.5)
+    return model.scale
+
+
+def backward(model, x):
+    x.sum().backward(inputs=list(model.first.parameters()))
+    return model.first.weight.grad.mean()
+
+
+def gradient(model, x):
+    with torch.enable_grad():
+        (found,) = torch.autograd.grad(x.square().sum(), model.first.weight)
+    return found.mean()
+
+
+def unwatched(model, x):
+    assert not torch.overrides._get_current_function_mode_stack()
+    assert torch._C._len_torch_dispatch_stack() == 0
+    return 1
 
 
 class Up(nn.Module):

@@ -1,8 +1,11 @@
 """Kinds of models: what goes in and comes out, what torch.fx cannot follow, wrappers; and that nothing is harmed."""
 
 import copy
+import functools
 import random
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import networks as net
 import numpy
@@ -147,6 +150,230 @@ def test_a_hook_that_belongs_to_the_model_is_kept():
     assert decided["body.convs.1"].action is Action.REPLACE
     assert model.collected == []
     assert convert(model, decided)(IMAGE).shape == (1, 32, 20, 20)
+
+
+RUN_ONCE = {
+    "hooks, installed by a function": (net.LazyHooks, "blocks.0.conv"),
+    "hooks, closures": (net.LazyClosures, "blocks.0.conv"),
+    "hooks, objects": (net.LazyObjects, "blocks.0.conv"),
+    "hooks before, with keywords": (net.LazyPreHooks, "blocks.0.conv"),
+    "tables": (net.Caching, "conv"),
+    "locks and generators": (net.Uncopyable, "conv"),
+    "accelerate": (lambda: accelerated(net.Loop()), "convs.0"),
+}
+
+
+def accelerated(model):
+    hooks = pytest.importorskip("accelerate.hooks")
+    hooks.add_hook_to_module(model, hooks.AlignDevicesHook(execution_device="cpu", io_same_device=True))
+    return model
+
+
+def attributes(model):
+    """What a run changes: which objects they are, and how much they hold."""
+    return {key: (id(value), len(value) if isinstance(value, list | dict) else 0) for key, value in vars(model).items()}
+
+
+@pytest.mark.parametrize("case", RUN_ONCE)
+def test_a_model_that_ran_once_is_planned_like_one_that_did_not(case):
+    make, name = RUN_ONCE[case]
+    model = make().eval()
+    expected = plan(model, IMAGE)
+    assert expected[name].action is Action.REPLACE
+    shape = model(IMAGE).shape
+    before, seen = attributes(model), []
+    for module in (model, *model.children()):
+        if not isinstance(module, nn.Conv2d):
+            module.register_forward_pre_hook(lambda module, args: seen.append(args))
+    assert plan(model, IMAGE) == expected
+    assert seen == []
+    assert {key: value for key, value in attributes(model).items() if "hooks" not in key} == {
+        key: value for key, value in before.items() if "hooks" not in key
+    }
+    if "generators" in case:
+        assert list(model.steps) == [0, 1, 2]
+        assert model.local.calls == 1
+        assert convert(model, expected, inplace=True)(IMAGE).shape == shape
+        return
+    converted = convert(model, expected)
+    before = attributes(model)
+    assert converted(IMAGE).shape == shape
+    assert attributes(model) == before
+    assert len(seen) == 1  # the user's hook goes with the model that is handed over
+
+
+def raising(*given):
+    raise AssertionError("called")
+
+
+class Watcher:
+    """A user's object that listens."""
+
+    def listen(self, *given):
+        raise AssertionError("called")
+
+    __call__ = listen
+
+
+LISTENERS = {
+    "a function": raising,
+    "a lambda": lambda *given: 1 / 0,
+    "a method": Watcher().listen,
+    "an object": Watcher(),
+    "a partial": functools.partial(raising, 1),
+    "a closure of a helper": (lambda kept: lambda *given: kept.append(1 / 0))([]),
+}
+
+
+def every_registration(model):
+    place = model.blocks[0] if isinstance(model, net.LazyHooks) else model
+    yield from (place.register_forward_hook, place.register_forward_pre_hook, place.register_full_backward_hook)
+    yield from (nn.modules.module.register_module_forward_hook, nn.modules.module.register_module_forward_pre_hook)
+
+
+@pytest.mark.parametrize("case", LISTENERS)
+@pytest.mark.parametrize("make", [net.LazyHooks, net.Stateful])
+def test_a_users_hook_is_never_called(case, make):
+    model = make()
+    expected = plan(model, IMAGE)
+    model(IMAGE)
+    handles = [register(LISTENERS[case]) for register in every_registration(model)]
+    try:
+        assert plan(model, IMAGE) == expected
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def test_hooks_for_all_modules_are_called_in_other_threads_meanwhile():
+    seen = []
+    waiting, done = threading.Event(), threading.Event()
+
+    class Waits(net.Loop):
+        def forward(self, x):
+            waiting.set()
+            assert done.wait(60)
+            return super().forward(x)
+
+    handle = nn.modules.module.register_module_forward_pre_hook(lambda module, args: seen.append(type(module)))
+    try:
+        with ThreadPoolExecutor(1) as pool:
+            planned = pool.submit(plan, Waits(), IMAGE)
+            assert waiting.wait(60)
+            nn.Identity()(IMAGE)
+            done.set()
+            planned.result()
+        nn.ReLU()(IMAGE)
+    finally:
+        handle.remove()
+    assert seen == [nn.Identity, nn.ReLU]
+
+
+def test_segformer_that_ran_once():
+    transformers = pytest.importorskip("transformers")
+    sizes = {"depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "patch_sizes": [7, 3], "strides": [4, 2]}
+    config = transformers.SegformerConfig(
+        num_encoder_blocks=2, num_attention_heads=[1, 2], mlp_ratios=[2, 2], decoder_hidden_size=16, **sizes
+    )
+    model = transformers.SegformerForSemanticSegmentation(config).eval()
+    image = torch.randn(1, 3, 32, 32)
+    expected = plan(model, image)
+    shape = model(image).logits.shape
+    assert any(module._forward_hooks for module in model.modules())
+    assert plan(model, image) == expected
+    assert expected.replaced
+    converted = convert(model, expected)
+    assert converted(image).logits.shape == shape
+    assert len(converted(image, output_hidden_states=True).hidden_states) == 2
+
+
+# what the model demands: (whether all parameters are frozen, what the plan notes)
+DEMANDS = {
+    net.without_gradients: (False, "The model only runs without gradients: its activations are those of its"),
+    net.in_inference_mode: (False, "The model only runs in inference mode"),
+    net.in_training_mode: (False, "The model only runs in training mode"),
+    net.to_numpy: (False, "The model only runs without gradients"),
+    net.frozen: (True, "The model only runs with its parameters' own requires_grad"),
+    net.scaled_in_place: (False, "The model only runs with its parameters' own requires_grad"),
+    net.backward: (False, None),
+    net.gradient: (False, None),
+    net.unwatched: (False, "own requires_grad: its MACs and activations are those of its convolutions alone; convol"),
+}
+
+
+@pytest.mark.parametrize("demand", DEMANDS, ids=lambda demand: demand.__name__)
+def test_a_model_is_run_as_it_demands(demand):
+    is_frozen, note = DEMANDS[demand]
+    model = net.Demanding(demand).train(demand is net.in_training_mode)
+    if is_frozen:
+        model.requires_grad_(False)
+    state = copy.deepcopy(model.state_dict())
+    decided = plan(model, IMAGE)
+    assert decided["conv"].action is Action.REPLACE
+    assert [text for text in decided.notes if note and note in text] or note is None
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert 0 < decided.after.params < decided.before.params
+    assert 0 < decided.after.macs < decided.before.macs
+    assert decided.after.activation_bytes > 0
+    converted = convert(model, decided)
+    modes = {net.without_gradients: torch.no_grad, net.to_numpy: torch.no_grad}
+    with {**modes, net.in_inference_mode: torch.inference_mode}.get(demand, torch.enable_grad)():
+        assert converted(IMAGE).shape == (1, 32, 20, 20)
+    assert measure(model, IMAGE).params == decided.before.params
+
+
+def test_a_reversible_network_is_planned_and_trains():
+    model = net.Reversible()
+    decided = plan(model, IMAGE)
+    assert [site.name for site in decided.replaced] == ["blocks.0.conv", "blocks.1.conv"]
+    converted = convert(model, decided)
+    converted(IMAGE).sum().backward()
+    assert all(parameter.grad is not None for parameter in converted.parameters())
+
+
+class Decoder(nn.Module):
+    """Takes as many features as it has convolutions."""
+
+    def __init__(self, features=2):
+        super().__init__()
+        self.features = features
+        self.first = nn.Conv2d(3, 32, 1)
+        self.decoder = nn.Module()
+        self.decoder.forward = lambda features: features[2] + features[0]
+
+    def forward(self, x):
+        return self.decoder([self.first(x)] * self.features)
+
+
+# no advice but what is known to help: (model, input, what the error ends in)
+FAILURES = {
+    "too few features": (Decoder(), IMAGE, "list index out of range; so does the model itself with this input"),
+    "a fault of its own": (net.Demanding(lambda model, x: 1 / 0), IMAGE, "division by zero; so does the model itself"),
+    "no room for a kernel": (nn.Sequential(nn.Conv2d(3, 3, 7)), IMAGE[..., :4, :4], "try a larger --input-size"),
+    "no room to pool": (nn.Sequential(nn.Conv2d(3, 3, 1), nn.MaxPool2d(32)), IMAGE, "try a larger --input-size"),
+    "no room to reflect": (nn.Sequential(net.conv(3, padding=9, padding_mode="reflect")), IMAGE[..., :8], "larger"),
+    "nothing left": (nn.Sequential(nn.Conv2d(3, 3, 1), nn.AvgPool2d(20), nn.AvgPool2d(2)), IMAGE, "larger --input"),
+    "one pixel to normalize": (nn.Sequential(nn.Conv2d(3, 3, 20), nn.InstanceNorm2d(3)), IMAGE, "larger --input-size"),
+    "another size for a linear layer": (
+        nn.Sequential(nn.Conv2d(3, 1, 1), nn.Flatten(), nn.Linear(99, 3)),
+        IMAGE,
+        "it takes 99 features and was given 400",
+    ),
+    "without gradients, and wrong": (net.Demanding(net.without_gradients), IMAGE[:, :1], "takes 3 channels and was gi"),
+    "a TypeError inside": (net.Demanding(lambda model, x: None + 1), IMAGE, "so does the model itself with this input"),
+}
+
+
+@pytest.mark.parametrize("case", FAILURES)
+def test_advice_is_given_only_where_the_cause_is_known(case):
+    model, image, words = FAILURES[case]
+    with pytest.raises(UsageError) as caught:
+        plan(model, image)
+    message = str(caught.value)
+    assert words in message
+    assert ("input-size" in message) == ("larger" in words)
+    assert "\n" not in message
 
 
 def test_functional_sites_make_a_graph_module():

@@ -1,5 +1,8 @@
 """The planner's table: what becomes of each convolution, and the reason that it gives."""
 
+import functools
+import re
+
 import networks as net
 import pytest
 import timm
@@ -244,8 +247,8 @@ SELECTIONS = {
     "regular expression": ({"include": r"re:\d\.0"}, {"1.0", "2.0"}),
     "exclude": ({"exclude": "*.0"}, {"1.1"}),
     "exclude wins": ({"include": "1.*", "exclude": ["1.0"]}, {"1.1"}),
-    "filter": ({"filter_fn": lambda name, module: name != "2.0" and module.in_channels == 32}, {"1.0", "1.1"}),
-    "filter within include": ({"include": "1.*", "filter_fn": lambda name, _: name != "1.0"}, {"1.1"}),
+    "filter": ({"filter_fn": lambda module, name: name != "2.0" and module.in_channels == 32}, {"1.0", "1.1"}),
+    "filter within include": ({"include": "1.*", "filter_fn": lambda _, fqn: fqn != "1.0"}, {"1.1"}),
 }
 
 
@@ -260,7 +263,7 @@ def test_selection(case):
     [
         ({"include": "1.1"}, "1.0", "outside include"),
         ({"exclude": "1.*"}, "1.0", "excluded by '1.*'"),
-        ({"filter_fn": lambda name, module: False}, "1.0", "filter_fn said no"),
+        ({"filter_fn": lambda module, name: False}, "1.0", "filter_fn said no"),
     ],
 )
 def test_reasons_of_selection(options, name, reason):
@@ -273,7 +276,7 @@ def test_reasons_of_selection(options, name, reason):
 PRECEDENCE = [
     ({"exclude": "1"}, "excluded by '1'"),
     ({"include": "2"}, "outside include"),
-    ({"filter_fn": lambda name, module: name != "1"}, "filter_fn said no"),
+    ({"filter_fn": lambda module, name: name != "1"}, "filter_fn said no"),
     ({}, "stem: 3 input channels"),
     ({"keep_first": 1}, "kept: among the first 1"),
     ({"target_macs": "1T"}, "not needed for target_macs"),
@@ -287,6 +290,84 @@ def test_which_option_wins(place):
     following = {name: value for options, _ in PRECEDENCE[place:] for name, value in options.items()}
     site = plan(model, IMAGE, **following, stem=place > 3)["1"]  # or the fourth would win over what follows it
     assert PRECEDENCE[place][1] in site.reason
+
+
+def bracketed():
+    model = nn.Sequential(nn.Conv2d(3, 32, 1))
+    for name in ("conv1", "conv[1]", "conv*", "re:x"):
+        model.add_module(name, net.conv())
+    model.add_module("stage[1]", nn.Sequential(net.conv(), net.conv()))
+    return model
+
+
+EXACT = {
+    "brackets": ("conv[1]", {"conv[1]"}),
+    "a star": ("conv*", {"conv*"}),
+    "a prefix": ("re:x", {"re:x"}),
+    "a glob all the same": ("conv[1-9]", {"conv1"}),
+    "escaped, as the hint has it": ("stage[[]1].*", {"stage[1].0", "stage[1].1"}),
+}
+
+
+@pytest.mark.parametrize("case", EXACT)
+@pytest.mark.parametrize("option", ["include", "exclude"])
+def test_a_name_given_exactly_is_no_glob(case, option):
+    pattern, expected = EXACT[case]
+    decided = plan(bracketed(), IMAGE, **{option: pattern})
+    replaced = {site.name for site in decided.replaced}
+    everything = {site.name for site in plan(bracketed(), IMAGE).replaced}
+    assert replaced == (expected if option == "include" else everything - expected)
+
+
+def test_a_hint_for_a_name_with_brackets_is_a_pattern_that_works():
+    with pytest.raises(UsageError, match=re.escape("write 'stage[[]1].*'")):
+        plan(bracketed(), IMAGE, include="stage[1]")
+
+
+class Chooses:
+    """A callable with a method's signature."""
+
+    def __call__(self, name: str, module: nn.Module) -> bool:
+        return True
+
+
+def annotated(a: str, b: "nn.Module") -> bool:
+    return True
+
+
+OLD_ORDER = {
+    "names": lambda name, module: True,
+    "a name alone": lambda fqn, _: True,
+    "a module alone": lambda _, module: module.in_channels > 3,
+    "an object": Chooses(),
+    "annotations": annotated,
+    "found by the call": lambda a, b: a.startswith("1"),
+    "found by the other argument": lambda a, b: b.in_channels > 3,
+    "one argument": lambda module: True,
+    "its own mistake": lambda module, name: 1 / 0,
+}
+
+
+@pytest.mark.parametrize("case", OLD_ORDER)
+def test_a_filter_function_with_the_arguments_the_other_way_round(case):
+    with pytest.raises(UsageError, match=r"filter_fn\(module, name\)") as caught:
+        plan(chain(), IMAGE, filter_fn=OLD_ORDER[case])
+    if "found" in case or case == "its own mistake":
+        assert "filter_fn failed for 1.0 (Conv2d): " in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+TORCHAO = [
+    lambda module, fqn: False,
+    lambda a, b: False,
+    lambda *both: False,
+    functools.partial(lambda key, module, name: name == key, "absent"),
+]
+
+
+@pytest.mark.parametrize("chosen", TORCHAO)
+def test_filter_functions_in_torchaos_order(chosen):
+    assert {site.reason for site in plan(chain(), IMAGE, filter_fn=chosen) if site.name != "0"} == {"filter_fn said no"}
 
 
 def test_a_pattern_can_name_either_name_of_a_shared_convolution():

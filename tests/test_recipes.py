@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import re
 
 import networks as net
 import numpy
@@ -173,6 +174,16 @@ def test_what_is_trainable(pattern):
 def test_a_pattern_that_matches_nothing_is_an_error(pattern, words):
     with pytest.raises(UsageError, match=words):
         trainable_names(converted()[1], [pattern])
+
+
+def test_a_parameter_with_brackets_in_its_name_is_found_by_it():
+    model = nn.Module()
+    for name in ("conv[1]", "conv1"):
+        model.add_module(name, nn.Conv2d(3, 3, 3))
+    assert trainable_names(model, ["conv[1].weight"]) == {"conv[1].weight"}
+    assert trainable_names(model, ["conv[1-9].weight"]) == {"conv1.weight"}
+    with pytest.raises(UsageError, match=re.escape("write 'conv[[]1].*'")):
+        trainable_names(model, ["conv[1]"])
 
 
 def test_new_needs_new_layers():

@@ -295,9 +295,12 @@ def place(tmp_path_factory):
         PIL.Image.fromarray(random.integers(0, 255, shape, dtype=numpy.uint8), mode=None).save(folder / name)
     (folder / "text.png").write_text("no image")
     (folder / "own.py").write_text(
-        "from torch import nn\nfrom ddf_convert.layers import DDF2d\n"
+        "import collections\nfrom torch import nn\nfrom ddf_convert.layers import DDF2d\n"
         "def net(): return nn.Sequential(nn.Conv2d(3, 4, 1), DDF2d(4, heads=2))\n"
         "def plain(): return nn.Conv2d(3, 4, 3)\n"
+        "def bracketed():\n"
+        "    layers = {'conv1': DDF2d(3), 'conv[1]': DDF2d(3, heads=3)}\n"
+        "    return nn.Sequential(collections.OrderedDict(layers))\n"
     )
     return folder, names
 
@@ -330,6 +333,12 @@ def test_the_command_draws_and_tables(place, capsys):
     with PIL.Image.open("a.png") as picture:
         assert picture.format == "PNG"
         assert min(picture.size) > 500
+
+
+def test_a_layer_with_brackets_in_its_name_is_found_by_it(place, capsys):
+    options = ("--layer", "conv[1]", "--head", "2", *SIZE)  # conv1 has a single head
+    code, _, err = ran(capsys, "own:bracketed", "photo.png", "--json", *options)
+    assert code == 0, err
 
 
 def test_json_is_json_alone(place, capsys):

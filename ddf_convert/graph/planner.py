@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import nn
 
 from ddf_convert.accounting import Cost
+from ddf_convert.copies import Watch
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.budget import apply_budgets
 from ddf_convert.graph.build import build, caution, is_depthwise, kind_of, obstacle, replacement_for, stand_in
@@ -16,7 +17,7 @@ from ddf_convert.graph.costs import Costs, Stopwatch
 from ddf_convert.graph.filters import DDF, Filter, find_filter, is_built_in, with_mixing
 from ddf_convert.graph.plan import Action, ConvertConfig, FoundBy, Plan, Replacement, Site, Timed, make_config
 from ddf_convert.graph.record import UPSAMPLING, Recording, first_line, record
-from ddf_convert.graph.select import Patterns, Selector
+from ddf_convert.graph.select import FilterFunction, Patterns, Selector, asked, check_order
 from ddf_convert.graph.sites import Convolution, find_convolutions
 from ddf_convert.graph.swap import steps_of
 from ddf_convert.graph.trace import Traced, describe, trace
@@ -24,8 +25,6 @@ from ddf_convert.graph.upsample import Refused, replacement_for_upsampling, stan
 from ddf_convert.graph.wrappers import bare
 from ddf_convert.inputs import ExampleInput, as_arguments, first_size
 from ddf_convert.layers import DDFConv2d, MixedFilter2d
-
-FilterFunction = Callable[[str, nn.Module], bool]
 
 _NUMBERED = "torch.fx does not see its calls: they are told apart by their order in one run of the module's forward"
 STEM_CHANNELS = 4  # a convolution of so few input channels reads the image
@@ -53,8 +52,8 @@ def plan(
         config: How to convert.
         include: Names, globs or ``re:`` patterns of the convolutions to look at; None for all.
         exclude: The same for those to leave alone; it wins over ``include``.
-        filter_fn: Called with the name and the module of each that could be replaced and is not excluded; False leaves
-            it alone.
+        filter_fn: Called with the module and the name of each that could be replaced and is not excluded, as
+            torchao's; False leaves it alone.
         measure: Also time the model, and every convolution and what could take its place: on the model's device (the
             CPU for the meta device), or the one given.
         **options: Single fields of the config, e.g. ``se_ratio=0.5``.
@@ -64,8 +63,8 @@ def plan(
         edited, and is applied by ``convert``.
 
     Raises:
-        UsageError: The model does not accept the input or cannot be looked at, a pattern matches nothing, or an option
-            is wrong.
+        UsageError: The model does not accept the input or cannot be looked at, a pattern matches nothing, an option is
+            wrong, or ``filter_fn`` fails or takes its arguments the other way round.
         DDFError: What is to be timed does not run.
     """
     return _plan(model, example_input, make_config(config, options), include, exclude, filter_fn, measure, measure)
@@ -97,6 +96,8 @@ def _plan(
     chosen.arguments(config)  # refuses what does not go together before the model is looked at
     if config.upsample and chosen.name != DDF:
         raise UsageError(f"upsampling is replaced by DDF-Up, and not by filter {chosen.name}: leave one of the two out")
+    if filter_fn is not None:
+        check_order(filter_fn)
     model = bare(model)
     args, kwargs = as_arguments(model, example_input)
     recording = record(model, args, kwargs, describe(model), config.upsample)
@@ -117,7 +118,7 @@ def _plan(
     )
     sites = [planner.decide(convolution) for convolution in convolutions]
     _give_up_to_shuffles(sites)
-    before, timed = recording.cost, None
+    before, timed = _whole_cost(recording, sites), None
     if stopwatch:
         before = before.model_copy(update={"latency_ms": stopwatch.ms(model, *args, **kwargs)})
     notes = [*_notes(recording, traced, sites), *apply_budgets(sites, config, before)]
@@ -149,6 +150,17 @@ def _give_up_to_shuffles(sites: list[Site]) -> None:
             site.skip(f"part of {takers[site.name]}, which is replaced with it")
 
 
+def _whole_cost(recording: Recording, sites: list[Site]) -> Cost:
+    """The cost of the whole model; of what could not be watched, that of its sites."""
+    cost, watch = recording.cost, recording.copied.way.watch
+    counted = {}
+    if watch < Watch.EVERYTHING:
+        counted["activation_bytes"] = sum(site.before.activation_bytes for site in sites)
+    if watch < Watch.OPERATIONS:
+        counted["macs"] = sum(site.before.macs for site in sites)
+    return cost.model_copy(update=counted)
+
+
 def _notes(recording: Recording, traced: Traced, sites: list[Site]) -> list[str]:
     """What there is to say of the whole model, so that it need not be said of each of its convolutions."""
     notes = []
@@ -161,7 +173,12 @@ def _notes(recording: Recording, traced: Traced, sites: list[Site]) -> list[str]
         found = ", ".join(f"{number} {words}" for words, number in counts if number) or "none"
         what = "Convolutions and upsampling" if UPSAMPLING[0] in recording.kinds else "Convolutions"
         notes.append(f"The model as a whole {traced.untraced['']}. {what} found: {found}")
-    if recording.on_values:
+    way = recording.copied.way
+    if way.words:
+        lost = "MACs and activations" if way.watch < Watch.OPERATIONS else "activations"
+        unseen = "; convolutions that are called as functions are not seen" if way.watch < Watch.OPERATIONS else ""
+        notes.append(f"The model only runs {way.words}: its {lost} are those of its convolutions alone{unseen}")
+    elif recording.on_values:
         notes.append("The forward pass depends on values: what it calls, and the shapes, are those of one run")
     return notes
 
@@ -393,7 +410,7 @@ class _Planner:
             return f"excluded by {excluded!r}"
         if self.include.patterns and self.include.matching(convolution) is None:
             return "outside include"
-        if self.filter_fn is not None and not self.filter_fn(convolution.name, conv):
+        if self.filter_fn is not None and not asked(self.filter_fn, conv, convolution.name):
             return "filter_fn said no"
         return None
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from ddf_convert.accounting import Cost, counting
-from ddf_convert.copies import Copy, in_mode, watch_a_run
+from ddf_convert.copies import Copy, Watch, in_mode, watch_a_run
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.filters import replacing_layers
 from ddf_convert.graph.intercept import INTERPOLATE, stands_for_a_call
@@ -28,6 +30,13 @@ ARGUMENTS = {
     torch.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
     torch.conv_transpose2d: ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
 }
+# What torch says of maps that got too small on their way through a model.
+_TOO_SMALL = re.compile(
+    r"Kernel size can't be greater than actual input size|[Oo]utput size is too small"
+    r"|Padding size should be less than the corresponding input dimension|Padding value causes wrapping around"
+    r"|Expected more than 1 (value per channel|spatial element)|sizes should be greater than 0"
+    r"|(to have|has|with) non-zero (size|dimensions)|negative dimension|input (image )?is too small"
+)
 OPTIONS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}  # and their defaults
 
 
@@ -152,22 +161,26 @@ def record(
     Raises:
         UsageError: The model cannot be copied, or does not accept the input.
     """
-    recorders: list[_Recorder] = []
+    failed: dict[int, _Recorder] = {}
     kinds = site_kinds(upsample)
 
     @contextmanager
     def watch(copied: Copy) -> Iterator[_Recorder]:
-        recorders.append(_Recorder(copied, kinds))
-        with counting(copied) as tally, recorders[-1].listening():
-            yield recorders[-1]
-        recorders[-1].cost = tally.cost
+        recorder = _Recorder(copied, kinds)
+        try:
+            with counting(copied) as tally, recorder.listening():
+                yield recorder
+        except Exception as error:
+            failed[id(error)] = recorder
+            raise
+        recorder.cost = tally.cost
 
     try:
         copied, recorder = watch_a_run(model, args, kwargs, watch)
     except UsageError:
         raise
     except Exception as error:  # forward is the user's code: anything can come out of it
-        raise recorders[-1].refusal(name, in_words(args, kwargs), error) from error
+        raise failed[id(error)].refusal(name, in_words(args, kwargs), error) from error
     return Recording(
         copied=copied,
         mode=recorder.mode,
@@ -219,6 +232,7 @@ class _Recorder(TorchFunctionMode):
         self.uses: Counter[str] = Counter()
         self.cost = Cost()
         self._model = copied.module
+        self._way = copied.way
         self._running: list[_Running] = []
         self._parameters = {id(parameter): path for path, parameter in copied.module.named_parameters()}
         self._upsample = nn.Upsample in kinds
@@ -237,7 +251,7 @@ class _Recorder(TorchFunctionMode):
             hooks.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
             hooks.append(module.register_forward_hook(leave))
         try:
-            with self:
+            with self if self._way.watch >= Watch.OPERATIONS else nullcontext():
                 yield
         finally:
             for hook in hooks:
@@ -256,7 +270,7 @@ class _Recorder(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._is_inside_convolution():
+        if self._is_inside_convolution() or getattr(func, "namespace", "") == "prim":  # autograd asks for devices so
             return func(*args, **kwargs)
         for value in (*args, *kwargs.values()):
             for item in value if isinstance(value, tuple | list) else (value,):
@@ -331,20 +345,39 @@ class _Recorder(TorchFunctionMode):
 
     def refusal(self, name: str, sizes: str, error: Exception) -> UsageError:
         """The error of a run that failed, in words."""
-        advice, place = "try a larger --input-size", ""
+        place = ""
         if self._running:
             failed = self._running[-1]
             place = f"{failed.path or 'its forward'} ({type(failed.module).__name__}) failed: "
-            if not failed.path and isinstance(error, TypeError):
-                advice = "the example input is a tuple of all arguments of forward, or a dict of them by name"
-            input = failed.args[0] if failed.args else None
-            if isinstance(failed.module, nn.Conv2d) and isinstance(input, Tensor) and input.dim() == 4:
-                channels = input.shape[1]
-                if input.dtype != failed.module.weight.dtype:
-                    advice = f"it takes {failed.module.weight.dtype} and was given {input.dtype}"
-                elif channels != failed.module.in_channels:
-                    advice = f"it takes {failed.module.in_channels} channels and was given {channels}"
+        advice = self._advice(error) or "so does the model itself with this input"
         return UsageError(f"{name} does not accept an input of {sizes}: {place}{first_line(error)}; {advice}")
+
+    def _advice(self, error: Exception) -> str:
+        """What to do about an error, where its cause is known."""
+        if _TOO_SMALL.search(str(error)):
+            return "try a larger --input-size"
+        if not self._running:
+            return ""
+        failed = self._running[-1]
+        module, input = failed.module, failed.args[0] if failed.args else None
+        if not failed.path and isinstance(error, TypeError) and not _fits_signature(failed):
+            return "the example input is a tuple of all arguments of forward, or a dict of them by name"
+        if isinstance(module, nn.Conv2d | nn.Linear) and isinstance(input, Tensor) and input.is_floating_point():
+            if input.dtype != module.weight.dtype:
+                return f"it takes {module.weight.dtype} and was given {input.dtype}"
+            if isinstance(module, nn.Linear) and input.dim() and input.shape[-1] != module.in_features:
+                return f"it takes {module.in_features} features and was given {input.shape[-1]}"
+            if isinstance(module, nn.Conv2d) and input.dim() == 4 and input.shape[1] != module.in_channels:
+                return f"it takes {module.in_channels} channels and was given {input.shape[1]}"
+        return ""
+
+
+def _fits_signature(running: _Running) -> bool:
+    try:
+        inspect.signature(running.module.forward).bind(*running.args, **running.kwargs)
+    except TypeError:
+        return False
+    return True
 
 
 def function_name(owner: str, func: Any, called: Counter[str]) -> str:

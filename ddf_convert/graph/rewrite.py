@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
-import torch
 from pydantic import BaseModel, ConfigDict
 from torch import fx, nn
 
+from ddf_convert.copies import trainable_copy
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.parts import is_still_there, steps_in
 from ddf_convert.graph.plan import ConvertConfig, Plan
@@ -153,8 +152,7 @@ def _own_record(model: nn.Module) -> Conversion | None:
 
 def _copied(model: nn.Module) -> nn.Module:
     try:
-        with torch.inference_mode(False):  # or the copy could not be trained
-            return copy.deepcopy(model)
+        return trainable_copy(model)
     except Exception as error:
         raise UsageError(
             f"{type(model).__name__} cannot be copied: {error}; convert it in place with inplace=True"

@@ -24,6 +24,7 @@ from ddf_convert.graph.record import (
     function_name,
     is_site,
 )
+from ddf_convert.hooks import without_global_hooks
 
 VALUE = "value"  # of a node's meta: its fake result
 _PACKED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
@@ -106,6 +107,7 @@ def describe(model: nn.Module) -> str:
     return architecture if isinstance(architecture, str) and architecture else type(model).__name__
 
 
+@without_global_hooks()
 @unchanged_random_states()
 def trace(model: nn.Module, recording: Recording) -> Traced:
     """Traces a model that was recorded: whole, else piece by piece.
@@ -149,6 +151,7 @@ def trace(model: nn.Module, recording: Recording) -> Traced:
     return traced
 
 
+@without_global_hooks()
 @unchanged_random_states()
 def build_graph(module: nn.Module, name: str) -> fx.GraphModule:
     """The fx GraphModule of a whole module; arguments that have a default are fixed to it.

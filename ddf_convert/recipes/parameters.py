@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -12,8 +10,8 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.filters import replacing_layers
-from ddf_convert.graph.plan import suggestion
 from ddf_convert.graph.rewrite import recorded
+from ddf_convert.graph.select import matching_names, pattern_hint
 from ddf_convert.recipes.schema import Stage
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # timm's are among them
@@ -114,12 +112,7 @@ def _matching(model: nn.Module, names: list[str], pattern: str) -> set[str]:
     if pattern == "head":
         classifier = head(model)
         return _inside(names, (name for name, module in model.named_modules() if module is classifier))
-    expression = pattern.removeprefix("re:") if pattern.startswith("re:") else fnmatch.translate(pattern)
-    try:
-        compiled = re.compile(expression)
-    except re.error as error:
-        raise UsageError(f"trainable: {pattern!r} is not a regular expression: {error}") from error
-    return {name for name in names if compiled.fullmatch(name)}
+    return matching_names("trainable", pattern, names)
 
 
 def head(model: nn.Module) -> nn.Module | None:
@@ -140,6 +133,4 @@ def _hint(pattern: str, names: list[str]) -> str:
     if pattern in ("new", "norms", "head"):
         what = {"new": "DDF layers", "norms": "normalisations", "head": "classifier"}[pattern]
         return f": it has no {what}"
-    if any(name.startswith(f"{pattern}.") for name in names):
-        return f"; for those inside it, write '{pattern}.*'"
-    return suggestion(pattern, [*names, "all", "new", "norms", "head"])
+    return pattern_hint(pattern, [*names, "all", "new", "norms", "head"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import fnmatch
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,8 +13,8 @@ from torch import Tensor, nn
 from ddf_convert import artifact
 from ddf_convert.devices import choose
 from ddf_convert.errors import DDFError, UsageError
-from ddf_convert.graph.plan import suggestion
 from ddf_convert.graph.record import first_line
+from ddf_convert.graph.select import matching_names, pattern_hint
 from ddf_convert.layers import DDFUp2d
 from ddf_convert.source import open_model
 from ddf_convert.training.faults import memory_explained
@@ -211,20 +209,14 @@ def _opened(request: Request) -> tuple[str, nn.Module, list[str]]:
 
 def _select(places: Sequence[Place], patterns: Sequence[str]) -> list[Place]:
     names = [place.name for place in places]
-    expressions = []
+    chosen: set[str] = set()
     for pattern in patterns:
-        try:
-            text = pattern.removeprefix("re:") if pattern.startswith("re:") else fnmatch.translate(pattern)
-            expressions.append(re.compile(text))
-        except re.error as error:
-            raise UsageError(f"--layer: {pattern!r} is not a regular expression: {error}") from error
-        if not any(expressions[-1].fullmatch(name) for name in names):
-            inside = f"; for those inside it, write '{pattern}.*'"
-            hint = inside if any(name.startswith(f"{pattern}.") for name in names) else suggestion(pattern, names)
-            raise UsageError(f"--layer: {pattern!r} matches no DDF layer{hint or f'; there is {names[0]}, for one'}")
-    if not patterns:
-        return list(places)
-    return [place for place in places if any(each.fullmatch(place.name) for each in expressions)]
+        selected = matching_names("--layer", pattern, names)
+        if not selected:
+            hint = pattern_hint(pattern, names) or f"; there is {names[0]}, for one"
+            raise UsageError(f"--layer: {pattern!r} matches no DDF layer{hint}")
+        chosen |= selected
+    return [place for place in places if not patterns or place.name in chosen]
 
 
 def _check(places: Sequence[Place], request: Request) -> None:
