@@ -213,7 +213,7 @@ def test_a_run_is_not_overwritten_and_can_go_on(data, tmp_path):
     with pytest.raises(UsageError, match="--resume goes on"):
         run.train(asked)
     assert run.train(request(data, tmp_path / "run", resume=True)).steps == 6
-    with pytest.raises(UsageError, match="another factor"):
+    with pytest.raises(UsageError, match=r"factor 4, and this is 2 \(--factor\)"):
         run.train(request(data, tmp_path / "run", resume=True, factor=2))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()

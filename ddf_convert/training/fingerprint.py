@@ -56,7 +56,7 @@ def of_files(files: Sequence[str | Path], root: str | Path, labels: Sequence[int
         root: The folder that the data are in: names are relative to it.
         labels: One for each file, if they do not follow from the names.
     """
-    sampled = set(_spaced(len(files), _SAMPLED))
+    sampled = set(spaced(len(files), _SAMPLED))
 
     def entry(index: int) -> Entry:
         path, label = files[index], None if labels is None else labels[index]
@@ -86,7 +86,7 @@ def of_images(images: Images, part: str) -> list[Entry]:
         root = images.root or os.path.commonpath([os.path.dirname(file) for file in files])
         return of_files(files, root, [label for _, label in listed])
     labels = {} if listed is None else {index: label for index, (_, label) in enumerate(listed)}
-    probed = {index: _probe(images, index) for index in _spaced(len(images), _PROBED)}
+    probed = {index: _probe(images, index) for index in spaced(len(images), _PROBED)}
     return [
         Entry(f"{part} image {index}", None, *probed.get(index, (None, labels.get(index))))
         for index in sorted({*labels, *probed})
@@ -150,7 +150,7 @@ def _line(entry: Entry) -> bytes:
     return json.dumps(entry).encode() + b"\n"
 
 
-def _spaced(count: int, at_most: int) -> list[int]:
+def spaced(count: int, at_most: int) -> list[int]:
     """Evenly spaced indices."""
     chosen = min(count, at_most)
     return [index * count // chosen for index in range(chosen)]

@@ -137,10 +137,7 @@ class RunFolder:
         """
         recipe, settings = asked.recipe, {_FORMAT: _FORMAT_VERSION, **asked.settings}
         if before is not None:
-            # What it was begun with stays as it was. The rest is what versions before did not record.
-            place = {"step": resumed_at, resume.ENVIRONMENT: settings[resume.ENVIRONMENT]}
-            went_on = [*before.settings.get("went_on", []), place]
-            recipe, settings = before.recipe, {**settings, **before.settings, "went_on": went_on}
+            recipe, settings = before.recipe, resume.gone_on(before.settings, settings, resumed_at)
         content = {_SETTINGS: json.dumps(settings, indent=2, ensure_ascii=False) + "\n", _RECIPE: recipe.to_yaml()}
         self.path.mkdir(parents=True, exist_ok=True)
         for name, text in content.items():  # the settings first: a folder that has them is a run

@@ -140,6 +140,18 @@ def check_recipe(path: Path, before: tuple[Recipe, int], now: tuple[Recipe, int]
         )
 
 
+def gone_on(before: Mapping[str, Any], now: Mapping[str, Any], step: int | None) -> dict[str, Any]:
+    """The settings to record for a run that goes on: as it was begun, and where it went on.
+
+    Args:
+        before: The settings recorded.
+        now: Those that are asked for; what an older version did not record is taken from here.
+        step: That the run goes on from.
+    """
+    place = {"step": step, ENVIRONMENT: now[ENVIRONMENT]}
+    return {**now, **before, "went_on": [*before.get("went_on", []), place]}
+
+
 def _versions(settings: Mapping[str, Any]) -> tuple[Any, ...]:
     versions = settings.get("versions") or {}
     return tuple(versions.get(name) for name in ("torch", "timm", "ddf_convert"))
