@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import json
 import os
+import zlib
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -113,9 +114,12 @@ def unpack(content: bytes) -> list[Entry]:
         ValueError: It holds none.
     """
     try:
-        return [Entry(*json.loads(line)) for line in gzip.decompress(content).splitlines()]
-    except (OSError, EOFError, TypeError) as error:
+        found = [Entry(*json.loads(line)) for line in gzip.decompress(content).splitlines()]
+    except (OSError, EOFError, TypeError, zlib.error) as error:
         raise ValueError("not entries of data") from error
+    if not found:
+        raise ValueError("no entries of data")
+    return found
 
 
 def differences(before: Sequence[Entry], now: Sequence[Entry]) -> str:

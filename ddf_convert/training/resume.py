@@ -45,7 +45,7 @@ DECISIVE = {
 # These become part of the recipe, which has to be the same as well.
 RECIPE = ("--recipe", "--epochs", "--steps", "--batch-size", "--accumulate", "--lr", "--amp")
 # Other machines may go on with a run: what changes is noted, since the last digits may depend on it.
-NOTED = {"device": "--device"}
+NOTED = ("--device",)
 # These change nothing in the result.
 FREE = ("--output", "--resume", "--workers", "--checkpoint-every", "--json", "--debug")
 
