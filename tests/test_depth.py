@@ -2,7 +2,10 @@
 
 import copy
 import json
+import os
 import re
+import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -17,6 +20,7 @@ from ddf_convert.depth.metrics import mean_rmse
 from ddf_convert.depth.training import Settings, Trainer, loss_of
 from ddf_convert.errors import ArtifactError, DDFError, UsageError
 from ddf_convert.folder import MANIFEST
+from ddf_convert.locks import locked
 from ddf_convert.models import DDFUpNet, JointConvUpNet
 from ddf_convert.training.survival import Interrupted, Interruption
 
@@ -35,14 +39,18 @@ def scene(height=32, width=40, seed=0):
     return photo, depth
 
 
-@pytest.fixture
-def data(tmp_path):
+def make_data(folder):
     for part in ("rgb", "depth"):
-        (tmp_path / "data" / part).mkdir(parents=True)
+        (folder / part).mkdir(parents=True)
     for number in range(3):
         photo, depth = scene(seed=number)
-        Image.fromarray(photo).save(tmp_path / "data" / "rgb" / f"{number}.png")
-        Image.fromarray(depth).save(tmp_path / "data" / "depth" / f"{number}.png")
+        Image.fromarray(photo).save(folder / "rgb" / f"{number}.png")
+        Image.fromarray(depth).save(folder / "depth" / f"{number}.png")
+
+
+@pytest.fixture
+def data(tmp_path):
+    make_data(tmp_path / "data")
     return tmp_path / "data"
 
 
@@ -213,12 +221,149 @@ def test_a_run_is_not_overwritten_and_can_go_on(data, tmp_path):
     with pytest.raises(UsageError, match="--resume goes on"):
         run.train(asked)
     assert run.train(request(data, tmp_path / "run", resume=True)).steps == 6
-    with pytest.raises(UsageError, match="another factor"):
+    with pytest.raises(UsageError, match=r"factor 4, and this is 2 \(--factor\)"):
         run.train(request(data, tmp_path / "run", resume=True, factor=2))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "file").touch()
     with pytest.raises(UsageError, match="holds no run"):
         run.train(request(data, tmp_path / "other"))
+
+
+def exchange(data):
+    """Another depth map of the same name."""
+    file = data / "depth" / "0.png"
+    depth = np.asarray(Image.open(file)) + np.uint16(1)
+    Image.fromarray(depth).save(file)
+
+
+@pytest.fixture(scope="module")
+def ended(tmp_path_factory):
+    """Data, and a run on them that ended."""
+    place = tmp_path_factory.mktemp("ended")
+    make_data(place / "data")
+    run.train(request(place / "data", place / "run", changes={"steps": 2, "batch_size": 2}))
+    return place
+
+
+@pytest.fixture
+def again(ended, tmp_path):
+    """Goes on with a copy of the run; ``again.data`` and ``again.run`` are folders."""
+    for name in ("data", "run"):
+        shutil.copytree(ended / name, tmp_path / name)
+    settings = tmp_path / "run" / "settings.json"
+    settings.write_text(settings.read_text().replace(str(ended), str(tmp_path)))
+
+    def go_on(**changes):
+        options = {"changes": {"steps": 2, "batch_size": 2}, "resume": True, **changes}
+        return run.train(request(tmp_path / "data", tmp_path / "run", **options))
+
+    go_on.data, go_on.run = tmp_path / "data", tmp_path / "run"
+    return go_on
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (exchange, r"data are not those .* 1 exchanged \(depth/0.png\)"),
+        (lambda data: shutil.copy(data / "rgb" / "0.png", data / "rgb" / "1.png"), r"1 exchanged \(rgb/1.png\)"),
+        (
+            lambda data: [shutil.copy(data / part / "0.png", data / part / "9.png") for part in ("rgb", "depth")],
+            "2 added",
+        ),
+        (lambda data: [(data / part / "2.png").unlink() for part in ("rgb", "depth")], "2 removed"),
+    ],
+)
+def test_a_run_goes_on_with_the_data_that_it_was_begun_with(again, change, words):
+    change(again.data)
+    with pytest.raises(UsageError, match=words):
+        again()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"factor": 2}, "--factor"),
+        ({"upsampler": "conv"}, "--upsampler"),
+        ({"arguments": {**ARGUMENTS, "width": 8}}, "width 4, and this is 8 \\(--width\\)"),
+        ({"settings": replace(SETTINGS, seed=1)}, "seed 0, and this is 1 \\(--seed\\)"),
+        ({"settings": replace(SETTINGS, turned=0.5)}, "--turned"),
+        ({"settings": replace(SETTINGS, loss="l1")}, "--loss"),
+        ({"settings": replace(SETTINGS, downsample="mean")}, "--downsample"),
+        ({"settings": replace(SETTINGS, crop=8)}, "--crop"),
+        ({"unit": "cm"}, "--unit"),
+        ({"changes": {"steps": 3, "batch_size": 2}}, "stages.0.steps was 2 and is 3"),
+        ({"changes": {"steps": 2, "batch_size": 2, "amp": "bfloat16"}}, "stages.0.amp"),
+    ],
+)
+def test_a_run_goes_on_with_the_options_that_it_was_begun_with(again, change, words):
+    with pytest.raises(UsageError, match=words):
+        again(**change)
+
+
+def test_a_run_of_an_earlier_version_goes_on(again, capsys):
+    file = again.run / "settings.json"
+    settings = json.loads(file.read_text())
+    file.write_text(
+        json.dumps({name: settings[name] for name in settings if name not in ("data_sha256", "environment")})
+    )
+    assert again().finished
+    assert "did not record the data" in capsys.readouterr().err
+    exchange(again.data)
+    with pytest.raises(UsageError, match="1 exchanged"):
+        again()
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("log.jsonl", b""),
+        ("log.jsonl", b"\xff\xfe\n"),
+        ("settings.json", b""),
+        ("settings.json", None),
+        ("log.jsonl", None),
+    ],
+)
+def test_what_is_not_needed_to_go_on_may_be_damaged(again, name, content, caplog):
+    file = again.run / name
+    whole = file.read_text()
+    file.unlink()
+    if content is not None:
+        file.write_bytes(content)
+    (again.run / "manifest.json").unlink()  # the network, too
+    assert again().finished
+    assert checkpoint.load(again.run)[1].steps == 2
+    if content is not None:
+        assert (again.run / f"{name}.damaged-1").read_bytes() == content
+        assert f"{name}.damaged-1" in caplog.text
+    if name == "settings.json":
+        assert json.loads(file.read_text())["factor"] == json.loads(whole)["factor"]
+
+
+def test_a_run_that_goes_on_logs_nothing_twice(again):
+    before = [json.loads(line) for line in (again.run / "log.jsonl").read_text().splitlines()]
+    again()
+    after = [json.loads(line) for line in (again.run / "log.jsonl").read_text().splitlines()]
+    assert [(row["kind"], row["step"]) for row in after] == [(row["kind"], row["step"]) for row in before]
+
+
+def test_a_run_in_use_or_without_checkpoints_is_left_alone(again):
+    with locked(again.run), pytest.raises(UsageError, match=f"in use by process {os.getpid()}"):
+        again()
+    shutil.rmtree(again.run / "checkpoints")
+    before = {file: file.read_bytes() for file in again.run.iterdir()}
+    for resumed in (True, False):
+        with pytest.raises(UsageError, match="no checkpoint to go on from"):
+            again(resume=resumed)
+    assert {file: file.read_bytes() for file in again.run.iterdir()} == before
+
+
+@pytest.mark.parametrize("content", ['{"format_version": 1}', "{}", ""])
+def test_the_settings_of_others_are_no_run(data, tmp_path, content):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "settings.json").write_text(content)
+    with pytest.raises(UsageError, match="holds no run of upsample-train"):
+        run.train(request(data, tmp_path / "mine"))
+    assert (tmp_path / "mine" / "settings.json").read_text() == content
 
 
 def test_nothing_is_written_if_the_data_do_not_fit(data, tmp_path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import io
 import math
+import shutil
 import sys
 from pathlib import Path
 from types import ModuleType
@@ -38,6 +39,7 @@ class Events:
 
     def __init__(self, folder: str, purge_step: int | None = None) -> None:
         self.folder, self.purge_step = Path(folder), purge_step
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.scalars: list[tuple[str, float, int]] = []
         self.flushed = self.closed = False
         self.made.append(self)
@@ -92,7 +94,7 @@ def test_resumed(tmp_path, events, step, kept):
     assert [event.purge_step for event in events] == [None, step + 1]
 
 
-def test_resumed_after_a_kill(tmp_path):
+def test_resumed_after_a_kill(tmp_path, caplog):
     rows = rows_of(6)
     log = Log(tmp_path)
     for row in rows:
@@ -102,6 +104,7 @@ def test_resumed_after_a_kill(tmp_path):
         log.file.write_bytes(whole[:-cut])
         assert read(log.file) == rows[:-1]
         again = Log(tmp_path, resumed_at=6)
+        assert "its last line was not finished" in caplog.messages[-1]
         again.write(rows[-1])
         assert log.file.read_bytes() == whole
 
@@ -118,29 +121,97 @@ HEADER = ",".join(COLUMNS)
 EMPTY = "," * (len(COLUMNS) - 4)
 
 
+GOOD = f"train,1,0.1,all{EMPTY}\n"
+
+
 @pytest.mark.parametrize(
-    ("content", "words"),
+    ("content", "words", "kept"),
     [
-        (b"", "its columns are others"),
-        (b"a,b\n1,2\n", "its columns are others"),
-        (f"{HEADER}\ntrain,1\n".encode(), "is damaged"),
-        (f"{HEADER}\ntrain,x,0.1,all{EMPTY}\n".encode(), "is damaged"),
-        (f"{HEADER}\ntest,1,0.1,all{EMPTY}\n".encode(), "is damaged: the row test"),
-        (f"{HEADER}\ntrain,,0.1,all{EMPTY}\n".encode(), "is damaged"),
-        (b"\xff\xfe", "it is not text"),
-        (None, "No such file"),
+        (b"", "it is empty", 0),
+        (b"a,b\n1,2\n", "its columns are others", 0),
+        (HEADER[:20].encode(), "its columns are others", 0),
+        (f"{HEADER}\n{GOOD}train,2\n".encode(), "a row is damaged: train,2", 1),
+        (f"{HEADER}\ntrain,x,0.1,all{EMPTY}\n{GOOD}".encode(), "a row is damaged", 1),
+        (f"{HEADER}\ntest,1,0.1,all{EMPTY}\n".encode(), "a row is damaged: test", 0),
+        (f"{HEADER}\ntrain,,0.1,all{EMPTY}\n".encode(), "a row is damaged", 0),
+        (b"\xff\xfe", "it is not text", 0),
+        (f"{HEADER}\n{GOOD}".encode() + b"train,2,0.1,\xff\xfe\n", "it is not text", 1),
+        (f"{HEADER}\n{GOOD}".encode() + bytes(100) + b"\n", "a row is damaged", 1),
+        ("folder", "Is a directory", 0),
     ],
 )
-def test_what_is_no_log(tmp_path, content, words):
+def test_a_damaged_log_is_kept_and_another_goes_on(tmp_path, content, words, kept, caplog):
     file = tmp_path / "log.csv"
-    if content is not None:
+    if content == "folder":
+        file.mkdir()
+    else:
         file.write_bytes(content)
-        with pytest.raises(UsageError, match=words):
-            Log(tmp_path, resumed_at=3)
-        assert file.read_bytes() == content
     with pytest.raises(UsageError, match=words) as caught:
         read(file)
     assert str(file) in str(caught.value)
+    for number in (1, 2):  # what was kept before is not overwritten
+        log = Log(tmp_path, resumed_at=3)
+        aside = tmp_path / f"log.csv.damaged-{number}"
+        assert aside.is_dir() if content == "folder" else aside.read_bytes() == content
+        (message,) = [each for each in caplog.messages if aside.name in each]
+        assert words in message
+        assert "\n" not in message
+        assert len(read(file)) == len(log.rows) == kept
+        file.unlink()
+        aside.rename(file)
+        aside.write_bytes(b"mine")
+        content = content if content == "folder" else file.read_bytes()
+
+
+def test_a_log_that_is_missing_cannot_be_read(tmp_path):
+    with pytest.raises(UsageError, match="No such file"):
+        read(tmp_path / "log.csv")
+
+
+def test_what_is_deleted_or_emptied_during_the_run_is_written_again(tmp_path, events):
+    rows = rows_of(4)
+    log = Log(tmp_path / "run")
+    for row, harm in zip(rows, ("nothing", "folder", "file", "contents"), strict=True):
+        if harm == "folder":
+            shutil.rmtree(tmp_path / "run")
+        elif harm == "file":
+            log.file.unlink()
+        elif harm == "contents":
+            log.file.write_bytes(b"")
+        log.write(row)
+        assert read(log.file) == log.rows
+    assert log.rows == rows
+    assert len(events) == 2
+    assert {step for _, _, step in events[1].scalars} == {1, 2, 3, 4}
+
+
+def test_rows_that_stand_twice_are_kept_once(tmp_path):
+    """As two processes in one folder left them, before there was a lock."""
+    rows = rows_of(3)
+    log = Log(tmp_path)
+    for row in rows:
+        log.write(row)
+    log.file.write_text(log.file.read_text() + "".join(log.file.read_text().splitlines(keepends=True)[2:]))
+    assert len(read(log.file)) == 5
+    assert Log(tmp_path, resumed_at=3).rows == rows == read(log.file)
+
+
+def test_events_that_cannot_be_written_do_not_stop_the_run(tmp_path, events, caplog, monkeypatch):
+    (tmp_path / "tensorboard").write_text("mine")
+    log = Log(tmp_path, resumed_at=0)
+    assert (tmp_path / "tensorboard.damaged-1").read_text() == "mine"
+    caplog.clear()
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(events[-1], "add_scalar", full)
+    for row in rows_of(5):
+        log.write(row)
+    log.close()
+    assert len(log.rows) == 6
+    (message,) = caplog.messages
+    assert "No space left on device" in message
 
 
 def test_a_log_that_cannot_be_written(tmp_path):

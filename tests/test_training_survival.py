@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import training_runs as runs
-from training_runs import STEPS, distance, equal, finetune, weights
+from training_runs import OPENING, STEPS, distance, equal, finetune, weights
 
 from ddf_convert.errors import UsageError
 from ddf_convert.training import engine
@@ -40,14 +40,14 @@ def killed(place: Path) -> Path:
     arguments = runs.command("killed", "--checkpoint-every", "2", model="normed", data="tinyruns:photos")
 
     # SIGTERM in the third step.
-    stopped = runs.start(*arguments, "--json", SIGNAL="SIGTERM", SIGNAL_AT=f"{1 + 2 * 8 + 3}:0")
+    stopped = runs.start(*arguments, "--json", SIGNAL="SIGTERM", SIGNAL_AT=f"{OPENING['train'] + 2 * 8 + 3}:0")
     assert stopped.codes == [0], stopped.stderr
     outcome = json.loads(stopped.stdout)
     assert (outcome["finished"], outcome["steps"]) == (False, 3)
     assert "Traceback" not in stopped.stderr
 
     # kill -9 in the second epoch of the second stage: its evaluations read images in another data set.
-    reads = 1 + 3 * 8 + 48 + 2 * 8 + 5
+    reads = OPENING["train"] + 3 * 8 + 48 + 2 * 8 + 5
     done = runs.start(*arguments, "--resume", SIGNAL="SIGKILL", SIGNAL_AT=f"{reads}:0")
     assert done.codes == [-signal.SIGKILL]
     assert "going on from step 3 of killed" in done.stderr
@@ -86,10 +86,10 @@ def test_a_stop_during_the_evaluation_and_another_in_the_last_step(
 ) -> None:
     monkeypatch.setenv("SIGNAL", "SIGTERM")
     arguments: dict[str, Any] = {"model": "normed", "data": "tinyruns:photos", "checkpoint_every": 100}
-    monkeypatch.setenv("SIGNAL_AT", "4:0")  # of the images that are evaluated before training
+    monkeypatch.setenv("SIGNAL_AT", f"{OPENING['val'] + 3}:0")  # of the images that are evaluated before training
     outcome = finetune("twice", **arguments)
     assert (outcome.finished, outcome.steps, outcome.before) == (False, 0, None)
-    monkeypatch.setenv("SIGNAL_AT", "46:0")  # in the last step of the first epoch
+    monkeypatch.setenv("SIGNAL_AT", f"{OPENING['train'] + 45}:0")  # in the last step of the first epoch
     outcome = finetune("twice", **arguments, resume=True)
     assert (outcome.finished, outcome.steps) == (False, 6)
     monkeypatch.delenv("SIGNAL_AT")
@@ -106,7 +106,7 @@ def test_a_row_of_the_log_reaches_over_an_interruption(place: Path, monkeypatch:
     arguments: dict[str, Any] = {"data": "tinyruns:photos", "changes": {"steps": 6}}
     finetune("long", **arguments)
     monkeypatch.setenv("SIGNAL", "SIGTERM")
-    monkeypatch.setenv("SIGNAL_AT", f"{1 + 3 * 8 + 4}:0")
+    monkeypatch.setenv("SIGNAL_AT", f"{OPENING['train'] + 3 * 8 + 4}:0")
     assert finetune("short", **arguments).steps == 4
     monkeypatch.delenv("SIGNAL_AT")
     assert finetune("short", **arguments, resume=True).finished

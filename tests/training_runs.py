@@ -26,6 +26,8 @@ from ddf_convert.training.stages import Options
 SIZE = (3, 16, 16)
 CLASSES = 3
 TRAINING, VALIDATION = 16, 5  # images of a class
+# Reads of a data set without files that the first process takes before it trains: to try it, and to know it again.
+OPENING = {"train": 1 + 2 * 16, "val": 1 + 2 * CLASSES * VALIDATION}
 
 # What users have in a file of their own: models, and data that can send a signal when the n-th image is read.
 MODULE = '''

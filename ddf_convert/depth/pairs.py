@@ -6,6 +6,7 @@ A folder may be divided: FOLDER/train/rgb, FOLDER/train/depth, FOLDER/validation
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,8 +17,11 @@ from torch import Tensor
 from ddf_convert.depth import nyu
 from ddf_convert.depth.maps import DEPTHS, PHOTOS, Unit, read_depth, read_photo, unit_of
 from ddf_convert.errors import UsageError
+from ddf_convert.training import fingerprint
+from ddf_convert.training.fingerprint import Entry
 
 _VALIDATION = ("validation", "val", "test")
+_PROBED = 8
 _EVERY = 10  # of an undivided folder's pairs one is for validation
 
 
@@ -156,6 +160,31 @@ def folder(path: Path, unit: str | None = None, allow_8bit: bool = False) -> Fil
             f"{first[1]} would be in {first[0]} and {second[1]} in {second[0]}: say with --unit what all of them are in"
         )
     return Files(files, unit_of(files[0][1], unit), allow_8bit)
+
+
+def entries(pairs: Pairs, part: str) -> list[Entry]:
+    """What tells the pairs from others: of files names, sizes and contents, of others a few pairs.
+
+    Args:
+        pairs: The pairs.
+        part: What they are called where they have no files.
+    """
+    chosen = list(range(len(pairs)))
+    while isinstance(pairs, Chosen):
+        chosen = [pairs.indices[index] for index in chosen]
+        pairs = pairs.pairs
+    if isinstance(pairs, Files):
+        files = [file for index in chosen for file in pairs.files[index]]
+        return fingerprint.of_files(files, pairs.files[0][0].parent.parent)
+    probed = [chosen[index] for index in fingerprint.spaced(len(chosen), _PROBED)]
+    return [Entry(f"{part} pair {pairs.names[index]}", content=_hash(pairs[index])) for index in probed]
+
+
+def _hash(pair: tuple[Tensor, Tensor]) -> str:
+    found = hashlib.sha256()
+    for image in pair:
+        found.update(image.contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def each(pairs: Pairs) -> Iterator[tuple[str, Tensor, Tensor]]:

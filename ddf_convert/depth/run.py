@@ -2,6 +2,7 @@
 
 RUN/manifest.json, RUN/model.safetensors    the network, for ``ddf-convert upsample``
 RUN/settings.json    what was asked for, the recipe included
+RUN/data.jsonl.gz    the pairs that it was begun with
 RUN/log.jsonl        a row of figures a line
 RUN/checkpoints/     to go on from
 """
@@ -10,12 +11,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from ddf_convert import recipes
-from ddf_convert.depth import checkpoint
+from ddf_convert.depth import checkpoint, pairs
 from ddf_convert.depth.inference import interpolate, upsample
 from ddf_convert.depth.lowres import cut_to_factor, downsample
 from ddf_convert.depth.metrics import Errors, errors, mean_rmse
@@ -24,10 +26,15 @@ from ddf_convert.depth.training import Settings, Trainer, check
 from ddf_convert.devices import choose
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.files import write_file
-from ddf_convert.folder import check_writable
+from ddf_convert.folder import MANIFEST, check_writable
+from ddf_convert.locks import locked
 from ddf_convert.models.ddf_upnet import JointUpNet
 from ddf_convert.recipes import Recipe
+from ddf_convert.training import fingerprint, resume
 from ddf_convert.training.checkpoints import Checkpoints
+from ddf_convert.training.damaged import set_aside
+from ddf_convert.training.fingerprint import Entry
+from ddf_convert.training.keeping import is_empty
 from ddf_convert.training.progress import Progress, telling
 from ddf_convert.training.randomness import seeded
 from ddf_convert.training.run import changed
@@ -35,6 +42,23 @@ from ddf_convert.training.survival import Interrupted, Interruption, signals_not
 
 RECIPE = "depth-upsample"
 _SETTINGS, _LOG = "settings.json", "log.jsonl"
+_RECORD = "record"  # in a checkpoint
+
+# What has to be the same when a run goes on, and the option that gives it.
+_DECISIVE = {
+    "data": "DATA",
+    "unit": "--unit",
+    "factor": "--factor",
+    resume.DATA: "DATA",
+    "pairs": "DATA",
+    "upsampler": "--upsampler",
+    "arguments": "--width",
+    "crop": "--crop",
+    "downsample": "--downsample",
+    "loss": "--loss",
+    "turned": "--turned",
+    "seed": "--seed",
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +136,7 @@ def train(request: Request) -> Outcome:
         UsageError: Something asked for does not fit; nothing was trained.
         DDFError: Something went wrong on the way; what was done until the last checkpoint is not lost.
     """
-    with telling(True) as progress, signals_noted() as interruption:
+    with locked(request.output), telling(True) as progress, signals_noted() as interruption:
         return _train(request, progress, interruption)
 
 
@@ -125,10 +149,18 @@ def _train(request: Request, progress: Progress, interruption: Interruption) -> 
     training, validation = open_pairs(request.data, request.unit, request.allow_8bit)
     training[0]  # a pair that cannot be read, or does not fit, is told of before anything is written
     folder = RunFolder(request.output)
-    state = folder.begin(_described(request, recipe, training), request.resume)
+    entries = [*pairs.entries(training, "training"), *(pairs.entries(validation, "validation") if validation else [])]
+    described = {
+        **_described(request, recipe, training),
+        resume.DATA: fingerprint.digest(entries),
+        resume.ENVIRONMENT: resume.environment(device, 1),
+    }
+    state, notes = folder.begin(described, entries, request.resume)
     if request.resume:
         told = "starting from the beginning" if state is None else f"going on from step {state['position']['total']}"
         progress.say(f"{request.output}: {told}")
+    for words in notes:
+        progress.say(words)
     unit = training.unit
 
     def keep(model: JointUpNet, step: int) -> None:
@@ -141,7 +173,7 @@ def _train(request: Request, progress: Progress, interruption: Interruption) -> 
         training,
         settings,
         log=folder.log,
-        keep=folder.checkpoints.write,
+        keep=folder.write,
         look=keep,
         progress=progress,
         interruption=interruption,
@@ -197,38 +229,55 @@ class RunFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self.checkpoints = Checkpoints(path / "checkpoints")
+        self._settings = ""
 
-    def begin(self, described: dict[str, Any], resume: bool) -> dict[str, Any] | None:
+    def begin(
+        self, described: dict[str, Any], entries: Sequence[Entry], resumed: bool
+    ) -> tuple[dict[str, Any] | None, list[str]]:
         """Makes the folder, or goes on with what is in it.
 
         Args:
             described: All that decides the result, as JSON.
-            resume: Go on.
+            entries: What the data are.
+            resumed: Go on.
 
         Returns:
-            The state to go on from, or None.
+            The state to go on from, or None; and what to tell the user.
 
         Raises:
             UsageError: There is another run in it, or something else.
         """
         check_writable(self.path)
-        file = self.path / _SETTINGS
-        if self.path.is_dir() and any(self.path.iterdir()):
-            if not file.is_file():
-                raise UsageError(f"{self.path} is not empty, and holds no run of upsample-train: give another folder")
-            if not resume and self.checkpoints.steps():
-                raise UsageError(f"{self.path} already holds a run: --resume goes on with it, or give another folder")
-        before = self._before(file) if resume and file.is_file() else None
-        if before is not None and before != described:
-            different = [key for key in described if before.get(key) != described[key]] or ["something"]
+        steps = self.checkpoints.steps()
+        if not is_empty(self.path) and not steps and not self._is_ours():
+            raise UsageError(f"{self.path} is not empty, and holds no run of upsample-train: give another folder")
+        if steps and not resumed:
+            raise UsageError(f"{self.path} already holds a run: --resume goes on with it, or give another folder")
+        if not steps and (self.path / MANIFEST).exists():
             raise UsageError(
-                f"{self.path} was begun with another {different[0]}: give the same options, or a new folder"
+                f"{self.path} holds a network, and no checkpoint to go on from: give another folder, or remove it"
             )
-        found = self.checkpoints.latest() if before is not None else None
+        found = self.checkpoints.latest() if resumed else None
+        state, step = (None, 0) if found is None else found
+        notes: list[str] = []
+        if state is not None:
+            before = self._before(state)
+            resume.check(self.path, before, described, entries, _DECISIVE)
+            recipes_of = [(Recipe.model_validate(each["recipe"]), 1) for each in (before, described)]
+            resume.check_recipe(self.path, *recipes_of)
+            notes = resume.noted(self.path, before, described)
+            described = resume.gone_on(before, described, step)
         self.path.mkdir(parents=True, exist_ok=True)
-        write_file(file, json.dumps(described, indent=2) + "\n")
-        self._cut_log(found[1] if found else 0)
-        return found[0] if found else None
+        self._settings = json.dumps(described, indent=2) + "\n"
+        write_file(self.path / _SETTINGS, self._settings)
+        if state is None or not (self.path / fingerprint.FILE).is_file():
+            write_file(self.path / fingerprint.FILE, fingerprint.pack(entries))
+        self._cut_log(step)
+        return state, notes
+
+    def write(self, state: dict[str, Any], step: int) -> None:
+        """A checkpoint."""
+        self.checkpoints.write({**state, _RECORD: self._settings}, step)
 
     def log(self, row: dict[str, Any]) -> None:
         """Adds a row.
@@ -237,30 +286,54 @@ class RunFolder:
             DDFError: It could not be written, for instance because the disk is full.
         """
         try:
+            self.path.mkdir(parents=True, exist_ok=True)
             with (self.path / _LOG).open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
         except OSError as error:
             raise DDFError(f"could not write {self.path / _LOG}: {error.strerror}") from error
 
-    def _before(self, file: Path) -> dict[str, Any]:
+    def _is_ours(self) -> bool:
+        """Whether the folder has the settings of such a run."""
         try:
-            content: dict[str, Any] = json.loads(file.read_bytes())
-        except (OSError, ValueError) as error:
-            raise UsageError(f"{file} cannot be read, or is damaged: give another folder") from error
+            content = json.loads((self.path / _SETTINGS).read_bytes())
+        except (OSError, ValueError):
+            return False
+        return isinstance(content, dict) and "upsampler" in content
+
+    def _before(self, state: dict[str, Any]) -> dict[str, Any]:
+        """What the run was begun with: its settings, or where these are damaged, the copy in a checkpoint."""
+        file = self.path / _SETTINGS
+        copy = state.get(_RECORD)
+        if not self._is_ours():
+            if copy is None:
+                raise UsageError(f"{file} is missing or damaged, or of another command: give another folder")
+            if os.path.lexists(file):
+                set_aside(file, "it cannot be read", "the copy in the checkpoint replaces it")
+        content: dict[str, Any] = json.loads(file.read_bytes() if file.exists() else str(copy))
         return content
 
     def _cut_log(self, step: int) -> None:
-        """Leaves out rows of steps that will come again, and one that was not finished."""
+        """Leaves out rows of steps that will come again; a damaged log is kept under another name."""
         file = self.path / _LOG
-        kept = []
-        if step and file.is_file():
-            for line in file.read_text(encoding="utf-8").splitlines():
+        kept, damaged = [], ""
+        if step and os.path.lexists(file):
+            try:
+                lines = file.read_bytes().splitlines()
+            except OSError as error:
+                lines, damaged = [], error.strerror or "it cannot be read"
+            for line in lines:
                 try:
-                    if json.loads(line)["step"] <= step:
-                        kept.append(line + "\n")
+                    row = json.loads(line)
+                    # the network is measured again at the end
+                    if row["step"] < step or (row["step"] == step and row["kind"] == "train"):
+                        kept.append(line + b"\n")
                 except (ValueError, KeyError, TypeError):
-                    continue
-        write_file(file, "".join(kept))
+                    damaged = damaged or "a line is no row"
+            if not damaged and not lines:
+                damaged = "it is empty"
+        if damaged:
+            set_aside(file, damaged, f"{len(kept):,} of its rows are taken over")
+        write_file(file, b"".join(kept))
 
 
 def _model(request: Request) -> JointUpNet:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 import timm.utils
@@ -168,10 +168,12 @@ class Trainer:
                 if self._interruption.asked and not ends:
                     self._write(work)
                     raise Interrupted
-                if ends or (stage.epochs and step % per_epoch == 0):
-                    self._look(self._kept(work), self.position.total)
-                if ends or time.monotonic() - self._written > self.settings.checkpoint_seconds:
+                looks = ends or bool(stage.epochs and step % per_epoch == 0)
+                # The checkpoint first: a network without one is of a run that cannot go on.
+                if looks or time.monotonic() - self._written > self.settings.checkpoint_seconds:
                     self._write(work)
+                if looks:
+                    self._look(self._kept(work), self.position.total)
         return self._kept(work)
 
     def _step(self, work: Stepping, crops: Crops) -> None:
@@ -232,6 +234,7 @@ class Trainer:
             "position": vars(self.position).copy(),
             "seen": self._seen,
             "seconds": self.seconds,
+            "interval": asdict(self._interval),
             "model": self.model.state_dict(),
             "optimizer": work.optimizer.state_dict(),
             "scaler": work.scaler.state_dict(),
@@ -243,7 +246,9 @@ class Trainer:
     def _restore(self, work: Stepping, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
         work.optimizer.load_state_dict(state["optimizer"])
-        work.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # of a run on a GPU, which may go on where no loss is scaled, and the other way round
+            work.scaler.load_state_dict(state["scaler"])
+        self._interval = Interval(**state.get("interval", {}))  # versions before did not keep it
         if work.ema is not None:
             work.ema.module.load_state_dict(state["ema"])
         self.seconds = state["seconds"]

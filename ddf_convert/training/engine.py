@@ -51,6 +51,12 @@ class Keeper(Protocol):
     def model(self, model: nn.Module, best: bool) -> None:
         """The model as it is now, which may be the best so far."""
 
+    def has_last(self) -> bool:
+        """Whether the model of the last evaluation is still there."""
+
+    def has_best(self, step: int) -> bool:
+        """Whether the best model, that of a step, is still there, or can be had again."""
+
 
 @dataclass
 class Interval:
@@ -143,6 +149,7 @@ class Engine:
             )
             if state is not None:
                 self._restore(work, state)
+                self._look_for_models(work)
                 state = None
             try:
                 self._stage(work)
@@ -302,6 +309,7 @@ class Engine:
             self._write(work)
             raise Interrupted from None
         self.position.due = False
+        self._look_for_best()
         better = self.best is None or found.rank > self.best.rank
         if better:
             self.best = Best(self._passes(work), self.position.total, found.rank)
@@ -320,6 +328,23 @@ class Engine:
         if self.processes.is_main:
             self.keeper.model(work.trained(self.model), better)
         self._write(work)
+
+    def _look_for_best(self) -> None:
+        """If somebody deleted the best model, the best of those from now on takes its place."""
+        if self.processes.is_main and self.best is not None and not self.keeper.has_best(self.best.step):
+            self._progress.say(
+                f"the best model, of step {self.best.step}, is gone or damaged: the best from here on replaces it"
+            )
+            self.best = None
+
+    def _look_for_models(self, work: Work) -> None:
+        """If somebody deleted models of a run that goes on after an evaluation, that is done again, to write them."""
+        kept_some = self.best is not None
+        self._look_for_best()
+        missing = self.processes.is_main and kept_some and (self.best is None or not self.keeper.has_last())
+        step = self.position.step
+        if self.processes.any(missing) and (step == work.steps or step % work.steps_per_epoch == 0):
+            self.position.due = True
 
     def _evaluated(self, work: Work) -> Evaluation:
         model, losses = work.trained(self.model), work.stage.losses
@@ -411,7 +436,8 @@ class Engine:
         if work.ema is not None:
             work.ema.module.load_state_dict(state["ema"])
         work.optimizer.load_state_dict(state["optimizer"])  # the learning rates among it
-        work.scaler.load_state_dict(state["scaler"])
+        if state["scaler"]:  # of a run on a GPU, which may go on where no loss is scaled, and the other way round
+            work.scaler.load_state_dict(state["scaler"])
         every = state["statistics"]
         # The same number of processes: each goes on with its own. Another number: all with the mean.
         mine = every[self.processes.rank] if len(every) == self.processes.world else torch.stack(every).mean(0)

@@ -27,7 +27,7 @@ import timm.data
 import torch
 from timm.data.readers.reader_image_folder import find_images_and_targets
 from timm.utils import natural_key
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import Dataset, IterableDataset, Subset
 from torchvision.datasets.folder import IMG_EXTENSIONS  # type: ignore[import-untyped]
 
 from ddf_convert.callables import call, find_callable
@@ -44,6 +44,9 @@ UNLABELLED = -1
 _PARTS: dict[str, tuple[str, ...]] = {"train": ("train",), "validation": ("val", "valid", "validation", "test")}
 _TIMM = ("torch", "hfds", "hfids", "tfds", "wds")
 _STREAMS = ("hfids", "tfds", "wds")
+
+
+Listed: TypeAlias = list[tuple[str | None, int | None]]
 
 
 class NoSuchSplit(UsageError):  # noqa: N818 -- the name says that it is one
@@ -73,6 +76,9 @@ class _Source(Protocol):
     def load(self, index: int) -> tuple[Any, Any]:
         """An image in whatever form, and its label."""
 
+    def listed(self) -> Listed | None:
+        """File and label of every image, as far as they are known without reading it; None if nothing is."""
+
 
 class Images(Dataset[tuple[PIL.Image.Image, int]]):
     """Images that can be had by number, in one fixed order. Made by :func:`open_images`.
@@ -86,11 +92,13 @@ class Images(Dataset[tuple[PIL.Image.Image, int]]):
         has_labels: Whether labels are read.
         on_broken: What loaders do with images that cannot be read.
         indices: Which of the source's; None is all.
+        root: The folder that the data are in, if they are one.
 
     Attributes:
         classes: Names of the classes, by label; None if unknown.
         has_labels: Whether there are labels.
         on_broken: "stop" or "skip".
+        root: The folder that the data are in, if they are one.
     """
 
     def __init__(
@@ -100,8 +108,9 @@ class Images(Dataset[tuple[PIL.Image.Image, int]]):
         has_labels: bool,
         on_broken: OnBroken = "stop",
         indices: Sequence[int] | None = None,
+        root: Path | None = None,
     ) -> None:
-        self.classes, self.has_labels, self.on_broken = classes, has_labels, on_broken
+        self.classes, self.has_labels, self.on_broken, self.root = classes, has_labels, on_broken, root
         self._source = source
         self._indices: Sequence[int] = range(len(source)) if indices is None else indices
 
@@ -134,10 +143,17 @@ class Images(Dataset[tuple[PIL.Image.Image, int]]):
         """What to call an image: its file, or its number and data set."""
         return self._source.name(self._indices[index])
 
+    def listed(self) -> Listed | None:
+        """File and label of every image, as far as they are known without reading it; None if nothing is."""
+        listed = None
+        with contextlib.suppress(Exception):  # attributes of a class of the user's
+            listed = self._source.listed()
+        return None if listed is None else [listed[index] for index in self._indices]
+
     def subset(self, indices: Sequence[int]) -> Images:
         """Some of the images, in the order given."""
         chosen = [self._indices[index] for index in indices]
-        return Images(self._source, self.classes, self.has_labels, self.on_broken, chosen)
+        return Images(self._source, self.classes, self.has_labels, self.on_broken, chosen, self.root)
 
 
 def open_images(data: str, split: Split, labelled: bool, on_broken: OnBroken = "stop", whole: bool = False) -> Images:
@@ -210,6 +226,9 @@ class _Files:
     def load(self, index: int) -> tuple[Any, Any]:
         return _decoded(self.files[index]), self.labels[index]
 
+    def listed(self) -> Listed | None:
+        return [(file, None) for file in self.files]  # whose folders are the labels
+
 
 class _Reader:
     """One of timm's readers, which give open files and labels."""
@@ -227,6 +246,9 @@ class _Reader:
         file, label, *_ = self.reader[index]
         with file:
             return _decoded(file), label
+
+    def listed(self) -> Listed | None:
+        return _listed(self.reader)
 
 
 class _Items:
@@ -249,6 +271,35 @@ class _Items:
         elif not self.labelled:
             return item, None
         raise UsageError(f"{self.name(index)} is {type(item).__name__}, not a pair of an image and a label")
+
+    def listed(self) -> Listed | None:
+        return _listed(self.dataset)
+
+
+def _listed(dataset: Any) -> Listed | None:
+    """What a data set lists of its images, in the attributes that those of torchvision and timm have."""
+    if isinstance(dataset, Subset):
+        whole = _listed(dataset.dataset)
+        return None if whole is None else [whole[index] for index in dataset.indices]
+    dataset = getattr(dataset, "reader", dataset)
+    for samples in (getattr(dataset, "samples", None), getattr(dataset, "imgs", None)):
+        if isinstance(samples, (list, tuple)) and len(samples) == len(dataset) and all(map(_is_file, samples)):
+            return [(os.fspath(file), _number(label)) for file, label, *_ in samples]
+    for labels in (getattr(dataset, "targets", None), getattr(dataset, "labels", None)):
+        if isinstance(labels, (list, tuple, np.ndarray, torch.Tensor)) and len(labels) == len(dataset):
+            return [(None, _number(label)) for label in labels]
+    return None
+
+
+def _is_file(sample: Any) -> bool:
+    return isinstance(sample, (list, tuple)) and len(sample) > 1 and isinstance(sample[0], (str, os.PathLike))
+
+
+def _number(label: Any) -> int | None:
+    try:
+        return operator.index(label)
+    except TypeError:
+        return None
 
 
 def _decoded(file: Any) -> PIL.Image.Image:
@@ -276,7 +327,7 @@ def _from_folder(folder: Path, split: Split, labelled: bool, on_broken: OnBroken
     if not files:
         raise UsageError(f"{chosen}: no images below it ({', '.join(IMG_EXTENSIONS)})")
     if not labelled:
-        return Images(_Files(files, [UNLABELLED] * len(files)), None, False, on_broken)
+        return Images(_Files(files, [UNLABELLED] * len(files)), None, False, on_broken, root=folder)
     # A label means the same in every part.
     classes = _subfolders(parts.get("train", chosen))
     if not classes:
@@ -288,7 +339,7 @@ def _from_folder(folder: Path, split: Split, labelled: bool, on_broken: OnBroken
         raise UsageError(
             f"{parts.get('train', chosen)} has one class only, {classes[0]}/; there is nothing to tell apart"
         )
-    return Images(_labelled(chosen, files, classes), tuple(classes), True, on_broken)
+    return Images(_labelled(chosen, files, classes), tuple(classes), True, on_broken, root=folder)
 
 
 def _labelled(folder: Path, files: list[str], classes: list[str]) -> _Files:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.files import write_file
+from ddf_convert.notices import tell
+from ddf_convert.training.damaged import set_aside
 
 FILE = "log.csv"
 TENSORBOARD = "tensorboard"
@@ -63,33 +65,48 @@ class Row:
 COLUMNS = tuple(field.name for field in fields(Row))
 _WORDS = ("kind", "stage")
 _COUNTS = ("step", "images")
+_UNREADABLE = "\N{REPLACEMENT CHARACTER}"  # in the place of bytes that are no text
 _TAGS = tuple(name for name in COLUMNS if name not in ("kind", "step", "stage"))
 
 
 class Log:
     """Writes the rows of a run: each is in the file, whole, when :meth:`write` returns.
 
+    A log to go on with that is damaged is kept under another name, and the rows that can be read are taken over. What
+    is deleted while the run goes on is written again.
+
     Args:
         folder: Of the run; made if need be.
         resumed_at: The step whose checkpoint the run goes on from: rows of later steps are cut off, since they will
             come again. None begins a new log.
 
+    Attributes:
+        file: ``log.csv``.
+        rows: That are in it.
+        evaluated: The step of the last evaluation, one whose row was cut off among them; None if that is not known.
+
     Raises:
-        UsageError: The log to go on with is not one, or the file cannot be written.
+        UsageError: The file cannot be written.
     """
 
     def __init__(self, folder: str | os.PathLike[str], resumed_at: int | None = None) -> None:
         self.file = Path(folder) / FILE
-        kept: list[Row] = []
-        if resumed_at is not None and self.file.exists():
-            kept = [row for row in read(self.file) if row.step <= resumed_at]
+        self.rows: list[Row] = []
+        self.evaluated: int | None = None
+        self._written: set[tuple[str, int]] = set()
+        if resumed_at is not None and os.path.lexists(self.file):
+            found, undamaged = _recovered(self.file)
+            for row in found:
+                if row.step <= resumed_at:
+                    self._note(row)
+            if undamaged:
+                self.evaluated = max((row.step for row in found if row.kind == "validation"), default=None)
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot write {self.file}: {error.strerror}") from error
-        write_file(self.file, _text([COLUMNS, *map(_cells, kept)]))
-        self._written = {(row.kind, row.step) for row in kept}
-        self._events = _event_writer(self.file.parent / TENSORBOARD, resumed_at)
+        write_file(self.file, _text([COLUMNS, *map(_cells, self.rows)]))
+        self._events = _Events(self.file.parent / TENSORBOARD, self.rows, resumed_at)
 
     def write(self, row: Row) -> None:
         """Adds a row, unless there is one of its kind and step.
@@ -97,26 +114,31 @@ class Log:
         Raises:
             DDFError: It could not be written, for instance because the disk is full.
         """
-        if (row.kind, row.step) in self._written:
+        if not self._note(row):
             return
-        self._written.add((row.kind, row.step))
-        line = _text([_cells(row)]).encode()
+        lost = not self.file.exists() or not self.file.stat().st_size
+        lines = _text([COLUMNS, *map(_cells, self.rows)] if lost else [_cells(row)]).encode()
         try:
+            self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("ab", buffering=0) as file:  # one call of the system for a line
-                if file.write(line) != len(line):
+                if file.write(lines) != len(lines):
                     raise OSError(0, "the disk is full")
         except OSError as error:
             raise DDFError(f"could not write {self.file}: {error.strerror}") from error
-        if self._events is not None:
-            for name in _TAGS:
-                if (value := getattr(row, name)) is not None:
-                    self._events.add_scalar(f"{row.kind}/{name}", value, row.step)
-            self._events.flush()
+        self._events.write(row, self.rows)
 
     def close(self) -> None:
         """Ends the files of TensorBoard."""
-        if self._events is not None:
-            self._events.close()
+        self._events.close()
+
+    def _note(self, row: Row) -> bool:
+        if (row.kind, row.step) in self._written:
+            return False
+        self._written.add((row.kind, row.step))
+        self.rows.append(row)
+        if row.kind == "validation":
+            self.evaluated = row.step
+        return True
 
 
 def read(file: str | os.PathLike[str]) -> list[Row]:
@@ -126,22 +148,52 @@ def read(file: str | os.PathLike[str]) -> list[Row]:
         UsageError: There is no such file, or it is not a log of this version.
     """
     path = Path(file)
+    rows, fault, _ = _parsed(path)
+    if fault is not None:
+        raise UsageError(f"cannot read the log {path}: {fault}")
+    return rows
+
+
+def _recovered(file: Path) -> tuple[list[Row], bool]:
+    """The rows that can be read of a log, and whether these are all; a damaged one is kept under another name."""
+    rows, fault, unfinished = _parsed(file)
+    if fault is not None:
+        set_aside(file, fault, f"{len(rows):,} of its rows are taken over" if rows else "a new one begins")
+    elif unfinished:
+        tell(f"{file}: its last line was not finished, and is left out")
+    return rows, fault is None and not unfinished
+
+
+def _parsed(file: Path) -> tuple[list[Row], str | None, bool]:
+    """The rows that can be read; what is wrong with the file; whether its last line was not finished."""
+    fault = None
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        why = error.strerror if isinstance(error, OSError) else "it is not text"
-        raise UsageError(f"cannot read the log {path}: {why}") from error
-    lines = list(csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline="")))
+        content = file.read_bytes()
+        text = content.decode()
+    except OSError as error:
+        return [], error.strerror or "it cannot be read", False
+    except UnicodeDecodeError:
+        text, fault = content.decode(errors="replace"), "it is not text"
+    whole, end, rest = text.rpartition("\n")
+    try:
+        lines = list(csv.reader(io.StringIO(whole + end, newline="")))
+    except csv.Error as error:
+        return [], fault or str(error), False
     if not lines or tuple(lines[0]) != COLUMNS:
-        raise UsageError(f"{path} is not a log of this version: its columns are others")
-    try:
-        return [_row(cells) for cells in lines[1:]]
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged: {error}") from error
+        return [], fault or ("its columns are others" if text else "it is empty"), False
+    rows = []
+    for cells in lines[1:]:
+        try:
+            rows.append(_row(cells))
+        except ValueError:
+            fault = fault or f"a row is damaged: {','.join(cells):.60}"
+    return rows, fault, bool(rest)
 
 
 def _row(cells: list[str]) -> Row:
     values: dict[str, Any] = {}
+    if any(_UNREADABLE in cell for cell in cells):
+        raise ValueError("bytes that are no text")
     for name, cell in zip(COLUMNS, cells, strict=True):
         if name in _WORDS:
             values[name] = cell
@@ -150,7 +202,7 @@ def _row(cells: list[str]) -> Row:
         else:
             values[name] = None
     if values["kind"] not in ("train", "validation") or values["step"] is None or values["epoch"] is None:
-        raise ValueError(f"the row {','.join(cells)}")
+        raise ValueError("a value that no row has")
     return Row(**values)
 
 
@@ -164,10 +216,63 @@ def _text(lines: Iterable[tuple[str, ...]]) -> str:
     return text.getvalue()
 
 
-def _event_writer(folder: Path, resumed_at: int | None) -> Any:
-    """What writes events, or None where TensorBoard is missing."""
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        return None
-    return SummaryWriter(str(folder), purge_step=None if resumed_at is None else resumed_at + 1)
+class _Events:
+    """Rows for TensorBoard, where that is installed. What goes wrong with its files does not stop the run.
+
+    Args:
+        folder: For its files; whatever else stands there is kept under another name.
+        rows: That were written before.
+        resumed_at: The step that the run goes on from: what its files hold of later steps does not count.
+    """
+
+    def __init__(self, folder: Path, rows: Sequence[Row], resumed_at: int | None) -> None:
+        self._folder = folder
+        self._writer: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError:
+            return
+        self._summary_writer: Any = SummaryWriter
+        if os.path.lexists(folder) and not folder.is_dir():
+            set_aside(folder, "it is no folder", "a new one begins")
+        if folder.is_dir():
+            self._attempt(self._begin, [], None if resumed_at is None else resumed_at + 1)
+        else:
+            self._attempt(self._begin, rows)
+
+    def write(self, row: Row, rows: Sequence[Row]) -> None:
+        """Adds a row.
+
+        Args:
+            row: The row.
+            rows: All of them, it among them: for a folder that was deleted.
+        """
+        if self._writer is None:
+            return
+        if self._folder.is_dir():
+            self._attempt(self._add, [row])
+        else:
+            self._attempt(self._begin, rows)
+
+    def close(self) -> None:
+        """Ends the file."""
+        if self._writer is not None and self._folder.is_dir():
+            self._attempt(self._writer.close)
+
+    def _begin(self, rows: Sequence[Row], purge_step: int | None = None) -> None:
+        self._writer = self._summary_writer(str(self._folder), purge_step=purge_step)
+        self._add(rows)
+
+    def _add(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            for name in _TAGS:
+                if (value := getattr(row, name)) is not None:
+                    self._writer.add_scalar(f"{row.kind}/{name}", value, row.step)
+        self._writer.flush()
+
+    def _attempt(self, action: Callable[..., None], *arguments: Any) -> None:
+        try:
+            action(*arguments)
+        except OSError as error:
+            self._writer = None
+            tell(f"{self._folder} cannot be written ({error.strerror}): the figures are in {FILE} alone")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,22 +15,25 @@ from torch import nn
 
 from ddf_convert import artifact
 from ddf_convert.errors import UsageError
+from ddf_convert.folder import FileRecord
 from ddf_convert.graph.plan import in_one_line
+from ddf_convert.locks import locked
 from ddf_convert.recipes.losses import Objective
 from ddf_convert.recipes.recipe import Recipe
 from ddf_convert.recipes.schema import Losses
 from ddf_convert.source import open_model
-from ddf_convert.training import evaluation, opening
+from ddf_convert.training import evaluation, fingerprint, opening, resume
 from ddf_convert.training.distributed import Processes, joined
 from ddf_convert.training.engine import Engine
 from ddf_convert.training.evaluation import Evaluation, evaluate
+from ddf_convert.training.fingerprint import Entry
 from ddf_convert.training.images import Images, OnBroken, Split, open_images
-from ddf_convert.training.keeping import BEST, LAST, RunFolder, is_run, told_by_one
+from ddf_convert.training.keeping import BEST, LAST, Record, RunFolder, is_run, told_by_one
 from ddf_convert.training.loading import evaluation_loader, image_settings
 from ddf_convert.training.logs import Row
 from ddf_convert.training.opening import Say, Source
 from ddf_convert.training.progress import Progress, telling
-from ddf_convert.training.stages import Options
+from ddf_convert.training.stages import Data, Options
 from ddf_convert.training.survival import Interrupted, Interruption, signals_noted
 from ddf_convert.version import __version__
 
@@ -133,6 +138,13 @@ def finetune(request: Request) -> Outcome | None:
 
 
 def _finetune(request: Request, processes: Processes, progress: Progress, interruption: Interruption) -> Outcome | None:
+    with locked(request.output) if processes.is_main else contextlib.nullcontext():
+        return _finetune_here(request, processes, progress, interruption)
+
+
+def _finetune_here(
+    request: Request, processes: Processes, progress: Progress, interruption: Interruption
+) -> Outcome | None:
     recipe = changed(opening.choose_recipe(request.recipe, request.folder), request.changes, processes.device)
     run = RunFolder(request.output)
     run.check(request.resume)
@@ -152,34 +164,15 @@ def _finetune(request: Request, processes: Processes, progress: Progress, interr
     opening.check_stages(recipe, model, data, processes, options.seed)
     opening.announce_precision(recipe.stages, processes.device, progress.say)
 
-    described = {
-        "versions": {"ddf_convert": __version__, "torch": torch.__version__, "timm": timm.__version__},
-        "folder": str(request.folder),
-        "weights": artifact.read_manifest(request.folder).weights.sha256,
-        "model": request.model,
-        "teacher": None if request.teacher_checkpoint is None else str(request.teacher_checkpoint),
-        "data": request.data,
-        "images": len(data.training),
-        "validation": request.validation,
-        "validation_images": len(data.validation),
-        "labelled": data.validation.has_labels,
-        "classes": classes,
-        "input_size": list(settings.input_size),
-        "on_broken": request.on_broken,
-        "seed": options.seed,
-        "world": processes.world,
-        "device": str(processes.device),
-        "workers": options.workers,
-        "channels_last": options.channels_last,
-        "compile": options.compiled,
-    }
-    state, resumed_at = None, None
-    if run.exists:
-        run.check_same(recipe, described)
-        with told_by_one(processes):
-            found = run.checkpoints.latest()
-        if found is not None:
-            state, resumed_at = found
+    with told_by_one(processes):
+        found = run.checkpoints.latest() if run.exists else None
+    state, resumed_at = (None, None) if found is None else found
+    if processes.is_main:
+        described, entries = _described(request, recipe, source, model, data, processes)
+        asked, before = Record(recipe, described), None if state is None else run.recorded(state)
+        if before is not None:
+            for words in run.check_same(before, asked, entries):
+                progress.say(words)
     if request.resume:
         progress.say(
             f"nothing to resume in {request.output}: starting from the beginning"
@@ -188,7 +181,7 @@ def _finetune(request: Request, processes: Processes, progress: Progress, interr
         )
     processes.wait()  # all have looked at the folder before one writes there
     if processes.is_main:
-        run.begin(recipe, described, resumed_at)
+        run.begin(asked, entries, resumed_at, before)
     if request.classes is None:
         run.original = teacher  # a model with another classifier is no longer made of this original
     engine = Engine(
@@ -204,6 +197,43 @@ def _finetune(request: Request, processes: Processes, progress: Progress, interr
     if (missing := run.end()) is not None:
         progress.say(missing)
     return _outcome(engine, run, finished)
+
+
+def _described(
+    request: Request, recipe: Recipe, source: Source, model: nn.Module, data: Data, processes: Processes
+) -> tuple[dict[str, Any], list[Entry]]:
+    """All that decides the result beside the recipe, as JSON, and what the images are."""
+    options, manifest = request.options, artifact.read_manifest(request.folder)
+    teacher = manifest.original if request.teacher_checkpoint is None else FileRecord.of(request.teacher_checkpoint)
+    entries = fingerprint.of_images(data.training, "training") + fingerprint.of_images(data.validation, "validation")
+    settings = {
+        "versions": {"ddf_convert": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        "folder": str(request.folder),
+        "weights": manifest.weights.sha256,
+        resume.ARCHITECTURE: resume.architecture(model),
+        "model": request.model,
+        "teacher": None if request.teacher_checkpoint is None else str(request.teacher_checkpoint),
+        "teacher_weights": teacher.sha256 if teacher is not None and recipe.needs_teacher else None,
+        "data": request.data,
+        "images": len(data.training),
+        "validation": request.validation,
+        "validation_images": len(data.validation),
+        resume.DATA: fingerprint.digest(entries),
+        "labelled": data.validation.has_labels,
+        "classes": data.classes,
+        resume.CLASS_NAMES: None if data.training.classes is None else list(data.training.classes),
+        "input_size": list(data.settings.input_size),
+        "preparation": json.loads(json.dumps(asdict(data.settings))),
+        "on_broken": request.on_broken,
+        "seed": options.seed,
+        "world": processes.world,
+        "device": str(processes.device),
+        "workers": options.workers,
+        "channels_last": options.channels_last,
+        "compile": options.compiled,
+        resume.ENVIRONMENT: resume.environment(processes.device, processes.world),
+    }
+    return settings, entries
 
 
 def changed(recipe: Recipe, changes: dict[str, Any], device: torch.device) -> Recipe:
