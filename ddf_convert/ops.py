@@ -210,13 +210,15 @@ _library.impl("ddf_normalised", _normalised_reference, "CompositeExplicitAutogra
 _library.impl("ddf_backward", _backward_reference, "CompositeExplicitAutograd")
 
 
-# --- the CPU: Numba kernels, imported at first use --------------------------------------------------------------------
+# --- the CPU: Numba kernels, imported at first use; the reference where Numba may not compile -------------------------
 
 
 def _forward_cpu(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
     from ddf_convert import cpu
 
     check_arguments(input, channel_filter, spatial_filter, *options)
+    if not cpu.usable():
+        return _forward_reference(input, channel_filter, spatial_filter, *options)
     return cpu.forward(input, channel_filter, spatial_filter, *[*options[:4], memory_format(input), *options[4:]])
 
 
@@ -226,6 +228,8 @@ def _normalised_cpu(
     from ddf_convert import cpu
 
     taps = _check_normalised(input, channel_filter, spatial_filter, *options)
+    if not cpu.usable():
+        return _normalised_reference(input, channel_filter, spatial_filter, scale, *options)
     normalised = reference.filter_norm(spatial_filter, taps, scale).to(input.dtype)
     return cpu.forward(input, channel_filter, normalised, *[*options[:4], memory_format(input), *options[4:]])
 
@@ -236,6 +240,8 @@ def _backward_cpu(
     from ddf_convert import cpu
 
     geometry, needs, factor = _check_backward(grad_output, input, channel_filter, spatial_filter, *options)
+    if not cpu.usable():
+        return _backward_reference(grad_output, input, channel_filter, spatial_filter, *options)
     arguments: list[Any] = [*geometry, needs, memory_format(input), factor]
     return cpu.backward(grad_output, input, channel_filter, spatial_filter, *arguments)
 
