@@ -113,6 +113,11 @@ def _threads() -> Check:
 
 
 def _cpu_kernels() -> Check:
+    from ddf_convert import cpu
+
+    reason = cpu.unusable()
+    if reason is not None:
+        return Check("CPU kernels", State.NOTE, f"tensors take the slower PyTorch reference: {reason}")
     return _small_case("CPU kernels", "cpu")
 
 
@@ -157,16 +162,19 @@ def _small_case(name: str, device: str) -> Check:
 
 
 def _cpu_cache() -> Check:
-    from ddf_convert.cpu import contiguous
+    from ddf_convert import cpu
+    from ddf_convert.cpu.compile import cache_folder
 
-    folder = contiguous.forward.stats.cache_path
-    if not folder:
-        return Check("CPU kernel cache", State.NOTE, "none: kernels are compiled anew in every process")
-    return _cache("CPU kernel cache", Path(folder))
+    if cpu.unusable() is not None:
+        return Check("CPU kernel cache", State.NOTE, "not used: nothing is compiled")
+    return _cache("CPU kernel cache", cache_folder(cpu.contiguous.forward))
 
 
-def _cache(name: str, folder: Path) -> Check:
+def _cache(name: str, folder: Path | None) -> Check:
     """Whether compiled kernels can be kept in a folder, which need not exist yet."""
+    if folder is None:
+        where = "set NUMBA_CACHE_DIR to a folder that can be written to"
+        return Check(name, State.NOTE, f"none, so every process compiles its kernels: {where}")
     existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
     if not (existing.is_dir() and os.access(existing, os.W_OK)):
         return Check(name, State.NOTE, f"{folder} is not writable: set NUMBA_CACHE_DIR to a folder that is")

@@ -1,5 +1,15 @@
 """The errors that reach a user: one clear line that says what is wrong, where, and what to do."""
 
+from __future__ import annotations
+
+import errno
+import re
+from collections.abc import Iterator
+
+# What the system says where there is no room at the moment, or where an attempt was cut off.
+_PASSING = re.compile("EAGAIN|EBUSY|EDQUOT|EINTR|EIO|EMFILE|ENFILE|ENOLCK|ENOMEM|ENOSPC|ESTALE|ETIMEDOUT")
+_NO_MEMORY = re.compile(r"out.of.memory|(can't|cannot) allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
+
 
 class DDFError(Exception):
     """Something failed that is not the user's mistake. The command line exits with 1."""
@@ -15,3 +25,27 @@ class UsageError(DDFError, ValueError):
 
 class ArtifactError(UsageError):
     """A saved conversion cannot be read: missing, damaged, foreign, or of another version."""
+
+
+def may_pass(error: BaseException) -> bool:
+    """Whether what failed may succeed if it is tried again: memory or the disk was full, or the attempt was cut off.
+
+    Args:
+        error: What was raised; the errors behind it are looked at too.
+    """
+    return any(
+        isinstance(each, MemoryError | InterruptedError | TimeoutError)
+        or (isinstance(each, OSError) and _PASSING.fullmatch(errno.errorcode.get(each.errno or 0, "")))
+        or (isinstance(each, RuntimeError) and _NO_MEMORY.search(str(each)) is not None)
+        for each in _chain(error)
+    )
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    """An error, and those that it was raised from."""
+    seen: set[int] = set()
+    following: BaseException | None = error
+    while following is not None and id(following) not in seen:
+        seen.add(id(following))
+        yield following
+        following = following.__cause__ or following.__context__

@@ -14,7 +14,13 @@ import torch
 from torch import Tensor
 
 from ddf_convert import reference
-from ddf_convert.arguments import check_filters, check_filters_gradient, memory_format
+from ddf_convert.arguments import (
+    check_filters,
+    check_filters_gradient,
+    memory_format,
+    register_autograd,
+    register_vmap,
+)
 
 _library = torch.library.Library("ddf_convert", "FRAGMENT")
 _library.define(
@@ -144,5 +150,17 @@ def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
     return by_grad, by_filters, None, None
 
 
-torch.library.register_autograd("ddf_convert::filter_norm", _backward, setup_context=_save)
-torch.library.register_autograd("ddf_convert::filter_norm_backward", _second_backward, setup_context=_save)
+register_autograd(_library, "filter_norm", _backward, _save)
+register_autograd(_library, "filter_norm_backward", _second_backward, _save)
+
+
+# --- vmap: the mapped dimension becomes part of the batch -------------------------------------------------------------
+
+
+def _check_backward(grad_output: Tensor, filters: Tensor, taps: int, scale: float) -> None:
+    check_filters(filters, taps)
+    check_filters_gradient(grad_output, filters)
+
+
+register_vmap("filter_norm", 1, lambda filters, taps, scale: check_filters(filters, taps))
+register_vmap("filter_norm_backward", 2, _check_backward)

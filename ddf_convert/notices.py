@@ -17,10 +17,16 @@ def tell(message: str) -> None:
     _logger.warning("ddf_convert: %s", message)
 
 
-def tell_once(message: str) -> None:
-    """Says it, unless this process has said it before."""
-    if message not in _told:
-        _told.add(message)
+def tell_once(message: str, key: str | None = None) -> None:
+    """Says it, unless this process has said it before.
+
+    Args:
+        message: What to say.
+        key: What stands for the message, where it does not repeat word for word.
+    """
+    key = key or message
+    if key not in _told:
+        _told.add(key)
         tell(message)
 
 

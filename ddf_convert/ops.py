@@ -29,6 +29,8 @@ from ddf_convert.arguments import (
     memory_format,
     output_shape,
     output_size,
+    register_autograd,
+    register_vmap,
 )
 from ddf_convert.filter_norm import filter_norm
 
@@ -147,8 +149,10 @@ def ddf_normalised(
     return output
 
 
-def _check_normalised(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> int:
-    """The taps of a filter, once the arguments, without the scale, are found to fit."""
+def _check_normalised(
+    input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
+) -> int:
+    """The taps of a filter, once the arguments are found to fit."""
     check_arguments(input, channel_filter, spatial_filter, *options)
     taps = int(channel_filter.shape[-1]) ** 2
     check_filters(spatial_filter, taps)
@@ -186,7 +190,7 @@ def _forward_reference(input: Tensor, channel_filter: Tensor, spatial_filter: Te
 def _normalised_reference(
     input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
 ) -> Tensor:
-    taps = _check_normalised(input, channel_filter, spatial_filter, *options)
+    taps = _check_normalised(input, channel_filter, spatial_filter, scale, *options)
     normalised = reference.filter_norm(spatial_filter, taps, scale)
     output = reference.forward(input, channel_filter, normalised, *options)
     return output.contiguous(memory_format=memory_format(input))
@@ -210,13 +214,15 @@ _library.impl("ddf_normalised", _normalised_reference, "CompositeExplicitAutogra
 _library.impl("ddf_backward", _backward_reference, "CompositeExplicitAutograd")
 
 
-# --- the CPU: Numba kernels, imported at first use --------------------------------------------------------------------
+# --- the CPU: Numba kernels, imported at first use; the reference where Numba may not compile -------------------------
 
 
 def _forward_cpu(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
     from ddf_convert import cpu
 
     check_arguments(input, channel_filter, spatial_filter, *options)
+    if not cpu.usable():
+        return _forward_reference(input, channel_filter, spatial_filter, *options)
     return cpu.forward(input, channel_filter, spatial_filter, *[*options[:4], memory_format(input), *options[4:]])
 
 
@@ -225,7 +231,9 @@ def _normalised_cpu(
 ) -> Tensor:
     from ddf_convert import cpu
 
-    taps = _check_normalised(input, channel_filter, spatial_filter, *options)
+    taps = _check_normalised(input, channel_filter, spatial_filter, scale, *options)
+    if not cpu.usable():
+        return _normalised_reference(input, channel_filter, spatial_filter, scale, *options)
     normalised = reference.filter_norm(spatial_filter, taps, scale).to(input.dtype)
     return cpu.forward(input, channel_filter, normalised, *[*options[:4], memory_format(input), *options[4:]])
 
@@ -236,6 +244,8 @@ def _backward_cpu(
     from ddf_convert import cpu
 
     geometry, needs, factor = _check_backward(grad_output, input, channel_filter, spatial_filter, *options)
+    if not cpu.usable():
+        return _backward_reference(grad_output, input, channel_filter, spatial_filter, *options)
     arguments: list[Any] = [*geometry, needs, memory_format(input), factor]
     return cpu.backward(grad_output, input, channel_filter, spatial_filter, *arguments)
 
@@ -264,7 +274,7 @@ def _normalised_cuda(
 ) -> Tensor:
     from ddf_convert import cuda
 
-    _check_normalised(input, channel_filter, spatial_filter, *options)
+    _check_normalised(input, channel_filter, spatial_filter, scale, *options)
     if not cuda.usable(input):
         return _normalised_reference(input, channel_filter, spatial_filter, scale, *options)
     return cuda.forward(
@@ -302,7 +312,7 @@ def _forward_fake(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor,
 def _normalised_fake(
     input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
 ) -> Tensor:
-    _check_normalised(input, channel_filter, spatial_filter, *options)
+    _check_normalised(input, channel_filter, spatial_filter, scale, *options)
     return _empty(input, spatial_filter, *options[4:])
 
 
@@ -400,9 +410,16 @@ def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
     return (*totals, None, None, None, None, None, None)
 
 
-torch.library.register_autograd("ddf_convert::ddf", _backward, setup_context=_save)
-torch.library.register_autograd("ddf_convert::ddf_normalised", _backward_normalised, setup_context=_save)
-torch.library.register_autograd("ddf_convert::ddf_backward", _second_backward, setup_context=_save_second)
+register_autograd(_library, "ddf", _backward, _save)
+register_autograd(_library, "ddf_normalised", _backward_normalised, _save)
+register_autograd(_library, "ddf_backward", _second_backward, _save_second)
+
+
+# --- vmap: the mapped dimension becomes part of the batch -------------------------------------------------------------
+
+register_vmap("ddf", 3, check_arguments)
+register_vmap("ddf_normalised", 3, _check_normalised)
+register_vmap("ddf_backward", 4, _check_backward)
 
 
 # --- autocast: the current autocast dtype of the device, not a fixed one ----------------------------------------------

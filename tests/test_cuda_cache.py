@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import logging
 import os
@@ -11,6 +12,7 @@ import textwrap
 import types
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -156,6 +158,76 @@ def test_two_processes_at_once_and_a_third_later(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
+def test_compiles_where_numpy_has_no_row_stack() -> None:
+    """numba-cuda 0.30.4 asks for it, and NumPy 2.5 has it no more."""
+    result = python("""
+        import numpy
+        if hasattr(numpy, "row_stack"):
+            del numpy.row_stack
+        from ddf_convert.cuda import compile as compiler
+        from ddf_convert.cuda.variants import Norm
+        for _ in range(2):
+            print(".target sm_90" in compiler.compile_ptx(Norm("float32", False, gradient=False), (9, 0)))
+            print(hasattr(numpy, "row_stack"))
+    """)
+    assert result.stdout.split() == ["True", "False"] * 2, result.stderr
+
+
+def test_numpys_own_row_stack_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(np, "row_stack", np.vstack, raising=False)
+    monkeypatch.setattr(compiler.importlib, "import_module", lambda name: pytest.fail("not needed"))
+    compiler._import_array_functions()
+    assert np.row_stack is np.vstack
+
+
+def test_a_name_lent_to_numba_cuda_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if the import fails, or if this numba-cuda has no such module."""
+    seen: list[bool] = []
+
+    def fail(error: type[Exception]) -> None:
+        def load(name: str) -> None:
+            seen.append(hasattr(np, "row_stack"))
+            raise error(name)
+
+        monkeypatch.setattr(compiler.importlib, "import_module", load)
+
+    monkeypatch.delattr(np, "row_stack", raising=False)
+    monkeypatch.delitem(sys.modules, "numba.cuda.np.arrayobj", raising=False)
+    fail(ModuleNotFoundError)
+    compiler._import_array_functions()
+    assert not hasattr(np, "row_stack")
+    fail(ValueError)
+    with pytest.raises(ValueError, match="arrayobj"):
+        compiler._import_array_functions()
+    assert not hasattr(np, "row_stack")
+    assert seen == [True, True]
+
+
+@pytest.mark.parametrize("home", [None, "", "nowhere"])
+def test_without_a_home(
+    home: str | None,
+    compilations: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """Kernels are compiled and not kept; no folder is made where the process happens to work."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(os.path, "expanduser", lambda path: path if home is None else path.replace("~", home or "."))
+    notices._told.clear()
+    with caplog.at_level(logging.WARNING, "ddf_convert"):
+        assert compiler.ptx(VARIANT, SM90) == compiler.ptx(VARIANT, SM90)
+        compiler.ptx(Norm("float16", False, gradient=False), SM90)
+    assert len(compilations) == 3
+    assert list(tmp_path.iterdir()) == []
+    (record,) = caplog.records
+    assert "no folder to keep compiled CUDA kernels in" in record.message
+    assert "set NUMBA_CACHE_DIR" in record.message
+
+
 def test_importing_needs_no_compiler_and_no_gpu() -> None:
     result = python("""
         import sys
@@ -179,12 +251,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(availability, "_try", lambda device: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    availability.unusable.cache_clear()
+    availability._found.clear()
     notices._told.clear()
-    availability._examined.clear()
     yield
-    availability.unusable.cache_clear()
-    availability._examined.clear()
+    availability._found.clear()
 
 
 @pytest.mark.usefixtures("gpu")
@@ -196,7 +266,7 @@ def test_usable() -> None:
 @pytest.mark.usefixtures("gpu")
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason() -> str:
-        availability.unusable.cache_clear()
+        availability._found.clear()
         return cuda.unusable(GPU) or ""
 
     def refuse(device: torch.device) -> None:
@@ -235,13 +305,111 @@ def test_the_simulator_is_a_reason() -> None:
         assert "unset it" in result.stdout, result.stderr
 
 
+# What may be better at the next call: errors as torch, the driver and the system raise them, alone or behind others.
+PASSING = {
+    "torch": lambda: torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 MiB"),
+    "torch, context": lambda: RuntimeError("CUDA error: out of memory"),
+    "driver": lambda: RuntimeError("load of filter_norm: CUDA_ERROR_OUT_OF_MEMORY"),
+    "memory": MemoryError,
+    "disk": lambda: OSError(errno.ENOSPC, "No space left on device", "kernel.ptx"),
+    "disk, wrapped": lambda: wrapped(OSError(errno.EIO, "Input/output error")),
+    "files": lambda: OSError(errno.EMFILE, "Too many open files"),
+    "cut off": lambda: InterruptedError(errno.EINTR, "Interrupted system call"),
+}
+LASTING = {
+    "old driver": lambda: RuntimeError("load of filter_norm: CUDA_ERROR_UNSUPPORTED_PTX_VERSION"),
+    "no library": lambda: OSError("libnvvm.so: cannot open shared object file"),
+    "no file": lambda: FileNotFoundError(errno.ENOENT, "No such file or directory"),
+    "wrong result": lambda: RuntimeError("it gave a wrong result; please report it"),
+    "numba": lambda: wrapped(TypeError("no such type")),
+}
+
+
+def wrapped(error: Exception) -> Exception:
+    outer = ValueError("while lowering")
+    outer.__cause__ = error
+    return outer
+
+
+class OnGPU(types.SimpleNamespace):
+    """As much of a tensor as is asked whether kernels can work on it."""
+
+    device = GPU
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("error", PASSING)
+def test_what_may_pass_is_tried_again(
+    error: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried: list[torch.device] = []
+
+    def try_(device: torch.device) -> None:
+        tried.append(device)
+        if len(tried) < 3:
+            raise PASSING[error]()
+
+    monkeypatch.setattr(availability, "_missing", lambda: None)
+    monkeypatch.setattr(availability, "_try", try_)
+    with caplog.at_level(logging.WARNING, "ddf_convert"):
+        assert [cuda.usable(OnGPU()) for _ in range(4)] == [False, False, True, True]  # type: ignore[arg-type]
+    assert len(tried) == 3
+    (record,) = caplog.records
+    assert "slower PyTorch reference for now" in record.message
+    assert "the next call tries again" in record.message
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("error", LASTING)
+def test_what_will_not_pass_is_tried_once(
+    error: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    tried: list[torch.device] = []
+
+    def fail(device: torch.device) -> None:
+        tried.append(device)
+        raise LASTING[error]()
+
+    monkeypatch.setattr(availability, "_missing", lambda: None)
+    monkeypatch.setattr(availability, "_try", fail)
+    with caplog.at_level(logging.WARNING, "ddf_convert"):
+        assert [cuda.usable(OnGPU()) for _ in range(3)] == [False] * 3  # type: ignore[arg-type]
+    assert len(tried) == len(caplog.records) == 1
+
+
+@pytest.mark.usefixtures("gpu")
+def test_an_interrupt_is_not_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(device: torch.device) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(availability, "_missing", lambda: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(availability, "_try", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            cuda.unusable(GPU)
+    assert cuda.unusable(GPU) is None
+
+
+def test_kernels_are_kept_again_once_there_is_room(
+    folder: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, content: bytes) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "write_bytes", full)
+        compiler.ptx(VARIANT, SM90)
+    assert list(folder.iterdir()) == []
+    for _ in range(2):
+        compiler.ptx(VARIANT, SM90)
+    assert len(compilations) == 2
+    assert len(list(folder.iterdir())) == 1
+
+
 @pytest.mark.usefixtures("gpu")
 def test_one_warning_and_the_reference(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
     monkeypatch.setattr(availability, "_missing", lambda: "something is missing: pip install it")
     made = torch.randn(1, 4, 5, 5), torch.randn(1, 4, 3, 3), torch.randn(1, 9, 5, 5)
-
-    class OnGPU(types.SimpleNamespace):
-        device = GPU
 
     usable = availability.usable
     monkeypatch.setattr(cuda, "usable", lambda tensor: usable(OnGPU()))  # type: ignore[arg-type]

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddf_convert import reference
-from ddf_convert.layers import ChannelBranch, ChannelFilterNorm, DDF2d, DDFConv2d, SpatialFilterNorm, direct
+from ddf_convert.layers import ChannelBranch, ChannelFilterNorm, DDF2d, DDFConv2d, DDFUp2d, SpatialFilterNorm, direct
 from ddf_convert.layers import ddf as ddf_module
 from ddf_convert.layers.ddf import normalises_inside
 
@@ -452,3 +452,55 @@ def test_compiles_whole() -> None:
 def test_wrong_arguments_are_refused(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         DDF2d(**{"in_channels": 8, **options})
+
+
+# --- torch.func: gradients of one sample, ensembles -------------------------------------------------------------------
+
+TRANSFORMED = {
+    "DDF2d": lambda: DDF2d(4, heads=2, bias=True),
+    "affine, strided": lambda: DDF2d(4, 5, stride=2, padding="same", affine=True, combine="add"),
+    "reflect": lambda: DDF2d(4, dilation=2, padding=1, padding_mode="reflect"),
+    "DDFConv2d": lambda: DDFConv2d(4, 6, bias=True),
+    "DDFUp2d": lambda: DDFUp2d(4),
+    "DDFUp2d, affine": lambda: DDFUp2d(4, affine=True, combine="add"),
+    "watched": lambda: watched(DDF2d(4)),  # as no branch is computed directly then
+}
+
+
+def watched(layer: nn.Module) -> nn.Module:
+    for module in layer.modules():
+        module.register_forward_hook(lambda *_: None)
+    return layer
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_gradients_of_each_sample(layout: torch.memory_format, name: str) -> None:
+    layer = TRANSFORMED[name]().double()
+    input = torch.randn(3, 4, 7, 6, dtype=torch.float64).to(memory_format=layout)
+
+    def loss(parameters: dict[str, Tensor], sample: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, parameters, (sample[None],)).sin().sum()
+
+    ours = torch.vmap(torch.func.grad(loss, (0, 1)), (None, 0))(dict(layer.named_parameters()), input)
+    for index in range(3):
+        sample = input[index : index + 1].clone().requires_grad_()
+        names, parameters = zip(*layer.named_parameters(), strict=True)
+        theirs = torch.autograd.grad(layer(sample).sin().sum(), (sample, *parameters))
+        torch.testing.assert_close(ours[1][index], theirs[0][0])
+        for each, gradient in zip(names, theirs[1:], strict=True):
+            torch.testing.assert_close(ours[0][each][index], gradient, msg=each)
+
+
+@pytest.mark.parametrize("name", TRANSFORMED)
+def test_ensembles(name: str) -> None:
+    layers = [TRANSFORMED[name]().double() for _ in range(3)]
+    state = torch.func.stack_module_state(layers)
+    inputs = torch.randn(3, 2, 4, 7, 6, dtype=torch.float64)
+
+    def call(parameters: dict[str, Tensor], buffers: dict[str, Tensor], input: Tensor) -> Tensor:
+        return torch.func.functional_call(layers[0], (parameters, buffers), (input,))
+
+    for one, in_dims in ((inputs[0], (0, 0, None)), (inputs, (0, 0, 0))):
+        expected = [layer(each) for layer, each in zip(layers, one.expand_as(inputs), strict=True)]
+        torch.testing.assert_close(torch.vmap(call, in_dims)(*state, one), torch.stack(expected))

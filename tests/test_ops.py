@@ -507,6 +507,138 @@ def test_normalised_refuses_what_its_parts_refuse() -> None:
         torch.ops.ddf_convert.filter_norm_backward(torch.randn(2, 9, 3, 4), torch.randn(2, 9, 3, 3), 9, 1.0)
 
 
+# --- torch.func -------------------------------------------------------------------------------------------------------
+
+
+def samples(upscale: int = 1, count: int = 3) -> list[Tensor]:
+    """The operator's tensors, and a gradient of its output, for several samples: (N, B, ...)."""
+    each = [tensors(heads=2, shape=(2, 4, 4, 5), upscale=upscale) for _ in range(count)]
+    input, channel, spatial = (torch.stack(list(tensor)) for tensor in zip(*each, strict=True))
+    return [input, channel, spatial, torch.randn(count, 2, 4, upscale * 4, upscale * 5).double()]
+
+
+def the_operators(combine: str, upscale: int) -> dict[str, Any]:
+    """Every operator as a function of (input, channel_filter, spatial_filter, gradient of the output)."""
+    options = (1, 1, 1, combine)
+
+    def backward(needs: list[bool]) -> Any:
+        def call(input: Tensor, channel: Tensor, spatial: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
+            gradients = torch.ops.ddf_convert.ddf_backward(grad, input, channel, spatial, *options, needs, upscale)
+            return tuple(gradient for gradient, needed in zip(gradients, needs, strict=True) if needed)
+
+        return call
+
+    return {
+        "ddf": lambda *made: torch.ops.ddf_convert.ddf(*made[:3], *options, upscale),
+        "ddf_normalised": lambda *made: torch.ops.ddf_convert.ddf_normalised(*made[:3], 0.7, *options, upscale),
+        "ddf_backward": backward([True] * 3),
+        "ddf_backward, of some": backward([False, True, False]),
+        "filter_norm": lambda *made: ops.filter_norm(made[2], 9, 0.7),
+        "filter_norm_backward": lambda *made: torch.ops.ddf_convert.filter_norm_backward(
+            made[2].flip(1), made[2], 9, 0.7
+        ),
+    }
+
+
+def in_a_loop(call: Any, made: list[Tensor], mapped: tuple[bool, ...]) -> Any:
+    """What ``vmap`` should give."""
+    results = [
+        call(*(tensor[index] if each else tensor for tensor, each in zip(made, mapped, strict=True)))
+        for index in range(3)
+    ]
+    if isinstance(results[0], Tensor):
+        return torch.stack(results)
+    return tuple(torch.stack(list(each)) for each in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("name", the_operators("mul", 1))
+@pytest.mark.parametrize(("combine", "upscale"), [("mul", 1), ("add", 2)])
+def test_vmap_is_a_loop(combine: str, upscale: int, name: str) -> None:
+    call, whole = the_operators(combine, upscale)[name], samples(upscale)
+    for mapped in itertools.product((True, False), repeat=4):
+        if not mapped[2]:  # by which all operators are mapped
+            continue
+        made = [tensor if each else tensor[0] for tensor, each in zip(whole, mapped, strict=True)]
+        expected = in_a_loop(call, made, mapped)
+        torch.testing.assert_close(torch.vmap(call, tuple(0 if each else None for each in mapped))(*made), expected)
+        for dim in (1, -1):
+            moved = [tensor.movedim(0, dim) if each else tensor for tensor, each in zip(made, mapped, strict=True)]
+            in_dims = tuple(dim if each else None for each in mapped)
+            torch.testing.assert_close(torch.vmap(call, in_dims)(*moved), expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vmap_of_vmap(layout: str) -> None:
+    input, channel, spatial, _ = samples()
+    input = input.flatten(0, 1).to(memory_format=LAYOUTS[layout]).unflatten(0, (3, 2))
+    other = torch.randn(2, 3, *channel.shape[1:]).double()
+
+    def call(*made: Tensor) -> Tensor:
+        return ops.ddf(*made, padding=1)
+
+    both = torch.vmap(torch.vmap(call, (0, 0, 0)), (None, 0, None))(input, other, spatial)
+    for outer, inner in itertools.product(range(2), range(3)):
+        torch.testing.assert_close(both[outer, inner], call(input[inner], other[outer, inner], spatial[inner]))
+    empty = torch.vmap(call)(input[:, :0], channel[:, :0], spatial[:, :0])
+    assert empty.shape == (3, 0, 4, 4, 5)
+
+
+@pytest.mark.parametrize("name", ["ddf", "ddf_normalised", "filter_norm"])
+@pytest.mark.parametrize(("combine", "upscale"), [("mul", 1), ("add", 2)])
+def test_gradients_of_samples_are_those_of_a_loop(combine: str, upscale: int, name: str) -> None:
+    call, made = the_operators(combine, upscale)[name], samples(upscale)
+
+    def loss(*one: Tensor) -> Tensor:
+        return call(*one).sin().sum()
+
+    def slope(*one: Tensor) -> Tensor:
+        return sum(gradient.cos().sum() for gradient in torch.func.grad(loss, (0, 1, 2))(*one))
+
+    for function in (loss, slope):  # the second one's gradients are of second order
+        gradients = torch.vmap(torch.func.grad(function, (0, 1, 2)))(*made)
+        for index in range(3):
+            one = [tensor[index].clone().requires_grad_() for tensor in made[:3]]
+            value = loss(*one, made[3][index])
+            if function is slope:
+                first = torch.autograd.grad(value, one, create_graph=True, materialize_grads=True)
+                value = sum(gradient.cos().sum() for gradient in first)
+            expected = torch.autograd.grad(value, one, materialize_grads=True)
+            for ours, theirs in zip(gradients, expected, strict=True):
+                torch.testing.assert_close(ours[index], theirs)
+
+
+def test_jacobians_by_torch_func() -> None:
+    made = tensors(heads=2, shape=(1, 2, 2, 3))
+    for place in range(3):
+        call = lambda *each: ops.ddf(*each, padding=1)  # noqa: E731
+        expected = torch.autograd.functional.jacobian(call, tuple(made))[place]
+        torch.testing.assert_close(torch.func.jacrev(call, place)(*made), expected)
+
+
+@pytest.mark.parametrize("name", ["ddf", "ddf_normalised", "filter_norm"])
+def test_forward_mode_is_refused_and_not_zero(name: str) -> None:
+    made = [*tensors(heads=2, shape=(2, 4, 4, 5)), torch.empty(0)]
+    call = the_operators("mul", 1)[name]
+    with pytest.raises(NotImplementedError, match=f"ddf_convert::{name} has no forward-mode derivative.*jacrev"):
+        torch.func.jvp(lambda spatial: call(*made[:2], spatial), (made[2],), (made[2],))
+    with torch.autograd.forward_ad.dual_level():  # which alone changes nothing
+        torch.testing.assert_close(call(*made), call(*[tensor.clone() for tensor in made]))
+
+
+def test_vmap_refuses_in_words_of_one_sample() -> None:
+    input, channel, spatial, _ = samples()
+    with pytest.raises(ValueError, match=r"input must be \(B, C, H, W\), got shape \(4, 4, 5\)"):
+        torch.vmap(lambda *made: ops.ddf(*made, padding=1))(input[:, 0], channel, spatial)
+
+
+def test_vmap_of_gradients_compiles() -> None:
+    def gradients(*made: Tensor) -> tuple[Tensor, ...]:
+        return torch.vmap(torch.func.grad(lambda *one: ops.ddf(*one, padding=1).sin().sum(), (0, 1, 2)))(*made)
+
+    made = samples()[:3]
+    torch.testing.assert_close(torch.compile(gradients, backend="aot_eager")(*made), gradients(*made))
+
+
 # --- the way to the CUDA kernels, without a GPU -----------------------------------------------------------------------
 
 

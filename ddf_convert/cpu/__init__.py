@@ -11,7 +11,10 @@ from torch import Tensor
 
 from ddf_convert.arguments import output_shape
 from ddf_convert.cpu import channels_last, contiguous
+from ddf_convert.cpu.compile import unusable, usable
 from ddf_convert.cpu.threads import run
+
+__all__ = ["backward", "forward", "unusable", "usable"]
 
 # A scalar that tells the kernels how elements are stored, and the dtype in which they calculate (see storage.py).
 _STORED_AS = {

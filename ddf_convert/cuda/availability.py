@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import functools
 import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ddf_convert.errors import may_pass
 from ddf_convert.notices import tell_once
 
 _OLDEST = (7, 5)  # compute capability that the compiler of CUDA 13 still makes code for, and that is tested
 _MEND = "pip install 'numba-cuda[cu{major}]'"
-_examined: set[torch.device] = set()
+_found: dict[torch.device, str | None] = {}  # of each device that was examined, once it is settled
 
 
 def usable(tensor: Tensor) -> bool:
@@ -22,36 +22,46 @@ def usable(tensor: Tensor) -> bool:
     Args:
         tensor: On any CUDA device.
     """
-    if tensor.device not in _examined and torch.cuda.is_current_stream_capturing():
+    device = tensor.device
+    if device not in _found and torch.cuda.is_current_stream_capturing():
         return True  # no time to try: where the kernel then cannot be loaded, the error says what to do
-    reason = unusable(tensor.device)
-    _examined.add(tensor.device)
+    reason = unusable(device)
     if reason is None:
         return True
-    tell_once(f"CUDA tensors take the slower PyTorch reference: {reason}")
+    if device in _found:
+        tell_once(f"CUDA tensors take the slower PyTorch reference: {reason}")
+    else:  # the reason holds numbers that change from call to call
+        tell_once(f"CUDA tensors take the slower PyTorch reference for now: {reason}", key=f"for now {device}")
     return False
 
 
-@functools.cache
 def unusable(device: torch.device) -> str | None:
     """Why the kernels cannot run on a device, and the mend; None if they can.
 
     It is found out once in a process: the smallest of the kernels is compiled (or read from the disk), loaded and run,
-    and its result looked at.
+    and its result looked at. A failure that may pass (memory or the disk is full) is not remembered: the next call
+    tries again.
 
     Args:
         device: A CUDA device with its index.
     """
-    reason = _missing()
-    if reason is not None:
-        return reason
-    try:
-        reason = _unsupported(device)
-        if reason is None:
-            _try(device)
-        return reason
-    except Exception as error:
-        return f"a kernel could not be run on {device} ({_first_line(error)}); {_advice(error)}"
+    if device not in _found:
+        try:
+            _found[device] = _examine(device)
+        except Exception as error:
+            reason = f"a kernel could not be run on {device} ({_first_line(error)})"
+            if may_pass(error):
+                return f"{reason}; the next call tries again"
+            _found[device] = f"{reason}; {_advice(error)}"
+    return _found[device]
+
+
+def _examine(device: torch.device) -> str | None:
+    """What is missing or not supported; raises what a kernel raises that is tried."""
+    reason = _missing() or _unsupported(device)
+    if reason is None:
+        _try(device)
+    return reason
 
 
 def _missing() -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import importlib
 import os
 import re
 import sys
@@ -16,12 +17,15 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ddf_convert.cuda.variants import Variant
 from ddf_convert.notices import tell_once, told_if_slow
 from ddf_convert.reference import EPSILON, LEAST_SQUARE
 
 _BFLOAT16 = (8, 0)  # the first architecture that rounds to bfloat16 itself
 _lock = threading.Lock()  # Numba's compiler is not safe to enter twice
+_import_lock = threading.Lock()
 
 Capability = tuple[int, int]
 
@@ -36,11 +40,19 @@ def ptx(variant: Variant, capability: Capability) -> str:
     Raises:
         Exception: Numba's or NVVM's, where they cannot compile for this architecture.
     """
-    file = _file(variant, capability)
+    folder = cache_folder()
+    if folder is None:
+        tell_once(
+            "no folder to keep compiled CUDA kernels in: every process compiles them, which takes seconds each;"
+            " set NUMBA_CACHE_DIR to a folder that can be written to"
+        )
+        with _lock:
+            return compile_ptx(variant, capability)
+    file = folder / _file_name(variant, capability)
     kept = _read(file)
     if kept is not None:
         return kept
-    words = f"compiling the CUDA kernel {variant.name.replace('_', ' ')} (once; kept in {file.parent})"
+    words = f"compiling the CUDA kernel {variant.name.replace('_', ' ')} (once; kept in {folder})"
     with told_if_slow(words), _lock:
         made = compile_ptx(variant, capability)
     _write(file, made)
@@ -53,6 +65,8 @@ def compile_ptx(variant: Variant, capability: Capability) -> str:
     from numba.core import types
 
     from ddf_convert.cuda import device
+
+    _import_array_functions()
 
     stored, compute = element_types(variant.dtype)
     functions = device.functions(stored, compute, variant.add, native_bfloat16=capability >= _BFLOAT16)
@@ -69,6 +83,30 @@ def compile_ptx(variant: Variant, capability: Capability) -> str:
         output="ptx",  # without launch bounds: with them ptxas spills a few registers for occupancy
     )
     return made
+
+
+def _import_array_functions() -> None:
+    """Imports the part of numba-cuda that NumPy 2.5 breaks, which else the first compilation imports.
+
+    numba-cuda 0.30.4 asks for ``numpy.row_stack`` as it is imported, to have an implementation of it. NumPy 2.5 has it
+    no more. It is there during the import alone: other libraries look for it to tell versions of NumPy apart.
+    """
+    module = "numba.cuda.np.arrayobj"
+    with _import_lock:
+        if module in sys.modules or hasattr(np, "row_stack"):
+            return
+        vars(np)["row_stack"] = _row_stack
+        try:
+            importlib.import_module(module)
+        except ModuleNotFoundError:  # another version of numba-cuda, which may not need it
+            pass
+        finally:
+            del vars(np)["row_stack"]
+
+
+def _row_stack(rows: Any) -> Any:
+    """What ``numpy.row_stack`` was."""
+    return np.vstack(rows)
 
 
 def element_types(dtype: str) -> tuple[Any, Any]:
@@ -95,16 +133,17 @@ def entry(ptx: str) -> str:
 # --- the cache on disk: a file for each kernel; damaged ones are made again, a folder that refuses is done without ----
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept: ``NUMBA_CACHE_DIR``, or the user's folder for caches."""
+def cache_folder() -> Path | None:
+    """Where compiled kernels are kept: ``NUMBA_CACHE_DIR``, or the user's folder for caches; None without a home."""
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     if chosen:
         return Path(chosen) / "ddf_convert_cuda"
     if sys.platform == "win32":
-        root = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        root = os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/AppData/Local")
     else:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return root / "ddf_convert" / "cuda"
+        root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    # Relative: there is no home, or a variable that is to be ignored as it is.
+    return Path(root) / "ddf_convert" / "cuda" if os.path.isabs(root) else None
 
 
 @functools.cache
@@ -124,9 +163,9 @@ def _makers() -> str:
     return digest.hexdigest()
 
 
-def _file(variant: Variant, capability: Capability) -> Path:
+def _file_name(variant: Variant, capability: Capability) -> str:
     key = hashlib.sha256(f"{variant!r} {capability} {_makers()}".encode()).hexdigest()
-    return cache_folder() / f"{variant.name}_sm{capability[0]}{capability[1]}_{key[:24]}.ptx"
+    return f"{variant.name}_sm{capability[0]}{capability[1]}_{key[:24]}.ptx"
 
 
 def _read(file: Path) -> str | None:
