@@ -1,4 +1,4 @@
-"""Single files that a command writes: checked before the work starts, written whole or not at all."""
+"""Single files that a command reads or writes: checked before the work starts, written whole or not at all."""
 
 from __future__ import annotations
 
@@ -44,3 +44,20 @@ def write_file(file: Path, content: str | bytes) -> None:
         raise UsageError(f"cannot write {file}: {error.strerror}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def check_readable(what: str, file: Path) -> None:
+    """Fails early where a file could not be read.
+
+    Args:
+        what: The file as the user called it, for the error.
+        file: What will be read; a pipe or a device is not a file.
+
+    Raises:
+        UsageError: It does not exist, is no regular file, or may not be read.
+    """
+    if not file.is_file():
+        why = "is a folder, not a file" if file.is_dir() else "is no regular file" if file.exists() else "no such file"
+        raise UsageError(f"{what}: {why}")
+    if not os.access(file, os.R_OK):
+        raise UsageError(f"{what}: cannot be read: permission denied")

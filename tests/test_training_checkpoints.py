@@ -128,7 +128,15 @@ def _edit(**changes: Any) -> Callable[[Path], None]:
 
 def _foreign(checkpoint: Path) -> None:
     """A file that is what the manifest says, and holds what is not read without running code."""
-    torch.save({"model": nn.Linear(1, 1)}, checkpoint / "state.pt")
+    _replaced(checkpoint, {"model": nn.Linear(1, 1)})
+
+
+def _protocol_4(checkpoint: Path) -> None:
+    _replaced(checkpoint, {"model": 1}, pickle_protocol=4)
+
+
+def _replaced(checkpoint: Path, state: dict[str, Any], **options: Any) -> None:
+    torch.save(state, checkpoint / "state.pt", **options)
     record = folders.FileRecord.of(checkpoint / "state.pt")
     _edit(files={"state.pt": record.model_dump()})(checkpoint)
 
@@ -141,7 +149,8 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
     ("half a manifest", lambda checkpoint: (checkpoint / "manifest.json").write_text('{"step"'), "is damaged, or of"),
     ("another version", _edit(format_version=2), "of another version"),
     ("no files", _edit(files={}), r"state\.pt cannot be read"),
-    ("foreign", _foreign, r"state\.pt cannot be read"),
+    ("foreign", _foreign, r"state\.pt cannot be read: it holds code \(torch\.nn\.modules\.linear\.Linear\)"),
+    ("protocol 4", _protocol_4, r"state\.pt cannot be read: a pickle that is not of protocol 2"),
 ]
 
 
@@ -155,6 +164,7 @@ def test_damage_is_told_of_and_the_one_before_is_used(two, damage, words, caplog
     assert "step-00000002" in message
     assert "going on from the checkpoint of step 1 instead" in message
     assert "save the model again" not in message
+    assert "weights_only" not in message  # torch advises to read it unsafely
     caplog.clear()
 
     damage(two.folder / "step-00000001")

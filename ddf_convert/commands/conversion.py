@@ -11,7 +11,7 @@ from rich.markup import escape
 from ddf_convert.commands.console import busy, out, print_file, print_json
 from ddf_convert.commands.options import AsJson, Conversion, Debug, Device, InputSize, Model, takes_conversion
 from ddf_convert.errors import UsageError
-from ddf_convert.files import check_file
+from ddf_convert.files import check_file, check_readable
 from ddf_convert.notices import tell
 
 if TYPE_CHECKING:
@@ -86,8 +86,8 @@ def convert(
     """Convert a model and save it: DIR/manifest.json, DIR/model.safetensors, DIR/report.json."""
     if pretrained and checkpoint:
         raise UsageError("--pretrained and --checkpoint exclude each other: give one")
-    if checkpoint and not checkpoint.is_file():
-        raise UsageError(f"--checkpoint {checkpoint}: no such file")
+    if checkpoint:
+        check_readable(f"--checkpoint {checkpoint}", checkpoint)
     if html:
         check_file("--html", html, beside=output)
     recipe = conversion.recipe

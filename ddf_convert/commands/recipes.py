@@ -6,6 +6,7 @@ from typing import Annotated
 
 import typer
 
+from ddf_convert.commands.completion import recipe_names
 from ddf_convert.commands.console import out, print_json
 from ddf_convert.commands.options import HELP, AsJson, Debug
 
@@ -38,7 +39,15 @@ def recipes_list(as_json: AsJson = False, debug: Debug = False) -> None:
 
 @app.command("show")
 def recipes_show(
-    name: Annotated[str, typer.Argument(metavar="NAME|FILE", help="A built-in recipe, or a file.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME|FILE",
+            help="A built-in recipe, or a file.",
+            autocompletion=recipe_names,
+            show_default=False,
+        ),
+    ],
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:

@@ -13,7 +13,7 @@ from ddf_convert.commands.completion import timm_names
 from ddf_convert.commands.console import busy, only_results_on_stdout, out, print_file, print_json
 from ddf_convert.commands.options import AsJson, Debug, OwnModel, TimmWeights, TrainingDevice, plain_option
 from ddf_convert.errors import UsageError
-from ddf_convert.files import check_file, write_file
+from ddf_convert.files import check_file, check_readable, write_file
 
 if TYPE_CHECKING:
     from ddf_convert.visualize.capture import LayerFilters
@@ -73,8 +73,8 @@ def visualize(
     taps = [_tap(each) for each in tap or ()]
     if output is not None:
         check_file("--output", output)
-    if checkpoint is not None and not checkpoint.is_file():
-        raise UsageError(f"--checkpoint {checkpoint}: no such file")
+    if checkpoint is not None:
+        check_readable(f"--checkpoint {checkpoint}", checkpoint)
     with only_results_on_stdout(), busy(f"Looking at {model}"):
         from ddf_convert.visualize import run
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from ddf_convert.checkpoint import why_unreadable
 from ddf_convert.errors import ArtifactError, DDFError
 from ddf_convert.folder import MANIFEST, FileRecord, finished, replacing
 from ddf_convert.graph.record import first_line
@@ -124,7 +125,9 @@ class Checkpoints:
         except MemoryError:
             raise
         except Exception as error:
-            raise ArtifactError(f"{folder / _STATE} cannot be read: {first_line(error)}") from error
+            raise ArtifactError(
+                f"{folder / _STATE} cannot be read: {why_unreadable(error) or 'it is damaged'}"
+            ) from None
         return state
 
     def _delete(self, step: int) -> None:
