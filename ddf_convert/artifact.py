@@ -25,6 +25,7 @@ from ddf_convert.copies import check_initialised, meta_copy
 from ddf_convert.errors import ArtifactError, UsageError
 from ddf_convert.extra_state import extra_state_names, split_state
 from ddf_convert.folder import MANIFEST, FileRecord, check_writable, finished, replacing, unfinished
+from ddf_convert.graph.build import with_narrow_squeeze
 from ddf_convert.graph.parts import outstanding
 from ddf_convert.graph.plan import in_one_line
 from ddf_convert.graph.record import first_line
@@ -55,6 +56,7 @@ FORMAT_VERSION = 5
 # 2: recipes, and the original's weights; 3: upsampling; 4: other filters; 5: why a source is the user's own, extra
 # states, functions of parts
 _WITH_SOURCE = "if timm can build it, save it with source=TimmSource(name, kwargs)"
+_FORMAT_OF_WIDE_SQUEEZES = 5  # the first whose layers have squeezes of at least min(4, C)
 WEIGHTS = "model.safetensors"
 ORIGINAL = "original.safetensors"
 REPORT = "report.json"
@@ -293,9 +295,20 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
             " upgrade ddf_convert"
         )
     try:
-        return Manifest.model_validate(content)
+        return _in_todays_terms(Manifest.model_validate(content))
     except ValidationError as error:
         raise ArtifactError(f"{file} is damaged: {in_one_line(error)}") from error
+
+
+def _in_todays_terms(manifest: Manifest) -> Manifest:
+    """Adds to the record of an older format what today's defaults would decide otherwise."""
+    if manifest.format_version >= _FORMAT_OF_WIDE_SQUEEZES:
+        return manifest
+    replaced = tuple(
+        each.model_copy(update={"replacement": with_narrow_squeeze(each.replacement)})
+        for each in manifest.conversion.replaced
+    )
+    return manifest.model_copy(update={"conversion": manifest.conversion.model_copy(update={"replaced": replaced})})
 
 
 # --- filling a model from a folder ---

@@ -23,6 +23,7 @@ from ddf_convert.graph.intercept import class_of
 from ddf_convert.graph.plan import ConvertConfig, Mix, Replacement, Scalar
 from ddf_convert.graph.record import Call
 from ddf_convert.layers import DDFConv2d, DDFUp2d, DDFUpConv2d, MixedFilter2d
+from ddf_convert.layers.branches import narrow_squeeze_width, squeeze_width
 from ddf_convert.ops import DTYPES
 
 # Convolutions whose forward is known to be that of Conv2d but for the weights; and what is special about the weights.
@@ -207,6 +208,18 @@ def kernel_for(kernel_size: int, stride: int, padding: int) -> int:
     """K of the DDF-Up layer whose K x K windows hold all that outputs of a transposed convolution read; at least 3."""
     reach = max((stride - 1 + padding) // stride, (kernel_size - 1 - padding) // stride)
     return max(2 * reach + 1, 3)
+
+
+def with_narrow_squeeze(replacement: Replacement) -> Replacement:
+    """A replacement as manifests before format 5 meant it: its squeeze may be narrower than is made today."""
+    options = replacement.options
+    if replacement.layer not in (*DDF_LAYERS, "channel") or "se_ratio" not in options:
+        return replacement
+    channels = int(options["out_channels" if replacement.layer == "DDFUpConv2d" else "in_channels"])
+    width = narrow_squeeze_width(channels, float(options["se_ratio"]))
+    if width == squeeze_width(channels, float(options["se_ratio"])):
+        return replacement
+    return replacement.model_copy(update={"options": {**options, "squeeze_channels": width}})
 
 
 def build(replacement: Replacement, device: torch.device | str = "cpu") -> nn.Module:
