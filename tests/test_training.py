@@ -49,8 +49,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _here(place: Path) -> None:
+def _here(place: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     runs.enter(place)
+    if "everything" not in request.node.name:
+        runs.without_pictures(monkeypatch)
 
 
 def calm(output: str, **more: Any) -> dict[str, torch.Tensor]:
@@ -132,7 +134,7 @@ def test_a_run_folder_has_everything(place: Path) -> None:
     assert [(stage.epochs, stage.batch_size) for stage in recipe.stages] == [(1, 4), (1, 4)]
     settings = json.loads((folder / "settings.json").read_text())
     assert (settings["seed"], settings["images"], settings["validation_images"]) == (3, 48, 15)
-    assert (folder / "curves.png").read_bytes()[:4] == b"\x89PNG"
+    assert (folder / "curves.png").stat().st_size > 1000
     rows = read(folder / "log.csv")
     assert [row.step for row in rows if row.kind == "validation"] == [0, 12, 18]
     assert {row.stage for row in rows} == {"features", "labels"}

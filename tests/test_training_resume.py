@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from training_runs import equal, finetune, weights
 from ddf_convert import cli
 from ddf_convert.errors import UsageError
 from ddf_convert.locks import locked
-from ddf_convert.training import curves, fingerprint, keeping, resume
+from ddf_convert.training import fingerprint, keeping, resume
 from ddf_convert.training.checkpoints import Checkpoints
 from ddf_convert.training.fingerprint import Entry
 from ddf_convert.training.images import Images, open_images
@@ -60,10 +59,8 @@ def here(place: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _quick(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Curves and events take longer than such a run."""
-    monkeypatch.setattr(curves, "draw", lambda rows: b"\x89PNG")
     if "event" not in request.node.name and "during" not in request.node.name:
-        monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+        runs.without_pictures(monkeypatch)
 
 
 def go_on(**more: Any) -> Any:

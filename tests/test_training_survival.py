@@ -56,8 +56,9 @@ def killed(place: Path) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def _here(place: Path) -> None:
+def _here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs.enter(place)
+    runs.without_pictures(monkeypatch)
 
 
 def test_a_run_that_is_stopped_and_killed_ends_with_the_same_weights(whole: Path, killed: Path) -> None:

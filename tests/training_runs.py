@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy
+import pytest
 import safetensors.torch
 import torch
 from PIL import Image
@@ -20,7 +21,7 @@ from PIL import Image
 import ddf_convert as ddf
 from ddf_convert import cli, recipes
 from ddf_convert.commands import console
-from ddf_convert.training import run
+from ddf_convert.training import curves, run
 from ddf_convert.training.stages import Options
 
 SIZE = (3, 16, 16)
@@ -214,6 +215,12 @@ def enter(folder: Path) -> None:
     sys.modules.pop("tinyruns", None)
     sys.path[:] = [str(folder), *(each for each in sys.path if not Path(each, "tinyruns.py").exists())]
     torch.set_num_threads(1)
+
+
+def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs of this process draw no curves and write no events, which takes longer than to train such networks."""
+    monkeypatch.setattr(curves, "draw", lambda rows: b"\x89PNG")
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
 
 
 def request(
