@@ -25,14 +25,13 @@ _SHOWN = 60  # characters of a module
 _ULPS = 16  # tables of sines and the like differ by a few between devices
 
 
-class _Absent:
-    """In the place of what only the other module has."""
+class _Words(str):
+    """In the place of a value."""
 
-    def __repr__(self) -> str:
-        return "nothing"
+    __slots__ = ()
 
 
-_ABSENT = _Absent()
+_ABSENT = _Words("nothing")
 
 
 @dataclass(frozen=True)
@@ -127,12 +126,12 @@ class _Comparison:
     def _compare_sharing(self, path: str, first: nn.Module, second: nn.Module) -> None:
         kept = [names[id(part)] for names, part in zip(self._paths, (first, second), strict=True)]
         if kept[0] != kept[1]:
-            self._note(path, "", *(f"the module {name}" for name in kept))
+            self._note(path, "", *(_Words(f"the module {name}") for name in kept))
         for name in first._parameters.keys() & second._parameters.keys():
             parameters = first._parameters[name], second._parameters[name]
             kept = [names.get(id(each), "") for names, each in zip(self._parameters, parameters, strict=True)]
             if kept[0] != kept[1]:
-                self._note(path, name, *(f"the parameter {name}" for name in kept))
+                self._note(path, name, *(_Words(f"the parameter {name}") for name in kept))
 
     def _compare_parts(self, path: str, first: nn.Module, second: nn.Module) -> None:
         if isinstance(first, torch.jit.ScriptModule):
@@ -289,6 +288,8 @@ def _mentioned_in(code: CodeType) -> set[str]:
 
 
 def _in_words(value: Any) -> str:
+    if isinstance(value, _Words):
+        return value
     if isinstance(value, nn.Module):
         text = type(value).__name__ if any(value.children()) else repr(value)
         return text if len(text) <= _SHOWN else type(value).__name__

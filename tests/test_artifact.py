@@ -5,7 +5,9 @@ import collections
 import copy
 import datetime
 import gzip
+import io
 import json
+import operator
 import os
 import pickle
 import random
@@ -25,13 +27,15 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from ddf_convert import artifact, folder
+from ddf_convert import artifact, folder, layers
 from ddf_convert.artifact import TimmSource, load, load_checkpoint, read_manifest, restore, save
 from ddf_convert.errors import ArtifactError, DDFError, UsageError
 from ddf_convert.graph import convert, plan, recorded
 
+ROOT = Path(__file__).parent.parent
 IMAGE = torch.empty(1, 3, 64, 64)
 SMALL = "resnet10t"
 
@@ -240,6 +244,210 @@ def test_views_of_one_memory_are_saved(tmp_path):
     assert all(torch.equal(tensors[name], value) for name, value in model.state_dict().items())
 
 
+# --- parts ---
+
+
+class Around(nn.Module):
+    """A network of one's own around others."""
+
+    def __init__(self, *parts):
+        super().__init__()
+        self.parts, self.head = nn.ModuleList(parts), nn.Conv2d(32, 2, 1)
+
+    def forward(self, x):
+        return self.head(sum(part(x) for part in self.parts))
+
+
+class ByHand(nn.Module):
+    """A network that its author built with a DDF layer."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.ddf, self.conv = nn.Conv2d(3, 32, 1), layers.DDF2d(32), net.conv()
+
+    def forward(self, x):
+        return self.conv(self.ddf(self.first(x)))
+
+
+class Upsampling(nn.Module):
+    """Every way of upsampling; one part of it interpolates, and so does what is around it."""
+
+    def __init__(self, inner=None):
+        super().__init__()
+        self.first, self.up, self.inner = nn.Conv2d(3, 8, 1), nn.Upsample(scale_factor=2), inner or nn.Identity()
+        self.conv, self.shuffle, self.last = nn.Conv2d(8, 32, 3, padding=1), nn.PixelShuffle(2), nn.Conv2d(8, 3, 1)
+
+    def forward(self, x):
+        x = self.shuffle(self.conv(self.up(self.first(x))))
+        return self.inner(self.last(F.interpolate(x, scale_factor=2)))
+
+
+def pickled(model):
+    memory = io.BytesIO()
+    torch.save(model, memory)
+    memory.seek(0)
+    return torch.load(memory, weights_only=False)
+
+
+def loop(**options):
+    return convert(net.Loop(), example_input=torch.empty(1, 3, 12, 12), **options)
+
+
+def kernels():
+    return nn.Sequential(nn.Conv2d(3, 32, 1), net.Kernel())
+
+
+def functional():
+    return convert(kernels(), example_input=torch.empty(1, 3, 12, 12), functional=True)
+
+
+def upsampling(model):
+    return convert(model, example_input=torch.empty(1, 3, 8, 8), upsample=True)
+
+
+def same_twice(part):
+    return Around(part, part)
+
+
+def converted_later():
+    """A part was converted, then what is around it."""
+    around = Around(loop(include="convs.0"), net.Loop())
+    return convert(around, example_input=torch.empty(1, 3, 12, 12))
+
+
+PARTS = {  # the model, a fresh one, and how many layers were replaced
+    "a part": (lambda: Around(loop()), lambda: Around(net.Loop()), 2),
+    "a part that the constructor converts": (lambda: Around(loop()), lambda: Around(loop()), 2),
+    "two parts": (lambda: Around(loop(), loop()), lambda: Around(net.Loop(), net.Loop()), 4),
+    "one part at two places": (lambda: same_twice(loop()), lambda: same_twice(net.Loop()), 2),
+    "a part and its copy": (
+        lambda: (lambda part: Around(part, copy.deepcopy(part)))(loop()),
+        lambda: Around(net.Loop(), net.Loop()),
+        4,
+    ),
+    "in a sequence": (lambda: nn.Sequential(loop(), nn.ReLU()), lambda: nn.Sequential(net.Loop(), nn.ReLU()), 2),
+    "copied": (lambda: copy.deepcopy(Around(loop())), lambda: Around(net.Loop()), 2),
+    "copied flat": (lambda: copy.copy(Around(loop())), lambda: Around(net.Loop()), 2),
+    "pickled": (lambda: pickled(Around(loop())), lambda: Around(net.Loop()), 2),
+    "on top": (converted_later, lambda: Around(net.Loop(), net.Loop()), 4),
+    "on top, and a part alone": (lambda: converted_later().parts[0], net.Loop, 2),
+    "a part of a part": (
+        lambda: nn.Sequential(net.conv(3), *loop().convs),
+        lambda: nn.Sequential(net.conv(3), net.conv(), net.conv()),
+        2,
+    ),
+    "a part in DataParallel": (
+        lambda: Around(nn.DataParallel(loop())),
+        lambda: Around(nn.DataParallel(net.Loop())),
+        2,
+    ),
+    "built by hand": (ByHand, ByHand, 0),
+    "built by hand, and a part": (lambda: Around(ByHand(), loop()), lambda: Around(ByHand(), net.Loop()), 2),
+    "functions": (lambda: Around(functional()), lambda: Around(kernels()), 1),
+    "functions deeper": (lambda: nn.Sequential(Around(functional())), lambda: nn.Sequential(Around(kernels())), 1),
+    "functions that the constructor converts": (lambda: Around(functional()), lambda: Around(functional()), 1),
+    "functions and modules": (lambda: Around(functional(), loop()), lambda: Around(kernels(), net.Loop()), 3),
+    "upsampling": (lambda: nn.Sequential(upsampling(Upsampling())), lambda: nn.Sequential(Upsampling()), 3),
+    "upsampling inside": (
+        lambda: nn.Sequential(upsampling(Upsampling(Upsampling()))),
+        lambda: nn.Sequential(Upsampling(Upsampling())),
+        6,
+    ),
+    "upsampling, the inner one alone": (lambda: upsampling(Upsampling(Upsampling())).inner, Upsampling, 3),
+    "upsampling, pickled": (
+        lambda: pickled(nn.Sequential(upsampling(Upsampling()))),
+        lambda: nn.Sequential(Upsampling()),
+        3,
+    ),
+    "replaced by hand again": (
+        lambda: (lambda model: setattr(model.convs, "0", net.conv()) or model)(loop()),
+        net.Loop,
+        1,
+    ),
+}
+
+
+@pytest.mark.parametrize("case", PARTS)
+def test_conversions_of_parts_are_saved(case, tmp_path):
+    build, fresh, count = PARTS[case]
+    model = shaken(build())
+    manifest = save(model, tmp_path / "out")
+    assert len(manifest.conversion.replaced) == count
+    again = restore(fresh(), tmp_path / "out").eval()
+    assert same_state(again, model)
+    image = torch.randn(1, 3, 8, 8)
+    with torch.no_grad():
+        assert torch.equal(again(image), model(image))
+    assert recorded(again) == manifest.conversion
+    assert save(again, tmp_path / "again").conversion == manifest.conversion
+
+
+def test_parts_with_half_of_what_was_replaced_together_are_refused(tmp_path):
+    up, graph = upsampling(Upsampling()), functional()
+    for part, message in [
+        (nn.Sequential(up.conv), "0 was replaced together with a pixel shuffle that is not in it; save a module"),
+        (nn.Sequential(up.shuffle), "0 was replaced together with a convolution that is not in it"),
+        (nn.Sequential(*graph.children()), "replaces a call of a function, and the code that calls it is not in it"),
+        (nn.Sequential(up.ddf_interpolate), "0 replaces a call of a function"),
+    ]:
+        with pytest.raises(UsageError, match=message):
+            save(part, tmp_path / "out")
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_constructor_that_converts_otherwise_is_refused(tmp_path):
+    save(Around(loop()), tmp_path / "out")
+    other = Around(loop(combine="add"))
+    before = copy.deepcopy(other.state_dict())
+    with pytest.raises(ArtifactError, match=r"parts\.0\.convs\.0: already converted"):
+        restore(other, tmp_path / "out")
+    assert all(torch.equal(value, before[name]) for name, value in other.state_dict().items())
+
+
+def test_the_record_of_a_whole_has_options_and_recipe_of_its_parts():
+    part = loop(combine="add")
+    part.ddf_conversion = part.ddf_conversion.model_copy(update={"recipe": {"name": "mine"}})
+    found = recorded(Around(part, net.Loop()))
+    assert found.source == "Around"
+    assert [config.combine for config in found.configs] == ["add"]
+    assert found.recipe == {"name": "mine"}
+    assert [step.names for step in found.replaced] == [("parts.0.convs.0",), ("parts.0.convs.1",)]
+    assert recorded(Around(ByHand(), net.Loop())) is None
+
+
+def test_a_converted_backbone_is_restored_in_a_new_process(tmp_path):
+    (tmp_path / "mynet.py").write_text(
+        "import timm\nfrom torch import nn\n\n\n"
+        "class Net(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        f"        self.backbone = timm.create_model({SMALL!r}, features_only=True, out_indices=(2,))\n"
+        "        self.head = nn.Conv2d(128, 3, 1)\n\n"
+        "    def forward(self, x):\n"
+        "        return self.head(self.backbone(x)[0])\n"
+    )
+    sys.path.insert(0, str(tmp_path))
+    try:
+        from mynet import Net
+    finally:
+        sys.path.remove(str(tmp_path))
+    model = Net()
+    model.backbone = convert(model.backbone, example_input=IMAGE)
+    shaken(model)
+    assert len(save(model, tmp_path / "out").conversion.replaced) == 6
+    image = torch.randn(1, 3, 64, 64)
+    torch.save(image, tmp_path / "image.pt")
+    script = (
+        "import torch, ddf_convert, mynet\n"
+        "model = ddf_convert.restore(mynet.Net(), 'out').eval()\n"
+        "with torch.no_grad(): torch.save(model(torch.load('image.pt')), 'output.pt')\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path, env=environment)
+    with torch.no_grad():
+        assert torch.equal(model(image), torch.load(tmp_path / "output.pt"))
+
+
 # --- extra states ---
 
 
@@ -279,8 +487,7 @@ def test_extra_states_come_back(name, tmp_path):
     restore(fresh, tmp_path / "out")
     artifact.load_original(tmp_path / "out", original)
     for again in (fresh, original):
-        torch.testing.assert_close(again["first"].state, EXTRA[name], rtol=0, atol=0) if name == "tensor" else None
-        assert name == "tensor" or again["first"].state == EXTRA[name]
+        assert (torch.equal if name == "tensor" else operator.eq)(again["first"].state, EXTRA[name])
         assert again["other"][0].state == 7
 
 
