@@ -74,21 +74,25 @@ class _Owner:
         self._modules = {id(part) for part in parts}
         self._owned = {id(value) for part in parts for value in (part, *vars(part).values())}
         self._classes = {kind for part in parts for kind in type(part).__mro__ if not _is_foreign(kind)}
+        self._known: dict[tuple[str, str], bool] = {}  # definitions that were looked for
 
     def owns(self, hook: Any) -> bool:
         while isinstance(hook, functools.partial):
             hook = hook.func
         if isinstance(hook, MethodType):
-            if id(hook.__self__) in self._owned:
-                return True
+            if id(hook.__self__) in self._owned or isinstance(hook.__self__, nn.Module):
+                return id(hook.__self__) in self._owned
             hook = hook.__func__
         definition = hook if isinstance(hook, FunctionType) else type(hook)
-        place = f"{definition.__module__}."
-        if place.startswith(("torch.nn.", "torch.ao.")):  # spectral_norm, pruning, observers
+        if f"{definition.__module__}.".startswith(("torch.nn.", "torch.ao.")):  # spectral_norm, pruning, observers
             return True
         if any(isinstance(value, nn.Module) and id(value) not in self._modules for value in _captured(hook)):
             return False  # it works on a module that is not copied
-        return any(_defines(reached, definition) for reached in _reachable(self._classes, place.partition(".")[0]))
+        name = definition.__module__, definition.__qualname__
+        if name not in self._known:
+            reached = _reachable(self._classes, definition.__module__.partition(".")[0])
+            self._known[name] = any(_defines(each, definition) for each in reached)
+        return self._known[name]
 
 
 def _is_foreign(kind: type) -> bool:

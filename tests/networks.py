@@ -637,6 +637,43 @@ def unwatched(model, x):
     return 1
 
 
+class Asks(nn.Module):
+    """A block whose forward asks something of its convolution before it calls it."""
+
+    def __init__(self, ask, width=32):
+        super().__init__()
+        self.ask, self.conv, self.other = ask, conv(width, width), conv(width, width)
+
+    def forward(self, x):
+        found = self.ask(self, x)
+        return self.other(self.conv(x)) if found is None else found
+
+
+def weight_of_the_convolution(block, x):
+    dict(block.conv.named_parameters(recurse=False))["weight"]
+
+
+def counts_parameters(block, x):
+    assert len(block.conv._parameters) == 2, "a convolution has two parameters"
+
+
+def is_a_convolution(block, x):
+    assert isinstance(block.conv, nn.Conv2d)
+
+
+def does_without(block, x):
+    return None if type(block.conv) is nn.Conv2d else block.other(x)
+
+
+def other_shape(block, x):
+    return None if type(block.conv) is nn.Conv2d else block.other(block.conv(x))[..., 1:]
+
+
+def on_values(block, x):
+    assert float(x.detach().mean()) < 1e9
+    assert isinstance(block.conv, nn.Conv2d), "a convolution"
+
+
 class Up(nn.Module):
     """An image into ``width`` channels, upsampled by a module."""
 

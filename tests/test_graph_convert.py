@@ -11,7 +11,7 @@ from torch import fx, nn
 
 from ddf_convert.accounting import measure
 from ddf_convert.errors import UsageError
-from ddf_convert.graph import Conversion, Replacement, convert, plan, recorded
+from ddf_convert.graph import Conversion, Replacement, convert, plan, recorded, verify
 from ddf_convert.layers import DDF2d, DDFConv2d
 
 IMAGE = torch.empty(1, 3, 20, 20)
@@ -266,3 +266,102 @@ def test_a_model_that_cannot_be_copied_is_converted_in_place():
         convert(model, decided)
     assert isinstance(model[3], nn.Conv2d)
     assert isinstance(convert(model, decided, inplace=True)[3], DDF2d)
+
+
+# --- what breaks the forward pass is found before ---
+
+# what a block asks of its convolution: a part of the reason
+BREAKING = {
+    net.weight_of_the_convolution: "'weight' (in 2, Asks)",
+    net.counts_parameters: "a convolution has two parameters (in 2, Asks)",
+    net.is_a_convolution: "AssertionError (in 2, Asks)",
+    net.does_without: "it is not called any more",
+    net.other_shape: "the model returns 1x32x20x19, and not 1x32x20x20",
+    net.on_values: "a convolution (in 2, Asks)",
+}
+
+
+def asking(ask, blocks=1):
+    return nn.Sequential(nn.Conv2d(3, 32, 1), net.conv(), *(net.Asks(ask) for _ in range(blocks)), net.conv())
+
+
+@pytest.mark.parametrize("ask", BREAKING, ids=lambda ask: ask.__name__)
+def test_a_site_whose_replacement_breaks_the_model_is_left_alone(ask):
+    model = asking(ask)
+    image = torch.randn(1, 3, 20, 20)
+    decided = plan(model, image)
+    site = decided["2.conv"]
+    assert site.reason.startswith("its replacement breaks the forward pass: ")
+    assert BREAKING[ask] in site.reason
+    assert [each.name for each in decided.replaced] == ["1", "2.other", "3"]
+    assert convert(model, decided)(image).shape == model(image).shape
+    assert site.after == site.before
+    with pytest.raises(UsageError, match=r"2\.conv cannot be replaced: its replacement breaks the forward pass"):
+        site.replace()
+    with pytest.raises(UsageError, match="cannot be replaced"):
+        type(decided).from_json(decided.to_json())["2.conv"].replace()
+
+
+def test_only_the_blocks_that_break_are_left_alone():
+    model = asking(net.is_a_convolution, blocks=3)
+    model[3].ask = lambda block, x: None
+    names = [site.name for site in plan(model, IMAGE).replaced]
+    assert names == ["1", "2.other", "3.conv", "3.other", "4.other", "5"]
+
+
+def test_many_blocks_that_break_take_few_runs(monkeypatch):
+    runs = []
+    run = verify._Rehearsal.failure
+    monkeypatch.setattr(verify._Rehearsal, "failure", lambda self, chosen: runs.append(1) or run(self, chosen))
+    model = asking(net.counts_parameters, blocks=24)
+    decided = plan(model, IMAGE)
+    assert [site.name for site in decided.replaced] == ["1", *(f"{block}.other" for block in range(2, 26)), "26"]
+    assert len(runs) < 24
+
+
+def test_a_broken_site_does_not_count_for_a_budget():
+    model = asking(net.is_a_convolution)
+    whole = plan(model, IMAGE)
+    need = whole.before.macs - min(site.before.macs - site.after.macs for site in whole.replaced)
+    decided = plan(model, IMAGE, target_macs=need)
+    assert len(decided.replaced) == 1
+    assert decided["2.conv"].reason.startswith("its replacement breaks")
+
+
+def test_broken_upsampling_is_left_alone():
+    class Reads(net.Shuffles):
+        def forward(self, x):
+            assert isinstance(self.conv, nn.Conv2d), "asserted"
+            return super().forward(x)
+
+    decided = plan(Reads(), IMAGE, upsample=True)
+    assert decided["shuffle"].reason.startswith("its replacement breaks the forward pass: assert")
+    assert decided["conv"].reason == "part of shuffle, whose replacement breaks the forward pass"
+    assert not decided.replaced
+
+
+def test_what_functional_replacement_breaks_is_left_alone():
+    """A GraphModule has only what the graph names: an argument that is not its default is one that it lacks."""
+
+    class Scaled(net.Functions):
+        def forward(self, x, scale=1.0):
+            return super().forward(x) * scale
+
+    decided = plan(Scaled(), (IMAGE, 2.0), functional=True)
+    assert all("its replacement breaks the forward pass" in decided[f"{name}.conv2d()"].reason for name in NAMES)
+    assert convert(Scaled(), decided)(IMAGE, 2.0) is not None
+
+
+NAMES = ("twice", "once")
+
+
+def test_a_model_that_fails_now_and_then_is_planned_all_the_same():
+    class Moody(net.Residual):
+        runs = 0
+
+        def forward(self, x):
+            Moody.runs += 1
+            assert Moody.runs < 2
+            return super().forward(x)
+
+    assert plan(Moody(), IMAGE)["conv"].replacement is not None

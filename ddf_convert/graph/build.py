@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -10,6 +11,7 @@ from timm.layers.conv2d_same import Conv2dSame
 from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
 
 from ddf_convert.graph.filters import (
     DDF,
@@ -34,6 +36,10 @@ _KNOWN = {
     StdConv2dSame.forward: "standardises its weights",
     ScaledStdConv2d.forward: "standardises and scales its weights",
     ScaledStdConv2dSame.forward: "standardises and scales its weights",
+}
+_INITIALIZERS = {
+    *(getattr(nn.init, name) for name in nn.init.__all__ if name.endswith("_")),
+    *(Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_),
 }
 _UPSAMPLERS = (nn.ConvTranspose2d, nn.Upsample, nn.PixelShuffle)
 
@@ -232,7 +238,18 @@ def build(replacement: Replacement, device: torch.device | str = "cpu") -> nn.Mo
     """
     where: dict[str, Any] = {"device": device, "dtype": torch.float32}
     layer = DDF_LAYERS.get(replacement.layer) or find_filter(replacement.layer).layer
-    built = layer(**replacement.options, **where)
-    if replacement.mix is None:
-        return built
-    return MixedFilter2d(built, int(replacement.options["in_channels"]), **dict(replacement.mix), **where)
+    with _WithoutValues() if torch.device(device).type == "meta" else nullcontext():
+        built = layer(**replacement.options, **where)
+        if replacement.mix is None:
+            return built
+        return MixedFilter2d(built, int(replacement.options["in_channels"]), **dict(replacement.mix), **where)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Skips the initialization of tensors on the meta device: it does nothing, and takes longer than all the rest."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _INITIALIZERS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

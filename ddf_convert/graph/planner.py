@@ -22,6 +22,7 @@ from ddf_convert.graph.sites import Convolution, find_convolutions
 from ddf_convert.graph.swap import steps_of
 from ddf_convert.graph.trace import Traced, describe, trace
 from ddf_convert.graph.upsample import Refused, replacement_for_upsampling, stand_in_for_upsampling, upsamples
+from ddf_convert.graph.verify import verify
 from ddf_convert.graph.wrappers import bare
 from ddf_convert.inputs import ExampleInput, as_arguments, first_size
 from ddf_convert.layers import DDFConv2d, MixedFilter2d
@@ -67,7 +68,7 @@ def plan(
             wrong, or ``filter_fn`` fails or takes its arguments the other way round.
         DDFError: What is to be timed does not run.
     """
-    return _plan(model, example_input, make_config(config, options), include, exclude, filter_fn, measure, measure)
+    return _plan(model, example_input, make_config(config, options), include, exclude, filter_fn, measure)
 
 
 def as_it_stands(model: nn.Module, example_input: ExampleInput, measure: bool = False, upsample: bool = False) -> Plan:
@@ -79,7 +80,7 @@ def as_it_stands(model: nn.Module, example_input: ExampleInput, measure: bool = 
         measure: Time the model and every convolution, on the model's device.
         upsample: List upsampling too.
     """
-    return _plan(model, example_input, ConvertConfig(upsample=upsample), None, None, None, measure, False)
+    return _plan(model, example_input, ConvertConfig(upsample=upsample), None, None, None, measure, applied=False)
 
 
 def _plan(
@@ -90,8 +91,9 @@ def _plan(
     exclude: Patterns,
     filter_fn: FilterFunction | None,
     measure: bool | torch.device | str,
-    measure_replacements: bool | torch.device | str,
+    applied: bool = True,
 ) -> Plan:
+    """A plan; one that is not to be ``applied`` says nothing about what its replacements do to the model."""
     chosen = find_filter(config.filter)
     chosen.arguments(config)  # refuses what does not go together before the model is looked at
     if config.upsample and chosen.name != DDF:
@@ -104,7 +106,7 @@ def _plan(
     traced = trace(model, recording)
     convolutions = find_convolutions(model, recording, traced)
     stopwatch = Stopwatch(model, measure) if measure or config.only_faster else None
-    measure_replacements = measure_replacements or config.only_faster
+    measure_replacements = (measure and applied) or config.only_faster
     costs = Costs(stopwatch)
     planner = _Planner(
         config,
@@ -118,6 +120,8 @@ def _plan(
     )
     sites = [planner.decide(convolution) for convolution in convolutions]
     _give_up_to_shuffles(sites)
+    if applied:
+        verify(model, recording, sites)
     before, timed = _whole_cost(recording, sites), None
     if stopwatch:
         before = before.model_copy(update={"latency_ms": stopwatch.ms(model, *args, **kwargs)})
