@@ -58,6 +58,11 @@ def open_model(name: str, weights: bool = False, pretrained: bool = False) -> Op
     with contextlib.redirect_stdout(sys.stderr):
         if os.path.isdir(name) and (Path(name, "manifest.json").exists() or not timm.is_model(name)):
             opened = _from_folder(name)
+        elif not timm.is_model(name) and (meant := _meant(name)) is not None:
+            spelled = (
+                "have no 'timm/' in front" if "timm" in name.lower().removesuffix(meant) else "are written exactly"
+            )
+            raise UsageError(f"{name!r} is no model: timm names {spelled}: {meant}")
         elif name.startswith(_REMOTE):
             raise UsageError(
                 f"{name}: models of a hub are not opened; give the timm name, and its file with --checkpoint"
@@ -87,6 +92,7 @@ def _from_timm(name: str, weights: bool, pretrained: bool) -> Opened:
             f"did you mean {' or '.join(near)}?" if near else "give a timm name, a converted folder or module:callable"
         )
         raise UsageError(f"unknown model {name!r}: {hint}")
+    _check_tag(name)
     if pretrained and not timm.is_model_pretrained(name):
         raise UsageError(f"{name} has no pretrained weights; use --checkpoint FILE, or leave --pretrained out")
     if pretrained:
@@ -102,6 +108,30 @@ def _from_timm(name: str, weights: bool, pretrained: bool) -> Opened:
     else:
         model = _built_by_timm(name, "cpu" if weights else "meta")
     return Opened(name, model.eval(), _input_size(model))
+
+
+def _meant(name: str) -> str | None:
+    """The timm name in a name that is written as a hub writes it, or with other capitals, spaces or a slash."""
+    bare = name.strip().lower().rstrip("/")
+    for prefix in (*_REMOTE, "timm/", "timm:"):
+        bare = bare.removeprefix(prefix)
+    return bare if bare != name and timm.is_model(bare) else None
+
+
+def _check_tag(name: str) -> None:
+    """Raises unless timm knows the name's part behind the dot, which says how weights were trained."""
+    architecture, _, tag = name.partition(".")
+    if not tag:
+        return
+    try:
+        timm.get_pretrained_cfg(name)
+    except RuntimeError as error:
+        known = timm.list_pretrained(f"{architecture}.*")
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.85)
+        hint = f"did you mean {near[0]}? " if near else ""
+        raise UsageError(
+            f"{architecture} has no pretrained tag {tag!r}: {hint}known are {', '.join(known) or 'none'}"
+        ) from error
 
 
 def _built_by_timm(name: str, device: str) -> nn.Module:
