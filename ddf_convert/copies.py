@@ -186,7 +186,7 @@ def unchanged_random_states() -> Iterator[None]:
 def _copy(module: nn.Module, like: Callable[[Tensor], Tensor]) -> nn.Module:
     check_initialised(module)
     # deepcopy takes what the memo holds for the copy: shared tensors stay shared, and no weight is ever duplicated.
-    memo: dict[int, Any] = {id(tensor): like(tensor) for tensor in _tensors(module)}
+    memo: dict[int, Any] = {id(tensor): like(tensor) for tensor in tensors_of(module)}
     try:
         memo |= {id(hooks): _own_hooks(hooks, module, memo) for hooks in _hooks(module)}
         return copy.deepcopy(module, memo)
@@ -230,7 +230,7 @@ def _as_parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers, and tensors anywhere in attributes: a detector's anchors, the weight of weight_norm."""
     seen: set[int] = set()
     for part in module.modules():

@@ -16,7 +16,7 @@ import timm
 import torch
 from torch import nn
 
-from ddf_convert import artifact, folder
+from ddf_convert import artifact, disk, folder
 from ddf_convert.artifact import TimmSource, load, load_checkpoint, read_manifest, restore, save
 from ddf_convert.errors import ArtifactError, DDFError, UsageError
 from ddf_convert.graph import convert, plan, recorded
@@ -451,7 +451,7 @@ def killed_at(count, monkeypatch):
     monkeypatch.setattr(folder.os, "rename", interrupted(os.rename))
     monkeypatch.setattr(folder.os, "fsync", interrupted(os.fsync))
     monkeypatch.setattr(artifact.safetensors.torch, "save_file", interrupted(safetensors.torch.save_file))
-    monkeypatch.setattr(folder.shutil, "rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr(disk.shutil, "rmtree", lambda *args, **kwargs: None)
 
 
 def small(value, report):

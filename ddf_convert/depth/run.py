@@ -24,7 +24,7 @@ from ddf_convert.depth.training import Settings, Trainer, check
 from ddf_convert.devices import choose
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.files import write_file
-from ddf_convert.folder import check_writable
+from ddf_convert.folder import MANIFEST, check_writable
 from ddf_convert.models.ddf_upnet import JointUpNet
 from ddf_convert.recipes import Recipe
 from ddf_convert.training.checkpoints import Checkpoints
@@ -216,9 +216,11 @@ class RunFolder:
         if self.path.is_dir() and any(self.path.iterdir()):
             if not file.is_file():
                 raise UsageError(f"{self.path} is not empty, and holds no run of upsample-train: give another folder")
-            if not resume and self.checkpoints.steps():
+            checkpoint.check_free(self.path)
+            if not resume and (self.checkpoints.steps() or (self.path / MANIFEST).exists()):
                 raise UsageError(f"{self.path} already holds a run: --resume goes on with it, or give another folder")
-        before = self._before(file) if resume and file.is_file() else None
+        there = self._before(file) if file.is_file() else None
+        before = there if resume else None
         if before is not None and before != described:
             different = [key for key in described if before.get(key) != described[key]] or ["something"]
             raise UsageError(
@@ -244,9 +246,11 @@ class RunFolder:
 
     def _before(self, file: Path) -> dict[str, Any]:
         try:
-            content: dict[str, Any] = json.loads(file.read_bytes())
-        except (OSError, ValueError) as error:
+            content: Any = json.loads(file.read_bytes())
+        except (OSError, ValueError, RecursionError) as error:
             raise UsageError(f"{file} cannot be read, or is damaged: give another folder") from error
+        if not isinstance(content, dict) or not {"factor", "upsampler"} <= content.keys():
+            raise UsageError(f"{file} is not that of a run of upsample-train: give another folder")
         return content
 
     def _cut_log(self, step: int) -> None:
@@ -258,7 +262,7 @@ class RunFolder:
                 try:
                     if json.loads(line)["step"] <= step:
                         kept.append(line + "\n")
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     continue
         write_file(file, "".join(kept))
 

@@ -80,6 +80,14 @@ class RunFolder:
                 raise UsageError(f"{self.path} already holds a run: --resume goes on with it, or give another folder")
         elif self.path.is_dir() and any(self.path.iterdir()) and not is_run(self.path):
             raise UsageError(f"{self.path} is not empty, and holds no run: give another folder")
+        elif is_run(self.path):
+            self._settings()  # another program's file of this name is not to be written over
+            if not resume and any((self.path / name).exists() for name in (BEST, LAST)):
+                raise UsageError(
+                    f"{self.path} already holds models of a run: --resume goes on with it, or give another folder"
+                )
+        for name in (BEST, LAST):
+            artifact.check_free(self.path / name)
 
     def check_same(self, recipe: Recipe, settings: dict[str, Any]) -> None:
         """Whether a run that goes on here is the one that began here.
@@ -163,7 +171,7 @@ class RunFolder:
             content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
             if content["format_version"] == _FORMAT_VERSION:
                 return content
-        except (OSError, ValueError, KeyError, TypeError) as error:
+        except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
             raise UsageError(f"{file} cannot be read, or is damaged; give another folder") from error
         raise UsageError(f"{file} was written by another version of ddf_convert; give another folder")
 
