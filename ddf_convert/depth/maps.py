@@ -30,7 +30,7 @@ _MOST = 65535
 MOST_PIXELS = 2**27  # of an image; PIL warns from two thirds of it on
 _LARGEST_NUMBER = 16  # bytes of one, and room for a header
 # What is only decoded: of the formats that PIL knows one is a program, which it has Ghostscript run.
-_FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "BMP", "PPM", "TIFF", "GIF")
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 
 
 @dataclass(frozen=True)
