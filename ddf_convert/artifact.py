@@ -8,8 +8,9 @@ from __future__ import annotations
 import copy
 import json
 import os
-from collections.abc import Mapping
-from contextlib import suppress
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -20,11 +21,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 from torch import Tensor, fx, nn
 
+from ddf_convert.bounds import Header, check_arguments, in_proportion, read_header
 from ddf_convert.checkpoint import describe_difference, load_checkpoint, state_of
 from ddf_convert.copies import check_initialised, meta_copy
-from ddf_convert.errors import ArtifactError, UsageError
+from ddf_convert.disk import write_tensors
+from ddf_convert.errors import ArtifactError, DDFError, UsageError
 from ddf_convert.extra_state import extra_state_names, split_state
-from ddf_convert.folder import MANIFEST, FileRecord, check_writable, finished, replacing, unfinished
+from ddf_convert.folder import MANIFEST, FileRecord, check_replaceable, check_writable, finished, read_json, replacing
 from ddf_convert.graph.build import with_narrow_squeeze
 from ddf_convert.graph.parts import outstanding
 from ddf_convert.graph.plan import in_one_line
@@ -35,6 +38,7 @@ from ddf_convert.graph.trace import describe
 from ddf_convert.graph.wrappers import bare
 from ddf_convert.notices import tell_once
 from ddf_convert.provenance import OwnSource, TimmSource, built_by_timm, find_source
+from ddf_convert.rollback import unchanged_on_failure
 from ddf_convert.version import __version__
 
 __all__ = [
@@ -135,7 +139,8 @@ def save(
     Raises:
         UsageError: The model has no weights (meta device), holds only half of what was replaced together, has an extra
             state that cannot be kept, or timm does not build it from ``source``.
-        ArtifactError: The path is a file, or cannot be written.
+        ArtifactError: The path is a file, or cannot be written; or files that an artifact there does not account for
+            are in the way: nothing but what an earlier ``save`` wrote is replaced.
         DDFError: Writing failed.
     """
     model = bare(model)
@@ -154,13 +159,11 @@ def save(
             f" restore(fresh_model, folder) will read it; {_WITH_SOURCE}"
         )
     folder = Path(path)
-    if unfinished(folder):
-        with suppress(ArtifactError):  # what cannot be finished is about to be replaced
-            finished(folder, read_manifest(folder).files())
-    with replacing(folder) as stage:
-        safetensors.torch.save_file(tensors, stage / WEIGHTS, metadata={"format": "pt"})
+    names = [WEIGHTS, *([ORIGINAL] if original is not None else []), *([REPORT] if report is not None else [])]
+    with replacing(folder, names, _files_of) as stage:
+        write_tensors(tensors, stage / WEIGHTS)
         if original is not None:
-            safetensors.torch.save_file(originals, stage / ORIGINAL, metadata={"format": "pt"})
+            write_tensors(originals, stage / ORIGINAL)
         if report is not None:
             (stage / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
         manifest = Manifest(
@@ -177,10 +180,28 @@ def save(
             report=None if report is None else FileRecord.of(stage / REPORT),
         )
         (stage / MANIFEST).write_text(manifest.model_dump_json(indent=2, by_alias=True) + "\n", encoding="utf-8")
-    for name in {REPORT, ORIGINAL} - set(manifest.files()):
-        with suppress(OSError):
-            (folder / name).unlink(missing_ok=True)  # the manifest no longer names it
     return manifest
+
+
+def check_free(path: str | os.PathLike[str], original: bool = True) -> None:
+    """Makes sure that :func:`save` can write to a folder without losing a file that it did not write.
+
+    Args:
+        path: The folder; it need not exist.
+        original: Whether the weights before conversion will be kept too.
+
+    Raises:
+        ArtifactError: It cannot be written, or something is in the way; the message names it.
+    """
+    check_writable(path)
+    check_replaceable(path, [WEIGHTS, REPORT, *([ORIGINAL] if original else [])], _files_of)
+
+
+def _files_of(content: dict[str, Any]) -> dict[str, Any] | None:
+    """What the content of a manifest of any version says of the files beside it; None if it is something else's."""
+    if content.get("format") != FORMAT:
+        return None
+    return {WEIGHTS: content.get("weights"), ORIGINAL: content.get("original"), REPORT: content.get("report")}
 
 
 def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn.Module:
@@ -197,14 +218,14 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
             f"{folder} holds {_own(manifest.source)}, which only you can build; use"
             " ddf_convert.restore(fresh_model, folder)" + (f", or {_WITH_SOURCE}" if manifest.source.reason else "")
         )
-    return _fill(build_original(folder), folder, manifest).eval().to(device)
+    return _load(folder, manifest).eval().to(device)
 
 
 def restore(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     """Converts a fresh model as a folder records, and loads its weights, in place.
 
-    The model takes the dtype of the saved weights and keeps its device and training mode. Every check comes first:
-    if one fails the model is as it was.
+    The model takes the dtype of the saved weights and keeps its device and training mode. If anything fails, the model
+    is as it was: its modules, values, hooks and attributes.
 
     Args:
         model: The unconverted model, built as the one that was converted and saved. Parts of it that its constructor
@@ -218,7 +239,16 @@ def restore(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
         ArtifactError: The folder is not a whole artifact, or it does not fit the model.
     """
     folder = Path(path)
-    filled = _fill(bare(model), folder, read_manifest(folder))
+    manifest = read_manifest(folder)
+    weights, header = _weights(folder, manifest)
+    inner = bare(model)
+    with _named(folder, inner):
+        if any(tensor.device.type == "meta" for tensor in (*inner.parameters(), *inner.buffers())):
+            raise UsageError("the model is on the meta device and can hold no weights; build it on a real device")
+        _check_fits(meta_copy(inner), describe(inner), manifest, header)
+        tensors = _tensors(weights, manifest.shared)
+        with unchanged_on_failure(inner):
+            filled = _filled(inner, manifest, tensors)
     return filled if isinstance(filled, fx.GraphModule) else model
 
 
@@ -240,16 +270,15 @@ def load_original(path: str | os.PathLike[str], fresh_model: nn.Module | None = 
     if manifest.original is None:
         return None
     weights = finished(folder, {ORIGINAL: manifest.original})[ORIGINAL]
+    header = read_header(weights, manifest.original_shared)
     model = bare(build_original(folder) if fresh_model is None else fresh_model)
-    try:
-        tensors: dict[str, Any] = _tensors(weights, manifest.original_shared)
-        difference = _difference(model, tensors, manifest.original_extra_states)
+    with _named(folder, model):
+        difference = _difference(model, header, manifest.original_extra_states)
         if difference:
             raise UsageError(f"the original's weights do not fit {describe(model)}: {difference}")
-    except UsageError as error:
-        raise ArtifactError(f"{folder}: {error}") from error
-    _take_dtypes(model, tensors)
-    model.load_state_dict({**tensors, **copy.deepcopy(manifest.original_extra_states)})
+        tensors = _tensors(weights, manifest.original_shared)
+        with unchanged_on_failure(model):
+            _take(model, tensors, manifest.original_extra_states)
     return model.eval()
 
 
@@ -259,13 +288,12 @@ def build_original(path: str | os.PathLike[str]) -> nn.Module:
     Raises:
         ArtifactError: The folder is not an artifact, its model is the user's own, or timm no longer builds it.
     """
-    manifest = read_manifest(path)
+    folder = Path(path)
+    manifest = read_manifest(folder)
     if isinstance(manifest.source, OwnSource):
         raise ArtifactError(f"{path} holds {_own(manifest.source)}, which only you can build: give it")
-    try:
-        return built_by_timm(manifest.source, "cpu")
-    except UsageError as error:
-        raise ArtifactError(f"{path}: {error}") from error
+    _, header = _weights(folder, manifest)
+    return _built(folder, manifest.source, "cpu", header)
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
@@ -280,12 +308,7 @@ def read_manifest(path: str | os.PathLike[str]) -> Manifest:
         raise ArtifactError(f"{folder}: {'is a file, not a folder' if folder.exists() else 'no such folder'}")
     if not file.is_file():
         raise ArtifactError(f"{folder} is not an artifact of ddf_convert: it has no {MANIFEST}")
-    try:
-        content = json.loads(file.read_bytes())
-    except OSError as error:
-        raise ArtifactError(f"{file} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise ArtifactError(f"{file} is damaged: it is not JSON ({first_line(error)})") from error
+    content = read_json(file)
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         raise ArtifactError(f"{file} is not a manifest of ddf_convert")
     version = content.get("format_version")
@@ -314,46 +337,101 @@ def _in_todays_terms(manifest: Manifest) -> Manifest:
 # --- filling a model from a folder ---
 
 
-def _fill(model: nn.Module, folder: Path, manifest: Manifest) -> nn.Module:
-    """Converts a model and loads its weights, in place; all checks, on weightless copies, come first."""
+def _load(folder: Path, manifest: Manifest) -> nn.Module:
+    """The model of an artifact that timm can build; first on the meta device, where nothing costs memory."""
+    assert isinstance(manifest.source, TimmSource)
+    weights, header = _weights(folder, manifest)
+    sketch = _built(folder, manifest.source, "meta", header)
+    with _named(folder, sketch):
+        _check_fits(meta_copy(sketch), describe(sketch), manifest, header)
+        model = _built(folder, manifest.source, "cpu", header)
+        return _filled(model, manifest, _tensors(weights, manifest.shared))
+
+
+def _weights(folder: Path, manifest: Manifest) -> tuple[Path, Header]:
+    """The file of the weights, whole, and its header, which the rest of the manifest agrees with in size."""
     with suppress(ArtifactError):  # the report is for people: a damaged one stands in no model's way
         finished(folder, {REPORT: manifest.report} if manifest.report else {})
     weights = finished(folder, {WEIGHTS: manifest.weights})[WEIGHTS]
-    shapes = _shapes(weights, manifest.shared)
-    try:
-        if any(isinstance(each, Tensor) and each.device.type == "meta" for each in model.state_dict().values()):
-            raise UsageError("the model is on the meta device and can hold no weights; build it on a real device")
-        sketch = meta_copy(model)
+    header = read_header(weights, manifest.shared)
+    _check_steps(folder, manifest, header)
+    return weights, header
+
+
+def _check_steps(folder: Path, manifest: Manifest, header: Header) -> None:
+    """Whether the manifest replaces each layer once, and no more of them than there can be weights for.
+
+    Raises:
+        ArtifactError: It does not.
+    """
+    steps = manifest.conversion.replaced
+    places = [place for step in steps for place in step.places]
+    twice = next((place for place, count in Counter(places).items() if count > 1), None)
+    if twice is not None:
+        raise ArtifactError(f"{folder / MANIFEST} is damaged: {twice} is replaced twice")
+    named, most = len(places) + sum(len(step.removed) + len(step.apart) for step in steps), len(header.shapes)
+    if named > 1000 + 4 * most:
+        raise ArtifactError(f"{folder / MANIFEST} is damaged: it names {named:,} layers for {most:,} weights")
+
+
+def _check_fits(sketch: nn.Module, name: str, manifest: Manifest, header: Header) -> None:
+    """Converts a copy without weights and compares it with the header of the weights.
+
+    Raises:
+        UsageError: They do not fit.
+    """
+    with in_proportion(header, sketch):
         sketch = swap(sketch, prepare(sketch, outstanding(sketch, manifest.conversion.replaced)))
-        difference = _difference(sketch, shapes, manifest.extra_states)
-        if difference:
-            versions = ", ".join(f"{name} {version}" for name, version in manifest.versions.items())
-            raise UsageError(
-                f"the weights do not fit {describe(model)}: {difference}; they were written with {versions}"
-            )
-        layers = prepare(model, outstanding(model, manifest.conversion.replaced))
-    except UsageError as error:
-        raise ArtifactError(f"{folder}: {error}") from error
-    tensors = _tensors(weights, manifest.shared)
-    model = swap(model, layers)
-    _take_dtypes(model, tensors)
-    model.load_state_dict({**tensors, **copy.deepcopy(manifest.extra_states)})
+    if difference := _difference(sketch, header, manifest.extra_states):
+        versions = ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
+        raise UsageError(f"the weights do not fit {name}: {difference}; they were written with {versions}")
+
+
+def _difference(model: nn.Module, header: Header, extra_states: Mapping[str, Any]) -> str:
+    """What of a model's state a folder does not have, has too much, or cannot be taken for; empty if all is right."""
+    names = extra_state_names(model)
+    expected = state_of(model, extra_states=False) | dict.fromkeys(names, ())
+    # Extra states that are tensors have any shape.
+    found = header.shapes | dict.fromkeys((*extra_states, *(names & header.shapes.keys())), ())
+    tensors = {
+        **dict(model.named_parameters(remove_duplicate=False)),
+        **dict(model.named_buffers(remove_duplicate=False)),
+    }
+    return describe_difference(expected, found) or header.unfit_dtypes(tensors)
+
+
+def _filled(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> nn.Module:
+    """Converts a model and gives it weights, in place."""
+    model = swap(model, prepare(model, outstanding(model, manifest.conversion.replaced)))
+    _take(model, tensors, manifest.extra_states)
     model.ddf_conversion = manifest.conversion  # type: ignore[assignment]
     return model
 
 
-def _difference(
-    model: nn.Module,
-    found: Mapping[str, Tensor] | Mapping[str, tuple[int, ...]],
-    extra_states: Mapping[str, Any],
-) -> str:
-    """What of a model's state a folder does not have, or has too much, in one line; "" if all is right."""
-    shapes = {name: tuple(value.shape) if isinstance(value, Tensor) else value for name, value in found.items()}
-    names = extra_state_names(model)
-    return describe_difference(
-        state_of(model, extra_states=False) | dict.fromkeys(names, ()),
-        shapes | dict.fromkeys((*extra_states, *(names & shapes.keys())), ()),  # those that are tensors have any shape
-    )
+@contextmanager
+def _named(folder: Path, model: nn.Module) -> Iterator[None]:
+    """A context in which every error on the way from a folder to a model becomes one that names the folder."""
+    try:
+        yield
+    except ArtifactError:
+        raise
+    except UsageError as error:
+        raise ArtifactError(f"{folder}: {error}") from error
+    except (DDFError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        words = f"{type(error).__name__}: {first_line(error)}"
+        raise ArtifactError(f"{folder}: what it records cannot be done to {describe(model)}: {words}") from error
+
+
+def _built(folder: Path, source: TimmSource, device: str, header: Header) -> nn.Module:
+    """A fresh model from timm, if it is no larger than the weights account for."""
+    try:
+        check_arguments(source.kwargs, header)
+        with in_proportion(header):
+            return built_by_timm(source, device)
+    except UsageError as error:
+        raise ArtifactError(f"{folder}: {error}") from error
 
 
 def _tensors(weights: Path, shared: Mapping[str, str]) -> dict[str, Tensor]:
@@ -362,22 +440,17 @@ def _tensors(weights: Path, shared: Mapping[str, str]) -> dict[str, Tensor]:
     Raises:
         ArtifactError: The file is damaged.
     """
-    _shapes(weights, shared)
-    tensors = safetensors.torch.load_file(weights)
+    try:
+        tensors = safetensors.torch.load_file(weights)
+    except (safetensors.SafetensorError, OSError) as error:
+        raise ArtifactError(f"{weights} is damaged: {first_line(error)}") from error
     return {**tensors, **{name: tensors[kept] for name, kept in shared.items()}}
 
 
-def _shapes(weights: Path, shared: Mapping[str, str]) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors, likewise."""
-    try:
-        with safetensors.safe_open(weights, framework="pt") as file:
-            shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
-    except (safetensors.SafetensorError, OSError) as error:
-        raise ArtifactError(f"{weights} is damaged: {first_line(error)}") from error
-    absent = [kept for kept in shared.values() if kept not in shapes]
-    if absent:
-        raise ArtifactError(f"{weights.parent / MANIFEST} is damaged: {absent[0]} is not among the weights")
-    return {**shapes, **{name: shapes[kept] for name, kept in shared.items()}}
+def _take(model: nn.Module, tensors: dict[str, Tensor], extra_states: Mapping[str, Any]) -> None:
+    """Loads weights that fit, with their dtypes, and the extra states."""
+    _take_dtypes(model, tensors)
+    model.load_state_dict({**tensors, **copy.deepcopy(dict(extra_states))})
 
 
 def _take_dtypes(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:

@@ -22,6 +22,7 @@ from ddf_convert.commands.export import export
 from ddf_convert.commands.options import HELP, spread
 from ddf_convert.commands.training import evaluate, finetune
 from ddf_convert.commands.visualize import visualize
+from ddf_convert.disk import is_full, why
 from ddf_convert.errors import DDFError
 
 app = typer.Typer(
@@ -81,10 +82,20 @@ def run(arguments: list[str]) -> int:
         return _INTERRUPTED
     except BrokenPipeError:
         # The reader went away (`| head`): nobody is there to be told. Python must not try to flush at exit either.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _give_up_stdout()
         return 1
+    except OSError as error:
+        if debug or not is_full(error):
+            return _report_error(error, debug)
+        _give_up_stdout()
+        where = f" {error.filename}" if error.filename else ""
+        return _report_error(DDFError(f"could not write{where}: {why(error)}"), debug)
     except Exception as error:
         return _report_error(error, debug)
+
+
+def _give_up_stdout() -> None:
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _several_kernel_sizes(arguments: list[str]) -> list[str]:

@@ -248,7 +248,7 @@ def trainable_copy(module: nn.Module) -> nn.Module:
         Exception: Something in the module cannot be copied.
     """
     with torch.inference_mode(False):  # or the copy could not be trained
-        computed = {id(tensor): tensor.detach().clone() for tensor in _tensors(module) if not tensor.is_leaf}
+        computed = {id(tensor): tensor.detach().clone() for tensor in tensors_of(module) if not tensor.is_leaf}
         return _deep_copy(module, computed, keep_others=True)
 
 
@@ -287,7 +287,7 @@ def unchanged_random_states() -> Iterator[None]:
 def _copy(module: nn.Module, like: Callable[[Tensor], Tensor]) -> nn.Module:
     check_initialised(module)
     # deepcopy takes what the memo holds for the copy: shared tensors stay shared, and no weight is ever duplicated.
-    tensors: dict[int, Any] = {id(tensor): like(tensor) for tensor in _tensors(module)}
+    tensors: dict[int, Any] = {id(tensor): like(tensor) for tensor in tensors_of(module)}
     try:
         try:
             return _deep_copy(module, dict(tensors), keep_others=False)
@@ -376,7 +376,7 @@ def _as_parameter(tensor: Tensor) -> nn.Parameter:
     return nn.Parameter(tensor, requires_grad=tensor.is_floating_point() or tensor.is_complex())
 
 
-def _tensors(module: nn.Module) -> Iterator[Tensor]:
+def tensors_of(module: nn.Module) -> Iterator[Tensor]:
     """Parameters, buffers, and tensors anywhere in attributes: a detector's anchors, the weight of weight_norm."""
     seen: set[int] = set()
     for part in module.modules():

@@ -9,12 +9,33 @@ from collections.abc import Iterator
 # What the system says where there is no room at the moment, or where an attempt was cut off.
 _PASSING = re.compile("EAGAIN|EBUSY|EDQUOT|EINTR|EIO|EMFILE|ENFILE|ENOLCK|ENOMEM|ENOSPC|ESTALE|ETIMEDOUT")
 _NO_MEMORY = re.compile(r"out.of.memory|(can't|cannot) allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
+_WORD = 300  # characters of one word: more than a path has that people type
+_MESSAGE = 4000
+_LONG_WORD = re.compile(rf"\S{{{_WORD + 1},}}")
+
+
+def shortened(message: str) -> str:
+    """A message without the middle of what is very long in it, and with escapes for what a terminal would not print.
+
+    Messages quote names and values of files, which may be anything: an option of a manifest can have megabytes.
+    """
+    words = _LONG_WORD.sub(lambda found: _ends(found[0], _WORD), message)
+    short = _ends(words, _MESSAGE) if len(words) > _MESSAGE else words
+    return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in short)
+
+
+def _ends(text: str, most: int) -> str:
+    head, tail = text[: most * 2 // 3], text[-(most // 6) :]
+    return f"{head}...({len(text) - len(head) - len(tail):,} characters)...{tail}"
 
 
 class DDFError(Exception):
     """Something failed that is not the user's mistake. The command line exits with 1."""
 
     exit_code = 1
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(shortened(each) if isinstance(each, str) else each for each in arguments))
 
 
 class UsageError(DDFError, ValueError):

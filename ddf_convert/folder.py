@@ -1,27 +1,35 @@
 """A folder of files that changes as one: whoever reads it finds the old files or the new ones, never a mixture.
 
 The manifest names every other file with its size and SHA-256, and putting the manifest in place is the moment that
-counts. In a folder that exists already, the new files come first under names of their own (``NAME.new``); after the
-manifest they get their names. A reader who meets a folder between the two finishes the job.
+counts. In a folder that exists already, the new files come first in a folder of their own inside it; after the manifest
+they get their places. A reader who meets a folder between the two finishes the job.
+
+The manifest also says which files are ours. Whatever else stands where a file would go belongs to the user.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
-import shutil
 import tempfile
-import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ddf_convert.disk import flush, remove, remove_leftovers, temporary, why
 from ddf_convert.errors import ArtifactError, DDFError
 
 MANIFEST = "manifest.json"
-_PENDING = ".new"
+_PENDING = ".commit"  # a folder; it still holds its manifest unless that is in place
+_OLD_PENDING = ".new"  # the end of pending files' names, once
+_LARGEST_JSON = 2**26  # bytes: manifests of thousands of layers have some 2**20
+
+# What the content of a manifest says of the files beside it, by name; None if it is another program's.
+FilesOf = Callable[[dict[str, Any]], Mapping[str, Any] | None]
 
 
 class FileRecord(BaseModel):
@@ -34,7 +42,7 @@ class FileRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    size: int
+    size: Annotated[int, Field(ge=0, lt=2**63)]
     sha256: str
 
     @classmethod
@@ -42,6 +50,10 @@ class FileRecord(BaseModel):
         """The record of a file as it is."""
         with path.open("rb") as file:
             return cls(size=path.stat().st_size, sha256=hashlib.file_digest(file, "sha256").hexdigest())
+
+    def fits(self, path: Path) -> bool:
+        """Whether a file is there and is as it must be."""
+        return path.is_file() and path.stat().st_size == self.size and FileRecord.of(path) == self
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
@@ -54,6 +66,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     existing = folder
     try:
         while not existing.exists() and existing != existing.parent:
+            if existing.is_symlink():
+                raise ArtifactError(f"cannot write to {folder}: {existing} is a link to nothing; choose another folder")
             existing = existing.parent
         is_folder = existing.is_dir()
         if is_folder:
@@ -62,42 +76,96 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             for name in folder.parts[len(existing.parts) :]:  # refuses names that no folder can have
                 with suppress(FileNotFoundError):
                     os.lstat(existing / name)
+    except ArtifactError:
+        raise
     except (OSError, ValueError) as error:
-        raise ArtifactError(f"cannot write to {folder}: {_why(error)}; choose another folder") from error
+        raise ArtifactError(f"cannot write to {folder}: {why(error)}; choose another folder") from error
     if not is_folder:
         raise ArtifactError(f"cannot write to {folder}: {existing} is a file; choose another folder")
 
 
-@contextmanager
-def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """A context that gives an empty folder to write files into, the manifest among them, and at its end puts them at
-    ``path`` as one. If the body fails nothing has changed.
+def check_replaceable(path: str | os.PathLike[str], names: Iterable[str], files_of: FilesOf) -> dict[str, FileRecord]:
+    """Makes sure that files of these names can be written to a folder without losing any that is not ours.
+
+    Ours are the manifest, and the files that are as it says.
+
+    Args:
+        path: The folder; it need not exist.
+        names: Of the files beside the manifest.
+        files_of: What the content of a manifest says of them.
+
+    Returns:
+        What the manifest says of the files beside it.
 
     Raises:
-        ArtifactError: The path is a file, or cannot be written.
+        ArtifactError: Something else is in the way; the message names it.
+    """
+    folder = Path(path)
+    records = _records(folder, files_of)
+    for name in names:
+        file = folder / name
+        if name == MANIFEST or not os.path.lexists(file):
+            continue
+        if name not in records:
+            raise ArtifactError(
+                f"{file} is in the way: ddf_convert would write its own {name} there, and did not write this one;"
+                " move it away, or choose another folder"
+            )
+        if not _fits(records[name], file):
+            raise ArtifactError(
+                f"{file} is in the way: it is not the file that {MANIFEST} describes, but was changed or replaced;"
+                " move it away, or choose another folder"
+            )
+    return records
+
+
+@contextmanager
+def replacing(
+    path: str | os.PathLike[str], names: Iterable[str] = (), files_of: FilesOf | None = None
+) -> Iterator[Path]:
+    """A context that gives an empty folder to write files into, the manifest among them, and at its end puts them at
+    ``path`` as one. If the body fails nothing has changed. Files that only the manifest before named are removed.
+
+    Args:
+        path: The folder.
+        names: Of the files beside the manifest that will be written.
+        files_of: What the content of a manifest says of the files beside it. None means that all of the folder is the
+            package's own, whatever is in it.
+
+    Raises:
+        ArtifactError: The path is a file, or cannot be written; or files of the user are in the way.
         DDFError: Writing failed, for instance because the disk is full.
     """
     folder = Path(path)
     check_writable(folder)
+    before: dict[str, FileRecord] = {}
+    if files_of is not None:
+        _finish(folder, files_of)
+        before = check_replaceable(folder, names, files_of)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         inside = folder.is_dir()
-        stage = (folder if inside else folder.parent) / f".saving-{uuid.uuid4().hex}"
-        stage.mkdir()
-        try:
+        for place in (folder.parent, *([folder] if inside else [])):
+            remove_leftovers(place)
+        seen = {name: _identity(folder / name) for name in names}
+        with temporary(folder if inside else folder.parent, folder=True) as stage:
             yield stage
             for file in stage.iterdir():
                 file.chmod((stage / MANIFEST).stat().st_mode)  # safetensors keeps its files to their owner
-                _flush(file)
+                flush(file)
+            for name, identity in seen.items():
+                if _identity(folder / name) != identity:
+                    raise ArtifactError(f"{folder / name} was changed meanwhile; nothing was written")
             if inside:
                 _commit(stage, folder)
             else:
                 os.rename(stage, folder)
-                _flush(folder.parent)
-        finally:
-            shutil.rmtree(stage, ignore_errors=True)
+                flush(folder.parent)
+        for name in before.keys() - set(names):
+            if _fits(before[name], folder / name):
+                remove(folder / name)
     except OSError as error:
-        raise DDFError(f"could not write {folder}: {_why(error)}") from error
+        raise DDFError(f"could not write {folder}: {why(error)}") from error
 
 
 def finished(folder: Path, records: Mapping[str, FileRecord]) -> dict[str, Path]:
@@ -109,50 +177,106 @@ def finished(folder: Path, records: Mapping[str, FileRecord]) -> dict[str, Path]
     return {name: _located(folder, name, record) for name, record in records.items()}
 
 
-def unfinished(folder: Path) -> bool:
-    """Whether a commit may have been interrupted here."""
-    return any(folder.glob(f"*{_PENDING}"))
+def read_json(file: Path) -> Any:
+    """The content of a JSON file.
+
+    Raises:
+        ArtifactError: It cannot be read, or is not JSON.
+    """
+    try:
+        with file.open("rb") as opened:
+            text = opened.read(_LARGEST_JSON + 1)
+    except OSError as error:
+        raise ArtifactError(f"{file} cannot be read: {why(error)}") from error
+    if len(text) > _LARGEST_JSON:
+        raise ArtifactError(f"{file} is damaged: it has more than {_LARGEST_JSON:,} bytes")
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(f"{file} is damaged: it is not JSON ({str(error).splitlines()[0]})") from error
+
+
+def _records(folder: Path, files_of: FilesOf) -> dict[str, FileRecord]:
+    """What the manifest of a folder says of the files beside it; empty where there is none.
+
+    Raises:
+        ArtifactError: The manifest is another program's, or cannot be read.
+    """
+    file = folder / MANIFEST
+    if not os.path.lexists(file):
+        return {}
+    found = None
+    with suppress(ArtifactError):
+        content = read_json(file)
+        found = files_of(content) if isinstance(content, dict) else None
+    if not isinstance(found, Mapping):
+        raise ArtifactError(
+            f"{file} is in the way: it is not a manifest that can be replaced here; move it away, or choose another"
+            " folder"
+        )
+    records = {}
+    for name, record in found.items():
+        with suppress(ValidationError):
+            records[name] = FileRecord.model_validate(record)
+    return records
+
+
+def _finish(folder: Path, files_of: FilesOf) -> None:
+    """Finishes a commit that was interrupted, as far as its files are there."""
+    if not (folder / _PENDING).is_dir() and not any(folder.glob(f"*{_OLD_PENDING}")):
+        return
+    for name, record in _records(folder, files_of).items():
+        with suppress(ArtifactError):  # what cannot be finished is about to be replaced, or in the way
+            _located(folder, name, record)
+
+
+def _identity(file: Path) -> tuple[int, ...] | None:
+    """What is another after a file was changed or replaced."""
+    try:
+        found = file.lstat()
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
+def _fits(record: FileRecord, file: Path) -> bool:
+    try:
+        return record.fits(file)
+    except OSError:
+        return False
 
 
 def _commit(stage: Path, folder: Path) -> None:
-    names = [file.name for file in stage.iterdir() if file.name != MANIFEST]
-    for name in names:
-        os.replace(stage / name, folder / (name + _PENDING))
-    _flush(folder)
-    os.replace(stage / MANIFEST, folder / MANIFEST)  # from here on the folder is the new one
-    _flush(folder)
-    for name in names:
-        os.replace(folder / (name + _PENDING), folder / name)
-    _flush(folder)
+    pending = folder / _PENDING
+    remove(pending)
+    os.rename(stage, pending)
+    flush(folder)
+    os.replace(pending / MANIFEST, folder / MANIFEST)  # from here on the folder is the new one
+    flush(folder)
+    for name in os.listdir(pending):
+        with suppress(FileNotFoundError):  # a reader finished this one
+            os.replace(pending / name, folder / name)
+    flush(folder)
+    with suppress(OSError):
+        pending.rmdir()
 
 
 def _located(folder: Path, name: str, record: FileRecord) -> Path:
-    final, pending = folder / name, folder / (name + _PENDING)
-    if final.is_file() and final.stat().st_size == record.size and FileRecord.of(final) == record:
+    final = folder / name
+    if record.fits(final):
         return final
-    if pending.is_file() and FileRecord.of(pending) == record:
-        with suppress(OSError):  # a folder that cannot be written is read as it is
-            os.replace(pending, final)
-            return final
-        return pending
+    for pending in (folder / _PENDING / name, folder / (name + _OLD_PENDING)):
+        with suppress(FileNotFoundError):  # its writer finishes it at this moment
+            if record.fits(pending):
+                with suppress(OSError):  # a folder that cannot be written is read as it is
+                    os.replace(pending, final)
+                    return final
+                return pending
     if not final.is_file():
         raise ArtifactError(f"{final} is missing; save the model again")
     size = final.stat().st_size
     if size != record.size:
         raise ArtifactError(f"{final} has {size:,} bytes where the manifest says {record.size:,}: it is incomplete")
+    if record.fits(final):
+        return final
     raise ArtifactError(f"{final} is damaged: its SHA-256 is not that of the manifest; save the model again")
-
-
-def _flush(path: Path) -> None:
-    """Makes sure that a file, or the names in a folder, are on the disk."""
-    if path.is_dir() and os.name == "nt":
-        return  # Windows does not open folders
-    descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _why(error: Exception) -> str:
-    return (error.strerror if isinstance(error, OSError) else None) or str(error)

@@ -162,6 +162,8 @@ def built_by_timm(source: TimmSource, device: str) -> nn.Module:
         with torch.random.fork_rng(devices=[]), torch.device(device):
             arguments: dict[str, Any] = dict(source.kwargs)
             return timm.create_model(source.name, pretrained=False, **arguments)
+    except UsageError:  # it becomes too large, on any device
+        raise
     except Exception as error:
         if device == "meta":  # some models look at values while they are built
             return built_by_timm(source, "cpu")

@@ -30,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from ddf_convert import artifact, folder, layers
+from ddf_convert import artifact, disk, folder, layers
 from ddf_convert.artifact import TimmSource, load, load_checkpoint, read_manifest, restore, save
 from ddf_convert.errors import ArtifactError, DDFError, UsageError
 from ddf_convert.graph import convert, plan, recorded
@@ -570,6 +570,42 @@ def edit_step(**changes):
     return change
 
 
+def recast(name, dtype):
+    """One tensor of the weights in another dtype, under a manifest that vouches for the file."""
+
+    def change(path):
+        tensors = safetensors.torch.load_file(path / "model.safetensors")
+        tensors[name] = tensors[name].to(dtype)
+        safetensors.torch.save_file(tensors, path / "model.safetensors")
+        edit(weights=folder.FileRecord.of(path / "model.safetensors").model_dump())(path)
+
+    return change
+
+
+def edit_replacement(layer, options):
+    def change(path):
+        content = json.loads((path / "manifest.json").read_text())
+        content["conversion"]["replaced"][0]["replacement"] |= {"layer": layer, "options": options, "mix": None}
+        (path / "manifest.json").write_text(json.dumps(content))
+
+    return change
+
+
+def repeat_steps(count):
+    def change(path):
+        content = json.loads((path / "manifest.json").read_text())
+        step = content["conversion"]["replaced"][0]
+        content["conversion"]["replaced"] = [
+            step if count == 2 else {**step, "names": [f"layer{number}"]} for number in range(count)
+        ]
+        (path / "manifest.json").write_text(json.dumps(content))
+
+    return change
+
+
+GEOMETRY = {"in_channels": 24, "out_channels": 32, "kernel_size": 3, "stride": 1, "dilation": 1, "bias": False}
+
+
 def timm_source(**fields):
     return edit(source={"kind": "timm", "name": SMALL, "kwargs": {}, **fields})
 
@@ -610,6 +646,38 @@ DAMAGE = {
     "other padding mode": (edit_step(padding_mode="reflect"), "has padding_mode zeros, where the record has reflect"),
     "huge squeeze": (edit_step(se_ratio=1e30), "cannot be built"),
     "wrong type": (edit_step(heads="many"), "cannot be built"),
+    "weights that are integers": (recast("fc.weight", torch.int32), "fc.weight is int32 and should be float32"),
+    "weights that are complex": (recast("fc.bias", torch.complex64), "fc.bias is complex64 and should be float32"),
+    "weights of 8 bits": (recast("fc.bias", torch.float8_e4m3fn), "fc.bias is float8_e4m3fn and should be"),
+    "weights that are truths": (recast("fc.bias", torch.bool), "fc.bias is bool and should be float32"),
+    "a counter that is none": (
+        recast("bn1.num_batches_tracked", torch.float32),
+        "tracked is float32 and should be int64",
+    ),
+    "no padding": (
+        edit_replacement("depthwise", GEOMETRY),
+        "cannot be built: it has no 'padd",
+    ),
+    "a million experts": (
+        edit_replacement("condconv", {**GEOMETRY, "padding": 1, "groups": 1, "num_experts": 10**6}),
+        "would become much larger than its weights are",
+    ),
+    "a million blocks": (timm_source(kwargs={"layers": [10**6]}), r"layers \[1000000\] is more than"),
+    "many blocks": (timm_source(kwargs={"layers": [2500, 2500, 2500, 2500]}), "would become much larger"),
+    "many blocks in all": (timm_source(kwargs={"layers": [2500] * 100}), "is more than a model of these weights"),
+    "many classes": (timm_source(kwargs={"num_classes": 10**7}), "num_classes 10000000 is more than"),
+    "a number that is none": (timm_source(kwargs={"drop_rate": float("nan")}), "drop_rate nan is more than"),
+    "a layer twice": (repeat_steps(2), "is replaced twice"),
+    "very many layers": (repeat_steps(5_000), "it names 5,000 layers"),
+    "a long option": (edit_step(combine="x" * 10**5), r"characters\)"),
+    "a long name": (timm_source(name="x " * 10**5), r"characters\)"),
+    "a long key": (edit(**{"x" * 10**5: 1}), r"characters\)"),
+    "a number of very many digits": (write("manifest.json", b"9" * 10**5), "is not JSON"),
+    "a version of many digits": (edit(format_version=10**4000), r"characters\)"),
+    "a size of many digits": (
+        edit(weights={"size": 10**4000, "sha256": "x"}),
+        r"weights\.size",
+    ),
 }
 
 
@@ -621,6 +689,164 @@ def test_damage_is_refused_in_one_line(damaged, case):
         load(damaged)
     assert "\n" not in str(caught.value)
     assert "damaged" in str(caught.value)  # the folder's name
+    assert len(str(caught.value)) < 4500
+
+
+def test_restore_is_all_or_nothing_with_foreign_weights(tmp_path):
+    model, _ = small(1.0, None)
+    for dtype in (torch.int32, torch.complex64, torch.float8_e5m2):
+        save(model, tmp_path / "out")
+        recast("0.bias", dtype)(tmp_path / "out")
+        fresh = small(5.0, None)[0]
+        before = Seen(fresh)
+        with pytest.raises(ArtifactError, match="another dtype"):
+            restore(fresh, tmp_path / "out")
+        before.check(fresh)
+        shutil.rmtree(tmp_path / "out")
+
+
+class Seen:
+    """All of a model: modules by identity, values by their bits, attributes, hooks and modes."""
+
+    def __init__(self, model):
+        self.parts = [(name, part, type(part)) for name, part in model.named_modules(remove_duplicate=False)]
+        self.attributes = [copy.copy(vars(part)) for _, part, _ in self.parts]
+        self.inner = [
+            {key: list(value.items()) for key, value in vars(part).items() if isinstance(value, dict)}
+            for _, part, _ in self.parts
+        ]
+        tensors = [*model.parameters(), *model.buffers()]
+        self.tensors = [(t, t.data_ptr(), t.dtype, t.stride(), t.requires_grad, t.detach().clone()) for t in tensors]
+        self.notes = copy.deepcopy([getattr(part, "notes", None) for _, part, _ in self.parts])
+
+    def check(self, model):
+        now = Seen(model)
+        assert [(name, id(part), kind) for name, part, kind in now.parts] == [
+            (name, id(part), kind) for name, part, kind in self.parts
+        ]
+        for one, other in zip(now.attributes, self.attributes, strict=True):
+            assert list(one) == list(other)
+            assert all(one[name] is other[name] for name in one)
+        for one, other in zip(now.inner, self.inner, strict=True):
+            assert {key: [(name, id(value)) for name, value in items] for key, items in one.items()} == {
+                key: [(name, id(value)) for name, value in items] for key, items in other.items()
+            }
+        assert now.notes == self.notes
+        for one, other in zip(now.tensors, self.tensors, strict=True):
+            assert one[0] is other[0]
+            assert one[1:5] == other[1:5]
+            assert torch.equal(one[5].reshape(-1).view(torch.uint8), other[5].reshape(-1).view(torch.uint8))
+
+
+class Noted(nn.Module):
+    """With everything that a restore could leave changed; its own part of loading can be made to fail."""
+
+    def __init__(self, fails=False):
+        super().__init__()
+        self.body = nn.Sequential(nn.Conv2d(3, 32, 3), nn.BatchNorm2d(32), nn.Conv2d(32, 32, 3, padding=1))
+        self.up = nn.Upsample(scale_factor=2)
+        self.register_buffer("count", torch.zeros(2, dtype=torch.int64))
+        self.notes = {"seen": [1, {"deep": 2}]}
+        self.fails = fails
+        self.body[1].train(False)
+        self.body[0].weight.requires_grad_(False)
+        self.body[0].register_forward_hook(print)
+
+    def get_extra_state(self):
+        return torch.ones(1)
+
+    def set_extra_state(self, state):
+        self.notes["seen"][1]["deep"] = 3
+        self.notes["more"] = True
+        self.attribute = 5
+        if self.fails:
+            raise KeyError("mine")
+
+    def forward(self, x):
+        return torch.nn.functional.interpolate(self.up(self.body(x)), scale_factor=2)
+
+
+def fails_in(name, after=0):
+    """Makes a step of restoring fail, once what comes before it is done."""
+
+    def change(patch):
+        target, attribute = name
+        original = getattr(target, attribute)
+
+        def failing(*args, **kwargs):
+            if after:
+                original(*args, **kwargs)
+            raise RuntimeError("in the middle")
+
+        patch.setattr(target, attribute, failing)
+
+    return change
+
+
+MIDDLE = {
+    "set_extra_state": lambda patch: None,
+    "swap": fails_in((artifact, "swap")),
+    "after the swap": fails_in((artifact, "_take_dtypes")),
+    "after the dtypes": fails_in((artifact, "_take_dtypes"), after=1),
+    "load_state_dict": fails_in((nn.Module, "load_state_dict")),
+    "after load_state_dict": fails_in((nn.Module, "load_state_dict"), after=1),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("place", MIDDLE)
+def test_restore_that_fails_in_the_middle_changes_nothing(tmp_path, monkeypatch, place, dtype):
+    image = torch.randn(1, 3, 20, 20)
+    model = shaken(convert(Noted(), example_input=image, upsample=True)).to(dtype)
+    assert len(recorded(model).replaced) == 3
+    save(model, tmp_path / "out")
+    fresh = Noted(fails=place == "set_extra_state")
+    before = Seen(fresh)
+    with monkeypatch.context() as patch:
+        if place == "swap":  # the sketch is swapped too, and before
+            calls, swap = [], artifact.swap
+
+            def second(*args):
+                calls.append(swap(*args))
+                if len(calls) == 2:
+                    raise RuntimeError("in the middle")
+                return calls[-1]
+
+            patch.setattr(artifact, "swap", second)
+        else:
+            MIDDLE[place](patch)
+        with pytest.raises(ArtifactError, match=r"out: what it records cannot be done to Noted: (Runtime|Key)Error: "):
+            restore(fresh, tmp_path / "out")
+    before.check(fresh)
+    if place != "set_extra_state":
+        assert same_state(restore(fresh, tmp_path / "out"), model)
+
+
+def test_a_ctrl_c_in_the_middle_changes_nothing(tmp_path, monkeypatch):
+    save(small(1.0, None)[0], tmp_path / "out")
+    fresh = small(5.0, None)[0]
+    before = Seen(fresh)
+
+    def interrupted(*args, **kwargs):
+        nn.init.zeros_(fresh[0].weight)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(nn.Module, "load_state_dict", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        restore(fresh, tmp_path / "out")
+    before.check(fresh)
+
+
+def test_load_original_is_all_or_nothing(tmp_path, monkeypatch):
+    save(small(1.0, None)[0], tmp_path / "out", original=small(1.0, None)[0].half())
+    fresh = small(5.0, None)[0]
+    before = Seen(fresh)
+    with monkeypatch.context() as patch:
+        fails_in((nn.Module, "load_state_dict"), after=1)(patch)
+        with pytest.raises(ArtifactError, match="in the middle"):
+            artifact.load_original(tmp_path / "out", fresh)
+    before.check(fresh)
+    assert artifact.load_original(tmp_path / "out", fresh)[0].weight.dtype == torch.float16
 
 
 def test_a_damaged_report_stands_in_no_models_way(damaged, model):
@@ -740,7 +966,7 @@ def killed_at(count, monkeypatch):
     monkeypatch.setattr(folder.os, "rename", interrupted(os.rename))
     monkeypatch.setattr(folder.os, "fsync", interrupted(os.fsync))
     monkeypatch.setattr(artifact.safetensors.torch, "save_file", interrupted(safetensors.torch.save_file))
-    monkeypatch.setattr(folder.shutil, "rmtree", lambda *args, **kwargs: None)
+    monkeypatch.setattr(disk.shutil, "rmtree", lambda *args, **kwargs: None)
 
 
 def small(value, report):

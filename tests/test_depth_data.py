@@ -1,5 +1,10 @@
 """Photos and depth maps as files, pairs of them, NYU Depth V2's file, and small maps made of large ones."""
 
+import re
+import struct
+import tracemalloc
+import zlib
+
 import h5py
 import numpy as np
 import pytest
@@ -304,3 +309,86 @@ def test_small_pairs_are_enlarged_by_reflection():
     depth = torch.tensor([[[1.0, 2.0, 3.0]]])
     _, depths = Crops(Pairs([(torch.zeros(3, 1, 3, dtype=torch.uint8), depth)]), 8, None, seed=0).batch(0, 1)
     assert depths[0, 0, 0].tolist() == [1, 2, 3, 3, 2, 1, 1, 2]
+
+
+# --- files that claim to be more than they are ---
+
+
+def npy(shape, dtype="<f4", data=b"", version=1):
+    """An NPY file with any header."""
+    text = f"{{'descr': {dtype!r}, 'fortran_order': False, 'shape': {shape}, }}".ljust(117) + "\n"
+    return (
+        b"\x93NUMPY"
+        + bytes((version, 0))
+        + len(text).to_bytes(2 if version == 1 else 4, "little")
+        + text.encode()
+        + data
+    )
+
+
+TEN_BYTES = struct.pack(">I", 10) + b"IDAT" + b"x" * 14
+
+
+def png(width, height):
+    """The beginning of a PNG of 16 bits: a header and hardly a pixel."""
+    chunk = b"IHDR" + struct.pack(">IIBBBBB", width, height, 16, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + struct.pack(">I", 13) + chunk + struct.pack(">I", zlib.crc32(chunk)) + TEN_BYTES
+
+
+CLAIMS = {
+    "npy of 10^18": ("a.npy", npy((10**9, 10**9)), "it is incomplete"),
+    "npy of 10^40": ("a.npy", npy((10**20, 10**20)), "it is incomplete"),
+    "npy that wraps to 0": ("a.npy", npy((2**32, 2**32)), "it is incomplete"),
+    "npy, one short": ("a.npy", npy((2, 2), data=b"\0" * 15), "it is incomplete"),
+    "npy of negative sizes": ("a.npy", npy((-3, 4), data=b"\0" * 99), "cannot be read"),
+    "npy of long text": ("a.npy", npy((1, 1), dtype=f"<U{2**28}"), "cannot be read|it is incomplete"),
+    "npy of objects": ("a.npy", npy((1, 1), dtype="|O", data=b"\0" * 99), "cannot be read"),
+    "npy whose header is no shape": ("a.npy", npy("x"), "cannot be read"),
+    "npy of a later version": ("a.npy", npy((1, 1), version=3), "version 3.0"),
+    "npy cut off": ("a.npy", b"\x93NUMPY\x01", "cannot be read"),
+    "npy of nested brackets": ("a.npy", npy("(" * 5000), "cannot be read"),
+    "pfm of 10^18": ("a.pfm", b"Pf\n1000000000 1000000000\n-1.0\nxxxx", "it should hold"),
+    "pfm of many digits": ("a.pfm", b"Pf\n" + b"9" * 5000 + b" 1\n-1.0\nxxxx", "cannot be read"),
+    "png of 10^18": ("a.png", png(10**9, 10**9), "cannot be read"),
+    "png of a gigabyte": ("a.png", png(2**15, 2**15), "cannot be read: .*exceeds limit"),
+    "a program in PostScript": ("a.png", b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "is not an image"),
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_files_that_claim_too_much(tmp_path, name):
+    file, content, words = CLAIMS[name]
+    (tmp_path / file).write_bytes(content)
+    tracemalloc.start()
+    try:
+        message = said(read_depth, tmp_path / file)
+        assert tracemalloc.get_traced_memory()[1] < 20e6
+    finally:
+        tracemalloc.stop()
+    assert re.search(words, message)
+    assert len(message) < 1000
+
+
+def test_a_sparse_file_is_not_read(tmp_path):
+    with (tmp_path / "a.npy").open("wb") as file:
+        file.write(npy((2**20, 2**20)))
+        file.truncate(2**43)
+    assert "a depth map has up to" in said(read_depth, tmp_path / "a.npy")
+
+
+@pytest.mark.parametrize(
+    ("images", "depths", "words"),
+    [
+        ((10**6, 3, 640, 480), (10**6, 640, 480), "which are not there"),
+        ((2, 3, 10**5, 10**5), (2, 10**5, 10**5), "and up to"),
+        (None, (2, 4, 4), "not both arrays"),
+    ],
+)
+def test_hdf5_that_claims_too_much(tmp_path, images, depths, words):
+    with h5py.File(tmp_path / "a.mat", "w") as file:
+        if images is None:
+            file.create_group("images")
+        else:
+            file.create_dataset("images", images, np.uint8, chunks=True)
+        file.create_dataset("depths", depths, np.float32, chunks=True)
+    assert words in said(nyu.open_file, tmp_path / "a.mat")

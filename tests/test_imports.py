@@ -62,7 +62,7 @@ def line() -> list[list[str]]:
 def beside() -> set[str]:
     """Those that import nothing of the line."""
     page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
-    found = re.search(r"^((?:`\w+`(?:,| and)?\s)+)stand beside\s+this\s+line", page, re.MULTILINE)
+    found = re.search(r"^((?:`\w+`(?:,|\s+and)?\s)+)stand beside\s+this\s+line", page, re.MULTILINE)
     assert found
     return set(re.findall(r"`(\w+)`", found[1]))
 

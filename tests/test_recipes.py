@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import tracemalloc
 
 import networks as net
 import numpy
@@ -682,3 +683,43 @@ def test_what_is_wrong_with_a_recipe_is_said_in_one_line_and_nothing_is_written(
     assert err.count("\n") == 1
     assert out == ""
     assert not (tmp_path / "out").exists()
+
+
+BOMB = "a0: &a0 [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 12)
+)
+HOSTILE = {
+    "aliases of aliases": (BOMB, "more than 20,000 values"),
+    "an alias of itself": ("a: &a [*a]\n", "more than 20,000 values"),
+    "brackets": ("a: " + "[" * 5000, "nested too deeply"),
+    "closed brackets": ("a: " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+    "braces": ("{a: " * 5000, "nested too deeply"),
+    "much text": ("a: " + "x" * 2**20, "more than 1,048,576 bytes"),
+    "many digits": ("a: " + "9" * 5000, "not YAML"),
+    "a day that is none": ("a: 2024-13-77\n", "not YAML"),
+    "a float that is none": ("a: !!float b\n", "not YAML"),
+    "a tag of Python": ("a: !!python/object/apply:os.system [ls]\n", "not YAML"),
+    "a control character": ("a: \x07\n", "not YAML"),
+    "a list as key": ("? [a]\n: b\n", "not YAML"),
+    "a long key": ("name: a\n" + "x" * 1000 + ": 1\n", "characters\\)"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_hostile_files_are_refused_quickly(name, tmp_path):
+    text, words = HOSTILE[name]
+    (tmp_path / "r.yaml").write_text(text)
+    tracemalloc.start()
+    try:
+        with pytest.raises(UsageError, match=words) as caught:
+            ddf.recipes.load(tmp_path / "r.yaml")
+        assert tracemalloc.get_traced_memory()[1] < 100e6
+    finally:
+        tracemalloc.stop()
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 2000
+
+
+def test_a_device_is_not_read_to_its_end():
+    with pytest.raises(UsageError, match="more than 1,048,576 bytes"):
+        ddf.recipes.load("/dev/zero")

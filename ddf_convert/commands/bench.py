@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -23,11 +23,13 @@ from ddf_convert.commands.options import (
     Heads,
     InputSize,
     Model,
+    Overwrite,
     SeRatio,
+    read_by,
     takes_conversion,
 )
 from ddf_convert.errors import UsageError
-from ddf_convert.files import check_file, write_file
+from ddf_convert.files import check_different, check_output, write_file
 
 app = typer.Typer(
     help="Measure the operator, a layer or a model beside what they replace.",
@@ -103,10 +105,11 @@ def bench_op(
     device: Device = None,
     json_file: JsonFile = None,
     plot: PlotFile = None,
+    overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
     """The operator beside convolutions and plain PyTorch, at the paper's sizes."""
-    with _measuring(json_file, plot) as say:
+    with _measuring(json_file, plot, overwrite) as say:
         from ddf_convert.bench import op
         from ddf_convert.devices import choose
 
@@ -144,10 +147,11 @@ def bench_up(
     device: Device = None,
     json_file: JsonFile = None,
     plot: PlotFile = None,
+    overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
     """DDF-Up beside interpolation, a transposed convolution and unfolding."""
-    with _measuring(json_file, plot) as say:
+    with _measuring(json_file, plot, overwrite) as say:
         from ddf_convert.bench import up
         from ddf_convert.devices import choose
 
@@ -185,10 +189,11 @@ def bench_layer(
     device: Device = None,
     json_file: JsonFile = None,
     plot: PlotFile = None,
+    overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
     """One convolution, and the DDF layers that can take its place."""
-    with _measuring(json_file, plot) as say:
+    with _measuring(json_file, plot, overwrite) as say:
         from ddf_convert.bench import layer
         from ddf_convert.devices import choose
 
@@ -228,10 +233,11 @@ def bench_model(
     conversion: Conversion,
     json_file: JsonFile = None,
     plot: PlotFile = None,
+    overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
     """Images a second before and after conversion, in inference and in training."""
-    with _measuring(json_file, plot) as say:
+    with _measuring(json_file, plot, overwrite, read_by(model, conversion.recipe_file)) as say:
         from ddf_convert.bench import model as models
         from ddf_convert.devices import choose
         from ddf_convert.source import open_model
@@ -256,12 +262,13 @@ def bench_model(
 
 
 @contextlib.contextmanager
-def _measuring(json_file: Path | None, plot: Path | None) -> Iterator[Any]:
+def _measuring(json_file: Path | None, plot: Path | None, overwrite: bool, reads: Sequence[Path] = ()) -> Iterator[Any]:
     """Checks the files before hours are spent; what models print while they run is kept out of JSON on stdout."""
     if json_file and json_file != _STDOUT:
-        check_file("--json", json_file)
+        check_output("--json", json_file, overwrite, reads)
+        check_different([("--json", json_file), ("--plot", plot)])
     if plot:
-        check_file("--plot", plot)
+        check_output("--plot", plot, overwrite, reads)
     with busy("Measuring") as say, only_results_on_stdout():
         if plot:
             from ddf_convert.bench.plot import check_plot

@@ -9,9 +9,19 @@ import typer
 from rich.markup import escape
 
 from ddf_convert.commands.console import busy, out, print_file, print_json
-from ddf_convert.commands.options import AsJson, Conversion, Debug, Device, InputSize, Model, takes_conversion
+from ddf_convert.commands.options import (
+    AsJson,
+    Conversion,
+    Debug,
+    Device,
+    InputSize,
+    Model,
+    Overwrite,
+    read_by,
+    takes_conversion,
+)
 from ddf_convert.errors import UsageError
-from ddf_convert.files import check_file, check_readable
+from ddf_convert.files import check_different, check_not_read, check_output, check_readable
 from ddf_convert.notices import tell
 
 if TYPE_CHECKING:
@@ -22,6 +32,7 @@ if TYPE_CHECKING:
     from ddf_convert.recipes import Initialised
     from ddf_convert.source import Opened
 
+FILES = ("manifest.json", "model.safetensors", "original.safetensors", "report.json")  # of what convert writes
 Everything = Annotated[bool, typer.Option("--all", help="List every convolution.")]
 Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.", show_default=False)]
 
@@ -39,11 +50,12 @@ def inspect(
     everything: Everything = False,
     as_json: AsJson = False,
     html: Html = None,
+    overwrite: Overwrite = False,
     debug: Debug = False,
 ) -> None:
     """Show what converting a model would replace and save. Changes nothing, downloads nothing."""
     if html:
-        check_file("--html", html)
+        check_output("--html", html, overwrite, read_by(model, conversion.recipe_file))
     with busy(f"{'Timing' if measure else 'Looking at'} {model}"):
         from ddf_convert.devices import choose
         from ddf_convert.source import open_model
@@ -75,7 +87,9 @@ def convert(
         str | None, typer.Option(metavar="NAME", help="Where to calibrate.", show_default="the GPU if there is one")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the new layers' weights.")] = 0,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the converted model in DIR.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace the converted model in DIR, and FILE.")
+    ] = False,
     *,
     conversion: Conversion,
     everything: Everything = False,
@@ -88,8 +102,10 @@ def convert(
         raise UsageError("--pretrained and --checkpoint exclude each other: give one")
     if checkpoint:
         check_readable(f"--checkpoint {checkpoint}", checkpoint)
+    reads = read_by(model, checkpoint, conversion.recipe_file, images)
     if html:
-        check_file("--html", html, beside=output)
+        check_output("--html", html, overwrite, reads, beside=output)
+        check_different([("--html", html), *(("--output", output / name) for name in FILES)])
     recipe = conversion.recipe
     chosen = conversion.config["filter"]
     if recipe and recipe.initialise_with.method != "paper" and chosen != "ddf":
@@ -107,7 +123,9 @@ def convert(
     with busy(f"{'Downloading the weights of' if pretrained else 'Opening'} {model}") as say:
         from ddf_convert import artifact
 
-        artifact.check_writable(output)
+        for name in FILES:
+            check_not_read(f"--output {output}: {name}", output / name, reads)
+        artifact.check_free(output, original=recipe is not None and recipe.needs_teacher)
         if (output / "manifest.json").exists() and not overwrite:
             raise UsageError(
                 f"{output} already holds a converted model: give another folder, or --overwrite to lose it"

@@ -12,9 +12,18 @@ from rich.table import Column
 
 from ddf_convert.commands.completion import recipe_names
 from ddf_convert.commands.console import err, only_results_on_stdout, out, print_file, print_json
-from ddf_convert.commands.options import Amp, AsJson, Debug, TrainingDevice, plain_option, stage_change
+from ddf_convert.commands.options import (
+    Amp,
+    AsJson,
+    Debug,
+    Overwrite,
+    TrainingDevice,
+    plain_option,
+    read_by,
+    stage_change,
+)
 from ddf_convert.errors import UsageError
-from ddf_convert.files import check_file, write_file
+from ddf_convert.files import check_file, check_output, write_file
 
 if TYPE_CHECKING:
     from ddf_convert.depth.single import Upsampled
@@ -154,7 +163,7 @@ def upsample(
     unit: UnitOption = None,
     allow_8bit: Allow8bit = False,
     picture: Annotated[bool, typer.Option("--picture/--no-picture", help="Also draw OUT_compare.png.")] = True,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")] = False,
+    overwrite: Overwrite = False,
     device: TrainingDevice = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -163,9 +172,7 @@ def upsample(
     check_file("--output", output)  # a folder has no name to make another one of
     comparison = output.with_name(f"{output.stem}_compare.png") if picture else None
     for wanted in filter(None, (output, comparison)):
-        check_file("--output", wanted)
-        if wanted.exists() and not overwrite:
-            raise UsageError(f"--output {wanted}: exists already: --overwrite replaces it")
+        check_output("--output", wanted, overwrite, read_by(str(checkpoint), rgb, depth, truth))
     with only_results_on_stdout():
         from ddf_convert.depth import single
 

@@ -11,9 +11,9 @@ from rich.markup import escape
 
 from ddf_convert.commands.completion import timm_names
 from ddf_convert.commands.console import busy, only_results_on_stdout, out, print_file, print_json
-from ddf_convert.commands.options import AsJson, Debug, plain_option
+from ddf_convert.commands.options import AsJson, Debug, Overwrite, plain_option, read_by
 from ddf_convert.errors import UsageError
-from ddf_convert.files import check_file
+from ddf_convert.files import check_output
 
 if TYPE_CHECKING:
     from ddf_convert.export import Exported
@@ -61,7 +61,7 @@ def export(
             help="torch-export: keep DDF's operators and their kernels; whoever loads the file imports ddf_convert.",
         ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file if it exists.")] = False,
+    overwrite: Overwrite = False,
     as_json: AsJson = False,
     debug: Debug = False,
 ) -> None:
@@ -75,9 +75,7 @@ def export(
         raise UsageError("--opset is for ONNX")
     if input_size and min(input_size) < 1:
         raise UsageError(f"--input-size {' '.join(map(str, input_size))}: every number must be at least 1")
-    check_file("--output", output)
-    if output.exists() and not overwrite:
-        raise UsageError(f"--output {output}: exists already: --overwrite replaces it")
+    check_output("--output", output, overwrite, read_by(model))
     with busy(f"Opening {model}") as say, only_results_on_stdout():
         from ddf_convert import export as exports
         from ddf_convert.export.onnx_file import check_packages

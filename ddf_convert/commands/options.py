@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import json
+import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
@@ -59,9 +61,13 @@ def stage_change(help: str, *names: str, **settings: Any) -> Any:
     return plain_option(help, *names, panel="Changes to every stage of the recipe", **settings)
 
 
+# Of converted folders, of runs and of networks for depth maps.
+_KEPT = ("manifest.json", "model.safetensors", "original.safetensors", "report.json", "settings.json", "recipe.yaml")
+
 HELP = {"help_option_names": ["-h", "--help"]}  # of every group of commands
 
 # Of many commands.
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace files that exist.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")]
 
@@ -116,12 +122,14 @@ class Conversion:
         exclude: Patterns.
         config: Fields of ConvertConfig.
         recipe: The recipe that they start from, if one was given.
+        recipe_file: What it was called: a name or a file.
     """
 
     include: list[str] | None
     exclude: list[str] | None
     config: dict[str, Any]
     recipe: Recipe | None
+    recipe_file: str | None = None
 
 
 def takes_conversion(command: Callable[..., None]) -> Callable[..., None]:
@@ -135,14 +143,14 @@ def takes_conversion(command: Callable[..., None]) -> Callable[..., None]:
     @functools.wraps(command)
     def with_options(context: typer.Context, **arguments: Any) -> None:
         config = {name: arguments.pop(name) for name in options}
-        recipe = _recipe(config.pop("recipe"))
+        recipe_file = config.pop("recipe")
+        recipe = _recipe(recipe_file)
         if recipe:  # what stands on the command line wins over the recipe
             unsaid = [name for name in config if _is_default(context, name)]
             config |= {name: value for name, value in recipe.options().items() if name in unsaid}
         config["filter_options"] = _filter_options(config["filter_options"])
-        conversion = Conversion(
-            list(config.pop("include") or ()) or None, list(config.pop("exclude") or ()) or None, config, recipe
-        )
+        include, exclude = (list(config.pop(name) or ()) or None for name in ("include", "exclude"))
+        conversion = Conversion(include, exclude, config, recipe, recipe_file)
         command(**arguments, conversion=conversion)
 
     parameters = [
@@ -156,6 +164,22 @@ def takes_conversion(command: Callable[..., None]) -> Callable[..., None]:
     return with_options
 
 
+def read_by(model: str, *others: Path | str | None) -> list[Path]:
+    """What a command reads, and so must not write over: the files behind its MODEL, and others that it was given.
+
+    Args:
+        model: A timm model, a folder, or package.module:callable.
+        others: Files and folders.
+    """
+    folder = Path(model)
+    kept = [place / name for place in (folder, folder / "best", folder / "last") for name in _KEPT]
+    module = Path(*model.partition(":")[0].split("."))
+    sources = (module.with_suffix(".py"), module / "__init__.py") if ":" in model else ()
+    code = [Path(place, source) for place in ("", *sys.path) for source in sources]
+    given = [Path(other) for other in others if other is not None]
+    return [place for place in (*kept, *code, *given) if os.path.lexists(place)]
+
+
 def _filter_options(given: dict[str, Any] | Sequence[str] | None) -> dict[str, Any] | None:
     """NAME=VALUE as the command line has them; a recipe's come as they should be."""
     if given is None or isinstance(given, dict):
@@ -167,7 +191,7 @@ def _filter_options(given: dict[str, Any] | Sequence[str] | None) -> dict[str, A
             raise UsageError(f"--filter-option {text}: write NAME=VALUE, such as num_experts=4")
         try:
             found[name] = json.loads(value)
-        except ValueError:
+        except (ValueError, RecursionError):
             found[name] = value
     return found
 

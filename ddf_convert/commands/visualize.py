@@ -11,9 +11,18 @@ from rich.text import Text
 
 from ddf_convert.commands.completion import timm_names
 from ddf_convert.commands.console import busy, only_results_on_stdout, out, print_file, print_json
-from ddf_convert.commands.options import AsJson, Debug, OwnModel, TimmWeights, TrainingDevice, plain_option
+from ddf_convert.commands.options import (
+    AsJson,
+    Debug,
+    Overwrite,
+    OwnModel,
+    TimmWeights,
+    TrainingDevice,
+    plain_option,
+    read_by,
+)
 from ddf_convert.errors import UsageError
-from ddf_convert.files import check_file, check_readable, write_file
+from ddf_convert.files import check_output, check_readable, write_file
 
 if TYPE_CHECKING:
     from ddf_convert.visualize.capture import LayerFilters
@@ -65,6 +74,7 @@ def visualize(
         bool,
         typer.Option("--plain", help="Images as values from 0 to 1, not normalised."),
     ] = False,
+    overwrite: Overwrite = False,
     device: TrainingDevice = None,
     as_json: AsJson = False,
     debug: Debug = False,
@@ -72,7 +82,7 @@ def visualize(
     """Look at the dynamic filters of a model: how dynamic each layer is, and pictures of them."""
     taps = [_tap(each) for each in tap or ()]
     if output is not None:
-        check_file("--output", output)
+        check_output("--output", output, overwrite, read_by(model, checkpoint, *images))
     if checkpoint is not None:
         check_readable(f"--checkpoint {checkpoint}", checkpoint)
     with only_results_on_stdout(), busy(f"Looking at {model}"):

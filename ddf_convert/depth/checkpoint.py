@@ -6,18 +6,22 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+from safetensors.torch import load_file
 
+from ddf_convert.bounds import check_arguments, in_proportion, read_header
+from ddf_convert.checkpoint import describe_difference
 from ddf_convert.depth.lowres import Downsampling
 from ddf_convert.depth.maps import Unit
+from ddf_convert.disk import write_tensors
 from ddf_convert.errors import ArtifactError
-from ddf_convert.folder import MANIFEST, FileRecord, finished, replacing
-from ddf_convert.models.ddf_upnet import DDFUpNet, JointConvUpNet, JointUpNet
+from ddf_convert.folder import MANIFEST, FileRecord, check_replaceable, finished, replacing
+from ddf_convert.models.ddf_upnet import SCALE_FACTORS, DDFUpNet, JointConvUpNet, JointUpNet
 from ddf_convert.version import __version__
 
 _WEIGHTS = "model.safetensors"
+_KIND: Literal["ddf_convert depth upsampling"] = "ddf_convert depth upsampling"
 Upsampler = Literal["ddf", "conv"]
 _CLASSES: dict[Upsampler, type[JointUpNet]] = {"ddf": DDFUpNet, "conv": JointConvUpNet}
 
@@ -40,7 +44,7 @@ class Manifest(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    kind: Literal["ddf_convert depth upsampling"] = "ddf_convert depth upsampling"
+    kind: Literal["ddf_convert depth upsampling"] = _KIND
     format_version: Literal[1] = 1
     upsampler: Upsampler
     arguments: dict[str, int | str]
@@ -50,6 +54,13 @@ class Manifest(BaseModel):
     steps: int = 0
     versions: dict[str, str] = {"ddf_convert": __version__}
     files: dict[str, FileRecord] = {}
+
+    @field_validator("arguments")
+    @classmethod
+    def _has_factor(cls, arguments: dict[str, int | str]) -> dict[str, int | str]:
+        if arguments.get("scale_factor") not in SCALE_FACTORS:
+            raise ValueError("the arguments need a scale_factor")
+        return arguments
 
     @property
     def scale_factor(self) -> int:
@@ -77,13 +88,13 @@ def save(model: JointUpNet, folder: str | os.PathLike[str], unit: Unit, **said: 
         **said: ``downsample``, ``recipe`` and ``steps``, as in :class:`Manifest`.
 
     Raises:
-        ArtifactError: The folder cannot be written.
+        ArtifactError: The folder cannot be written, or files that are not a network's are in the way.
         DDFError: Writing failed, for instance because the disk is full.
     """
     upsampler: Upsampler = "ddf" if isinstance(model, DDFUpNet) else "conv"
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(folder) as stage:
-        save_file(weights, stage / _WEIGHTS)
+    with replacing(folder, [_WEIGHTS], _files_of) as stage:
+        write_tensors(weights, stage / _WEIGHTS)
         manifest = Manifest(
             upsampler=upsampler,
             arguments=model.arguments,
@@ -103,14 +114,39 @@ def load(folder: str | os.PathLike[str]) -> tuple[JointUpNet, Manifest]:
     place = Path(folder)
     manifest = read_manifest(place)
     try:
-        weights = load_file(finished(place, manifest.files)[_WEIGHTS])
+        weights = finished(place, manifest.files)[_WEIGHTS]
+        header = read_header(weights, {})
+        check_arguments(manifest.arguments, header)
+        with in_proportion(header), torch.device("meta"):
+            sketch = build(manifest.upsampler, **manifest.arguments)
+        state = sketch.state_dict()
+        shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
+        if difference := describe_difference(shapes, header.shapes) or header.unfit_dtypes(state):
+            raise ValueError(difference)
         model = build(manifest.upsampler, **manifest.arguments)
-        model.load_state_dict(weights)
-    except (KeyError, SafetensorError, OSError, RuntimeError, TypeError, ValueError) as error:
-        if isinstance(error, ArtifactError):
-            raise ArtifactError(str(error).replace("; save the model again", "")) from error
+        model.load_state_dict(load_file(weights))
+    except ArtifactError as error:
+        raise ArtifactError(str(error).replace("; save the model again", "")) from error
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # the arguments are whatever the manifest says
         raise ArtifactError(f"{place}: weights and manifest do not belong together: {_short(error)}") from error
     return model.eval(), manifest
+
+
+def check_free(folder: Path) -> None:
+    """Makes sure that :func:`save` can write to a folder without losing a file that it did not write.
+
+    Raises:
+        ArtifactError: Something is in the way; the message names it.
+    """
+    check_replaceable(folder, [_WEIGHTS], _files_of)
+
+
+def _files_of(content: dict[str, Any]) -> dict[str, Any] | None:
+    """What the content of a manifest says of the files beside it; None if it is something else's."""
+    files = content.get("files")
+    return files if content.get("kind") == _KIND and isinstance(files, dict) else None
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -6,8 +6,11 @@ Numbers of a file are taken as they are. What they are, its unit, only says how 
 from __future__ import annotations
 
 import io
+import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
@@ -24,6 +27,10 @@ DEPTHS = (".png", ".npy", ".pfm")
 CENTIMETRES = {"mm": 0.1, "cm": 1.0, "m": 100.0}
 _WHOLE = {".png": "mm"}  # of a kind of file, where nobody says
 _MOST = 65535
+MOST_PIXELS = 2**27  # of an image; PIL warns from two thirds of it on
+_LARGEST_NUMBER = 16  # bytes of one, and room for a header
+# What is only decoded: of the formats that PIL knows one is a program, which it has Ghostscript run.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 
 
 @dataclass(frozen=True)
@@ -142,14 +149,17 @@ def _read_png(file: Path, allow_8bit: bool) -> NDArray[np.generic]:
 
 def _read_numbers(file: Path) -> NDArray[np.generic]:
     try:
-        if file.suffix.lower() == ".pfm":
-            return pfm.decode(file.read_bytes())
         with file.open("rb") as opened:
-            values = np.lib.format.read_array(opened, allow_pickle=False)
+            size = os.fstat(opened.fileno()).st_size
+            if size > MOST_PIXELS * _LARGEST_NUMBER:
+                raise ValueError(f"it has {size:,} bytes, and a depth map has up to {MOST_PIXELS:,} pixels")
+            if file.suffix.lower() == ".pfm":
+                return pfm.decode(opened.read())
+            values = _read_npy(opened, size)
     except OSError as error:
         raise UsageError(f"{file}: cannot be read: {error.strerror}") from error
-    except (ValueError, EOFError) as error:
-        raise UsageError(f"{file}: cannot be read: {' '.join(str(error).split())}") from error
+    except Exception as error:  # a header is Python's text, and may hold whatever can be written so
+        raise UsageError(f"{file}: cannot be read: {' '.join(str(error).split()) or type(error).__name__}") from error
     if values.ndim == 3 and 1 in (values.shape[0], values.shape[-1]):
         values = values.squeeze(0 if values.shape[0] == 1 else -1)
     if values.ndim != 2 or not values.size or values.dtype.kind not in "uif":
@@ -159,13 +169,30 @@ def _read_numbers(file: Path) -> NDArray[np.generic]:
     return values
 
 
+def _read_npy(opened: IO[bytes], size: int) -> NDArray[np.generic]:
+    """The array of an NPY file, whose header is believed only if there are as many numbers as it says."""
+    version = np.lib.format.read_magic(opened)
+    header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
+    if header is None:  # later ones are for names of fields
+        raise ValueError(f"version {'.'.join(map(str, version))} of the format is not for plain numbers")
+    shape, _, dtype = header(opened)
+    claimed, there = math.prod(shape) * dtype.itemsize, size - opened.tell()
+    if not 0 <= claimed <= there:
+        raise ValueError(f"it should hold {dtype} of shape {shape}, and there are {there:,} bytes: it is incomplete")
+    opened.seek(0)
+    values: NDArray[np.generic] = np.lib.format.read_array(opened, allow_pickle=False)
+    return values
+
+
 def _opened(file: Path, what: str) -> Image.Image:
     try:
-        image = Image.open(file)
+        image = Image.open(file, formats=_FORMATS)
+        if image.width * image.height > MOST_PIXELS:
+            raise ValueError(f"it has {image.width} x {image.height} pixels, and up to {MOST_PIXELS:,} are read")
         image.load()
     except UnidentifiedImageError:
         raise UsageError(f"{file}: is not an image") from None
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error)
-        raise UsageError(f"{file}: the {what} cannot be read: {reason}") from error
+    except Exception as error:  # a damaged file can fail anywhere in PIL
+        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
+        raise UsageError(f"{file}: the {what} cannot be read: {' '.join(reason.split())}") from error
     return image

@@ -18,11 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ddf_convert.depth.maps import Unit
+from ddf_convert.depth.maps import MOST_PIXELS, Unit
 from ddf_convert.errors import UsageError
 
 _TRAINING = 1000
 _PUBLISHED = 1449
+_COMPRESSED = 1100  # times that deflate makes something smaller, at most
 
 
 class NYU:
@@ -84,14 +85,25 @@ def open_file(path: Path, unit: str | None = None) -> NYU:
 
 def _fault(file: Any) -> str | None:
     """What is wrong with the contents of the file, if anything is."""
+    import h5py
+
     missing = [name for name in ("images", "depths") if name not in file]
     if missing:
         return f"has no {' and no '.join(missing)}: it is not nyu_depth_v2_labeled.mat"
+    if not all(isinstance(file.get(name), h5py.Dataset) for name in ("images", "depths")):
+        return "images and depths are not both arrays"
     photos, depths = file["images"].shape, file["depths"].shape
     if len(photos) != 4 or len(depths) != 3 or photos != (depths[0], 3, *depths[1:]):
         return f"images {photos} and depths {depths} do not belong together"
     if file["images"].dtype != np.uint8:
         return f"images are {file['images'].dtype}, and should be uint8"
+    if file["depths"].dtype.kind not in "uif":
+        return f"depths are {file['depths'].dtype}, and should be numbers"
+    if photos[2] * photos[3] > MOST_PIXELS:
+        return f"images have {photos[2]} x {photos[3]} pixels, and up to {MOST_PIXELS:,} are read"
+    for name in ("images", "depths"):  # what was never written takes no room, and may be of any size
+        if file[name].nbytes > _COMPRESSED * file[name].id.get_storage_size():
+            return f"{name} should be {file[name].nbytes:,} bytes, which are not there: it is incomplete"
     return None
 
 

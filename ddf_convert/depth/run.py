@@ -251,6 +251,7 @@ class RunFolder:
         steps = self.checkpoints.steps()
         if not is_empty(self.path) and not steps and not self._is_ours():
             raise UsageError(f"{self.path} is not empty, and holds no run of upsample-train: give another folder")
+        checkpoint.check_free(self.path)
         if steps and not resumed:
             raise UsageError(f"{self.path} already holds a run: --resume goes on with it, or give another folder")
         if not steps and (self.path / MANIFEST).exists():
@@ -296,7 +297,7 @@ class RunFolder:
         """Whether the folder has the settings of such a run."""
         try:
             content = json.loads((self.path / _SETTINGS).read_bytes())
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         return isinstance(content, dict) and "upsampler" in content
 
@@ -327,7 +328,7 @@ class RunFolder:
                     # the network is measured again at the end
                     if row["step"] < step or (row["step"] == step and row["kind"] == "train"):
                         kept.append(line + b"\n")
-                except (ValueError, KeyError, TypeError):
+                except (ValueError, KeyError, TypeError, RecursionError):
                     damaged = damaged or "a line is no row"
             if not damaged and not lines:
                 damaged = "it is empty"

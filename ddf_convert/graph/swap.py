@@ -11,7 +11,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from ddf_convert.errors import UsageError
+from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.graph.build import build, geometry, kernel_for, kind_of, obstacle
 from ddf_convert.graph.functional import functional_convolutions, place_of, replace_functions
 from ddf_convert.graph.intercept import Apart, intercept, is_intercepted, obstacle_to_intercepting
@@ -290,7 +290,11 @@ def _built(like: _Like, step: Replaced) -> nn.Module:
     weight = torch.empty(0) if like.weight is None else like.weight
     try:
         layer = build(step.replacement, device="meta" if weight.device.type == "meta" else "cpu")
-    except (TypeError, ValueError, ArithmeticError, RuntimeError) as error:
+    except DDFError:
+        raise
+    except KeyError as error:
+        raise UsageError(f"{step.names[0]}: the replacement cannot be built: it has no {error}") from error
+    except Exception as error:  # options are whatever a file says, and filters may be of anybody's making
         raise UsageError(f"{step.names[0]}: the replacement cannot be built: {first_line(error)}") from error
     if not weight.is_contiguous() and weight.is_contiguous(memory_format=torch.channels_last):
         layer = layer.to(memory_format=torch.channels_last)

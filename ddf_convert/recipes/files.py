@@ -13,9 +13,12 @@ from pydantic import BaseModel, ValidationError
 
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.plan import suggestion
+from ddf_convert.graph.record import first_line
 from ddf_convert.recipes.recipe import Recipe
 
 _BUILTIN = resources.files("ddf_convert.recipes") / "builtin"
+_LARGEST = 2**20  # bytes; a recipe is a page of text
+_MOST_VALUES = 20_000
 _Path = tuple[str | int, ...]
 
 
@@ -42,7 +45,8 @@ def load(recipe: str | os.PathLike[str]) -> Recipe:
             f" .yaml{suggestion(asked, names())}"
         )
     try:
-        text = Path(asked).read_text(encoding="utf-8")
+        with Path(asked).open("rb") as file:
+            text = file.read(_LARGEST + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
         raise UsageError(f"recipe {asked}: cannot be read: {reason}") from error
@@ -70,13 +74,25 @@ def parse(text: str, where: str = "recipe") -> Recipe:
     Raises:
         UsageError: It is not right: the message names the line and the key.
     """
+    if len(text) > _LARGEST:
+        raise UsageError(f"{where}: not a recipe: it has more than {_LARGEST:,} bytes")
+    loader = None
     try:
-        root = yaml.compose(text, Loader=yaml.SafeLoader)
-        content = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        loader = yaml.SafeLoader(text)
+        root = loader.get_single_node()
+        _check_size(root, where)
+        content = None if root is None else loader.construct_document(root)
+    except UsageError:
+        raise
+    except RecursionError as error:
+        raise UsageError(f"{where}: not a recipe: it is nested too deeply") from error
+    except Exception as error:  # besides YAML's own, whatever a scalar that says what it is cannot be made into
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        raise UsageError(f"{where}{line}: not YAML: {getattr(error, 'problem', None) or error}") from error
+        raise UsageError(f"{where}{line}: not YAML: {getattr(error, 'problem', None) or first_line(error)}") from error
+    finally:
+        if loader is not None:
+            loader.dispose()
     if not isinstance(content, dict) or root is None:
         raise UsageError(f"{where}: not a recipe: it should be keys and values, name: and stages: among them")
     lines = dict(_lines(root, where))
@@ -84,6 +100,27 @@ def parse(text: str, where: str = "recipe") -> Recipe:
         return Recipe.model_validate(content)
     except ValidationError as error:
         raise UsageError(_in_words(error, lines, where)) from error
+
+
+def _check_size(root: Any, where: str) -> None:
+    """Whether a document stays small once its aliases are written out, which may be aliases of aliases.
+
+    Raises:
+        UsageError: It does not, or holds itself.
+    """
+    sizes: dict[int, int] = {}
+
+    def size(node: Any) -> int:
+        if not isinstance(node, yaml.CollectionNode):
+            return 1
+        if id(node) not in sizes:
+            sizes[id(node)] = _MOST_VALUES + 1  # for what is inside of itself
+            inner = [each for item in node.value for each in (item if isinstance(item, tuple) else (item,))]
+            sizes[id(node)] = 1 + sum(map(size, inner))
+        return sizes[id(node)]
+
+    if size(root) > _MOST_VALUES:
+        raise UsageError(f"{where}: not a recipe: it has more than {_MOST_VALUES:,} values, aliases written out")
 
 
 def _lines(node: Any, where: str, path: _Path = ()) -> Iterator[tuple[_Path, int]]:

@@ -91,6 +91,9 @@ class RunFolder:
             )
         elif not is_run(self.path) and not is_empty(self.path):
             raise UsageError(f"{self.path} is not empty, and holds no run: give another folder")
+        for name in (BEST, LAST):
+            if _is_whole(self.path / name):  # a damaged one is set aside
+                artifact.check_free(self.path / name)
 
     def recorded(self, state: dict[str, Any]) -> Record:
         """What the run here was asked for: from its files, or where these are damaged, from a checkpoint.
