@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 
+from ddf_convert.errors import UsageError
 from ddf_convert.graph.record import ARGUMENTS, OPTIONS
 from ddf_convert.graph.trace import build_graph, convolutions_in, describe
 
@@ -25,6 +27,25 @@ def functional_convolutions(model: nn.Module) -> dict[str, nn.Conv2d]:
         conv = _as_module(graph_module, nodes[0])
         if conv is not None:
             found[name] = conv
+    return found
+
+
+def functional_convolutions_in(model: nn.Module, graphs: Iterable[str]) -> dict[str, nn.Conv2d]:
+    """The same for parts of a model, each traced by itself, by the names of the calls in the model.
+
+    Args:
+        model: The model.
+        graphs: Paths of the parts; "" is the whole model.
+
+    Raises:
+        UsageError: The model has no such part, or torch.fx cannot trace it.
+    """
+    parts, found = dict(model.named_modules(remove_duplicate=False)), {}
+    for graph in dict.fromkeys(graphs):
+        if graph not in parts:
+            raise UsageError(f"the conversion does not fit {describe(model)}: it has no {graph}")
+        called = functional_convolutions(parts[graph])
+        found.update({f"{graph}.{name}" if graph else name: conv for name, conv in called.items()})
     return found
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.graph.build import build, geometry, kernel_for, kind_of, obstacle
-from ddf_convert.graph.functional import functional_convolutions, place_of, replace_functions
+from ddf_convert.graph.functional import functional_convolutions_in, place_of, replace_functions
 from ddf_convert.graph.intercept import Apart, intercept, is_intercepted, obstacle_to_intercepting
 from ddf_convert.graph.origin import Origin, note, origin_of
 from ddf_convert.graph.plan import Action, Replacement, Site, suggestion
@@ -121,11 +121,7 @@ def prepare(model: nn.Module, steps: Sequence[Replaced]) -> dict[str, nn.Module]
         UsageError: A step does not fit: no such module, another kind of module, other channels.
     """
     found = dict(model.named_modules(remove_duplicate=False))
-    for graph in dict.fromkeys(step.graph for step in steps if step.functional):
-        if graph not in found:
-            raise UsageError(f"the conversion does not fit {describe(model)}: it has no {graph}")
-        called = functional_convolutions(found[graph])
-        found |= {f"{graph}.{name}" if graph else name: conv for name, conv in called.items()}
+    found |= functional_convolutions_in(model, (step.graph for step in steps if step.functional))
     prepared: dict[str, nn.Module] = {}
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         for step in steps:

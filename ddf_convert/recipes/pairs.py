@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.build import effective_weight, kind_of
-from ddf_convert.graph.functional import functional_convolutions
+from ddf_convert.graph.functional import functional_convolutions_in
 from ddf_convert.graph.rewrite import recorded
 from ddf_convert.graph.swap import Replaced
 from ddf_convert.graph.trace import describe
@@ -94,7 +94,7 @@ def pairs(model: nn.Module, original: nn.Module) -> list[Pair | UpPair]:
     conversion = recorded(model)
     if conversion is None or not conversion.replaced:
         raise UsageError(f"{describe(model)} was not converted: nothing in it took a convolution's place")
-    functions = functional_convolutions(original) if any(step.functional for step in conversion.replaced) else {}
+    functions = functional_convolutions_in(original, (step.graph for step in conversion.replaced if step.functional))
     return [_pair(model, original, functions, step) for step in conversion.replaced]
 
 
