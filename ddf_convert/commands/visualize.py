@@ -11,7 +11,18 @@ from rich.text import Text
 
 from ddf_convert.commands.completion import timm_names
 from ddf_convert.commands.console import busy, only_results_on_stdout, out, print_file, print_json
-from ddf_convert.commands.options import AsJson, Debug, OwnModel, TimmWeights, TrainingDevice, plain_option
+from ddf_convert.commands.options import (
+    AsJson,
+    Debug,
+    InChans,
+    ModelKwargs,
+    NumClasses,
+    OwnModel,
+    TimmWeights,
+    TrainingDevice,
+    plain_option,
+    timm_arguments,
+)
 from ddf_convert.errors import UsageError
 from ddf_convert.files import check_file, check_readable, write_file
 
@@ -58,6 +69,9 @@ def visualize(
     ] = None,
     checkpoint: TimmWeights = None,
     own_model: OwnModel = None,
+    num_classes: NumClasses = None,
+    in_chans: InChans = None,
+    model_kwargs: ModelKwargs = None,
     input_size: Annotated[
         tuple[int, int, int] | None, plain_option("Size of the images; the model's own if not given.", metavar="C H W")
     ] = None,
@@ -70,6 +84,7 @@ def visualize(
     debug: Debug = False,
 ) -> None:
     """Look at the dynamic filters of a model: how dynamic each layer is, and pictures of them."""
+    arguments = timm_arguments(num_classes, in_chans, model_kwargs)
     taps = [_tap(each) for each in tap or ()]
     if output is not None:
         check_file("--output", output)
@@ -88,6 +103,7 @@ def visualize(
                 branch=branch,
                 taps=taps,
                 checkpoint=checkpoint,
+                arguments=arguments,
                 model=own_model,
                 input_size=input_size,
                 plain=plain,
