@@ -578,7 +578,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
         ("recipes list --json", ">/dev/full", 1, "error: stdout cannot be written: No space left on device\n"),
         ("--help", ">/dev/full", 1, "error: stdout cannot be written: No space left on device\n"),
         ("recipes show nonsense", "2>/dev/full", 2, ""),
-        ("recipes show nonsense", ">&- 2>&1", 2, ""),
+        ("recipes show nonsense", ">&- 2>&-", 2, ""),
     ],
 )
 def test_streams_that_are_closed_or_full(folder: Path, arguments: str, streams: str, code: int, words: str) -> None:
