@@ -5,6 +5,7 @@ What commands call is imported inside them, so that completion is quick.
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -14,16 +15,16 @@ import typer
 from rich.markup import escape
 
 from ddf_convert.commands import bench, recipes
-from ddf_convert.commands.console import err, hush
+from ddf_convert.commands.console import err, hush, secure_streams
 from ddf_convert.commands.conversion import convert, inspect
 from ddf_convert.commands.depth import upsample, upsample_train
 from ddf_convert.commands.doctor import doctor
 from ddf_convert.commands.export import export
-from ddf_convert.commands.options import HELP, spread
+from ddf_convert.commands.options import HELP, is_assignment, spread
 from ddf_convert.commands.training import evaluate, finetune
 from ddf_convert.commands.visualize import visualize
 from ddf_convert.disk import is_full, why
-from ddf_convert.errors import DDFError
+from ddf_convert.errors import DDFError, UsageError
 
 app = typer.Typer(
     name="ddf-convert",
@@ -36,6 +37,7 @@ for command in (inspect, convert, finetune, evaluate, export, visualize, upsampl
     app.command()(command)
 app.add_typer(bench.app, name="bench")
 app.add_typer(recipes.app, name="recipes")
+_SHOWN = 40  # characters of a name that no file can have
 _INTERRUPTED = 130  # what a shell gives a program that Ctrl-C ended
 
 
@@ -62,6 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     Args:
         arguments: Those of the process if None.
     """
+    secure_streams()
     sys.exit(run(sys.argv[1:] if arguments is None else arguments))
 
 
@@ -71,7 +74,7 @@ def run(arguments: list[str]) -> int:
     if not debug:
         hush()
     try:
-        code = app(_several_kernel_sizes(arguments), prog_name="ddf-convert", standalone_mode=False)
+        code = app(_several_values(arguments), prog_name="ddf-convert", standalone_mode=False)
         sys.stdout.flush()
         if code == _INTERRUPTED:  # some versions of typer swallow the KeyboardInterrupt
             raise KeyboardInterrupt
@@ -91,6 +94,8 @@ def run(arguments: list[str]) -> int:
         where = f" {error.filename}" if error.filename else ""
         return _report_error(DDFError(f"could not write{where}: {why(error)}"), debug)
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # wherever a name is looked up
+            error = UsageError(f"{str(error.filename)[:_SHOWN]}...: {error.strerror}")
         return _report_error(error, debug)
 
 
@@ -98,9 +103,10 @@ def _give_up_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _several_kernel_sizes(arguments: list[str]) -> list[str]:
+def _several_values(arguments: list[str]) -> list[str]:
     converting = arguments[:1] in (["inspect"], ["convert"]) or arguments[:2] == ["bench", "model"]
-    return spread(arguments) if converting else arguments
+    arguments = spread(arguments) if converting else arguments
+    return spread(arguments, "--model-kwargs", is_assignment)
 
 
 def _report_error(error: Exception, debug: bool) -> int:

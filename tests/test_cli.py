@@ -11,14 +11,16 @@ import warnings
 from pathlib import Path
 from typing import Any
 
+import PIL.Image
 import pytest
 import safetensors.torch
 import timm
 import torch
 
 import ddf_convert as ddf
-from ddf_convert import cli, doctor, ops, recipes
+from ddf_convert import cli, doctor, ops, recipes, source
 from ddf_convert.commands.completion import filter_names, recipe_names, timm_names
+from ddf_convert.commands.options import is_assignment, spread, timm_arguments
 from ddf_convert.graph import filters
 
 NETWORK = """
@@ -297,6 +299,95 @@ def test_a_callable_can_give_an_example_input_too(run: Any, folder: Path) -> Non
     assert restored(**example)["feature"].shape == (1, 64, 8, 8)
 
 
+# --- arguments of timm's models --------------------------------------------------------------------------------------
+
+KWARGS = ("--num-classes", "5", "--in-chans", "1", "--model-kwargs", "drop_rate=0.25", "output_stride=16")
+
+
+def test_arguments_of_timm_are_recorded_and_come_back(run: Any, folder: Path) -> None:
+    ran = run("convert", "resnet10t", "-o", "out", "--input-size", "1", "64", "64", *KWARGS)
+    assert (ran.code, ran.err) == (0, "")
+    title = "resnet10t(num_classes=5, in_chans=1, drop_rate=0.25, output_stride=16)"
+    assert " ".join(ran.out.split()).startswith(f"{title}, one 1x64x64 input")
+    manifest = ddf.artifact.read_manifest(folder / "out")
+    expected = {"num_classes": 5, "in_chans": 1, "drop_rate": 0.25, "output_stride": 16}
+    assert (manifest.source.name, manifest.source.kwargs) == ("resnet10t", expected)
+    report = json.loads((folder / "out" / "report.json").read_text())
+    assert report["model"] == title
+    model = ddf.load(folder / "out")
+    assert (model.num_classes, model.drop_rate) == (5, 0.25)
+    assert model(torch.randn(1, 1, 64, 64)).shape == (1, 5)
+    again = json.loads(run("inspect", "out", "--json").out)  # whose images have one channel too
+    assert again["input_size"][0] == 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "given", "size"),
+    [
+        (("resnet10t", "--model-kwargs", "in_chans=2"), {"in_chans": 2}, (2, 176, 176)),
+        (("test_vit", "--model-kwargs", "img_size=64"), {"img_size": 64}, (3, 64, 64)),
+        (("test_vit", "--model-kwargs", "img_size=(64, 32)"), {"img_size": [64, 32]}, (3, 64, 32)),
+        (
+            ("resnet10t", "--model-kwargs", "act_layer=silu", "zero_init_last=False", "--model-kwargs", "drop_rate=.5"),
+            {"act_layer": "silu", "zero_init_last": False, "drop_rate": 0.5},
+            (3, 176, 176),
+        ),
+    ],
+)
+def test_arguments_of_timm_are_read_as_timms_scripts_do(
+    arguments: tuple[str, ...], given: dict[str, Any], size: tuple[int, int, int]
+) -> None:
+    name, *options = spread(arguments, "--model-kwargs", is_assignment)
+    texts = [text for text in options if text != "--model-kwargs"]
+    assert options == [each for text in texts for each in ("--model-kwargs", text)]
+    opened = source.open_model(name, arguments=timm_arguments(None, None, texts))
+    assert opened.source is not None
+    assert opened.source.kwargs == given
+    assert opened.input_size == size
+
+
+@pytest.mark.parametrize("command", [("inspect",), ("bench", "model"), ("export",), ("visualize",), ("evaluate",)])
+def test_every_command_passes_them_on(run: Any, command: tuple[str, ...], folder: Path) -> None:
+    PIL.Image.new("RGB", (8, 8)).save(folder / "photo.png")
+    more = {
+        "export": ("-o", "out.onnx"),
+        "visualize": ("photo.png",),
+        "evaluate": ("--data", "."),
+    }.get(command[-1], ())
+    ran = run(*command, "resnet10t", *more, "--num-classes", 5, "--model-kwargs", "drop_rat=0.1")
+    one_line(ran, 2, "timm cannot build resnet10t", "'drop_rat'", "did you mean drop_rate")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("resnet10t --model-kwargs drop_rate", ("--model-kwargs drop_rate: write KEY=VALUE",)),
+        ("resnet10t --model-kwargs =3", ("write KEY=VALUE",)),
+        ("resnet10t --model-kwargs act_layer=nonsense", ("timm cannot build resnet10t", "'nonsense'")),
+        ("resnet10t --model-kwargs drop_rate={1,2}", ("drop_rate={1, 2}", "cannot be saved as JSON")),
+        ("resnet10t --model-kwargs drop_rate=1e999", ("drop_rate=inf", "cannot be saved as JSON")),
+        ("resnet10t --model-kwargs checkpoint_path=x.pth", ("arguments do not read files", "--checkpoint FILE")),
+        ("resnet10t --model-kwargs pretrained=True", ("arguments do not read files", "--pretrained")),
+        ("resnet10t --num-classes 3 --model-kwargs num_classes=4", ("--num-classes says 3", "one of the two")),
+        ("resnet10t --in-chans 0", ("--in-chans",)),
+        ("net_for_cli:Net --num-classes 3", ("arguments of timm's models", "net_for_cli:Net is not one")),
+        ("./out --in-chans 1", ("arguments of timm's models", "./out is not one")),
+    ],
+)
+def test_mistakes_in_arguments_of_timm(run: Any, arguments: str, words: tuple[str, ...]) -> None:
+    one_line(run("inspect", *arguments.split()), 2, *words)
+
+
+def test_a_checkpoint_of_another_number_of_classes(run: Any, folder: Path) -> None:
+    model = timm.create_model("resnet10t", num_classes=7)
+    torch.save({"epoch": 1, "net": model.state_dict()}, folder / "seven.pth")
+    convert = ("convert", "resnet10t", "-o", "out", *SMALL, "--checkpoint", "seven.pth")
+    one_line(run(*convert), 2, "of another shape (fc.weight is 7x512 and should be 1000x512")
+    ran = run(*convert, "--num-classes", 7)
+    assert ran.code == 0
+    assert torch.equal(weights(folder / "out")["fc.weight"], model.fc.weight)
+
+
 def test_ctrl_c_leaves_nothing(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(folder)
 
@@ -483,6 +574,61 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 
 
 # --- the rest --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "streams", "code", "words"),
+    [
+        ("recipes show quick", ">&-", 0, ""),
+        ("recipes show quick", ">&- 2>&- <&-", 0, ""),
+        ("recipes show quick", "2>/dev/full >/dev/null", 0, ""),
+        ("recipes show quick", "</dev/null | head -1 | wc -l", 0, "1\n"),
+        ("recipes show quick", ">/dev/full", 1, "error: stdout cannot be written: No space left on device\n"),
+        ("recipes list --json", ">/dev/full", 1, "error: stdout cannot be written: No space left on device\n"),
+        ("--help", ">/dev/full", 1, "error: stdout cannot be written: No space left on device\n"),
+        ("recipes show nonsense", "2>/dev/full", 2, ""),
+        ("recipes show nonsense", ">&- 2>&-", 2, ""),
+    ],
+)
+def test_streams_that_are_closed_or_full(folder: Path, arguments: str, streams: str, code: int, words: str) -> None:
+    command = f"{{ {sys.executable} -m ddf_convert {arguments}; echo $? >&3; }} 3>code {streams}"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+    ran = subprocess.run(["sh", "-c", command], capture_output=True, text=True, timeout=120, env=environment)
+    assert ran.stdout + ran.stderr == words
+    assert (folder / "code").read_text() == f"{code}\n"
+
+
+def test_work_is_not_lost_with_its_streams(folder: Path) -> None:
+    """No file of ours takes the number of a stream that is closed, and then gets what is printed."""
+    command = f"{sys.executable} -m ddf_convert convert net_for_cli:Net -o out --input-size 3 16 16 >&- 2>&- <&-"
+    subprocess.run(["sh", "-c", command], check=True, timeout=120)
+    assert ddf.artifact.read_manifest(folder / "out").conversion.replaced
+    code = (
+        "from ddf_convert.commands.console import secure_streams; secure_streams();"
+        "file = open('opened', 'w'); print(file.fileno(), file=file); print('lost')"
+    )
+    subprocess.run(["sh", "-c", f'{sys.executable} -c "{code}" >&- 2>&- <&-'], check=True, timeout=60)
+    assert int((folder / "opened").read_text()) > 2
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("inspect", "x" * 300),
+        ("inspect", f"folder/{'x' * 300}"),
+        ("convert", "resnet10t", "-o", "out", "--checkpoint", "x" * 300),
+        ("convert", "resnet10t", "-o", "x" * 300),
+        ("visualize", "x" * 300, "net_for_cli.py"),
+        ("visualize", "ddf_mul_resnet18", "x" * 300),
+        ("inspect", "resnet10t", "--recipe", "x" * 300),
+        ("upsample", "--rgb", "x" * 300, "--depth", "x.png", "--checkpoint", "x", "-o", "y.png"),
+    ],
+)
+def test_names_that_are_too_long_for_a_file(run: Any, arguments: tuple[str, ...]) -> None:
+    ran = run(*arguments)
+    assert ran.code == 2
+    (line,) = ran.err.splitlines()
+    assert "fault of ddf-convert" not in line
 
 
 def test_version_and_help(run: Any) -> None:

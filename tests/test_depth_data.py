@@ -9,7 +9,8 @@ import h5py
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import ExifTags, Image
+from timm.data import ImageDataset
 
 from ddf_convert.depth import maps, nyu, pfm
 from ddf_convert.depth.crops import Crops
@@ -19,6 +20,8 @@ from ddf_convert.depth.metrics import errors, mean_rmse
 from ddf_convert.depth.pairs import each, open_pairs
 from ddf_convert.errors import UsageError
 from ddf_convert.recipes.schema import Augmentation
+from ddf_convert.training.images import open_images
+from ddf_convert.visualize import photos
 
 RANDOM = np.random.default_rng(0)
 
@@ -172,6 +175,56 @@ def test_a_pair_of_two_sizes(tmp_path):
 
 
 # --- NYU Depth V2 ---
+
+
+def with_orientation(file, values, orientation):
+    """A photo as a camera stores it: its pixels as they lie on the sensor, and how it was held."""
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    Image.fromarray(values).save(file, exif=exif)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".webp"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_photos_are_turned_as_their_exif_orientation_says(orientation, suffix, tmp_path):
+    upright = np.zeros((8, 16, 3), np.uint8)
+    upright[:4, :8] = 255  # white where it is near the upper left corner
+    stored = {
+        1: upright,
+        2: upright[:, ::-1],
+        3: upright[::-1, ::-1],
+        4: upright[::-1],
+        5: upright.transpose(1, 0, 2),
+        6: np.rot90(upright, 1),
+        7: np.rot90(upright, 1)[:, ::-1],
+        8: np.rot90(upright, -1),
+    }[orientation]
+    with_orientation(tmp_path / f"photo{suffix}", np.ascontiguousarray(stored), orientation)
+    for read in (read_photo, lambda file: torch.from_numpy(np.array(photos.read_photo(file))).permute(2, 0, 1)):
+        found = read(tmp_path / f"photo{suffix}")
+        assert found.shape == (3, 8, 16)
+        assert ((found > 127) == torch.from_numpy(upright > 127).permute(2, 0, 1)).all()
+
+
+def test_images_to_train_with_stay_as_timm_reads_them(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        with_orientation(tmp_path / name / "photo.png", np.zeros((8, 16, 3), np.uint8), 6)
+    ours, timms = open_images(str(tmp_path), "validation", True, whole=True)[0][0], ImageDataset(str(tmp_path))[0][0]
+    assert ours.size == timms.size == (16, 8)
+
+
+def test_a_damaged_block_of_exif_turns_nothing(tmp_path):
+    Image.fromarray(np.zeros((8, 16, 3), np.uint8)).save(tmp_path / "photo.jpg", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert read_photo(tmp_path / "photo.jpg").shape == (3, 8, 16)
+
+
+def test_a_photo_that_fits_no_more_once_it_is_turned(tmp_path):
+    pair(tmp_path, "a", size=(8, 12))
+    with_orientation(tmp_path / "rgb" / "a.png", np.zeros((8, 12, 3), np.uint8), 6)
+    words = said(open_pairs(tmp_path)[0].__getitem__, 0)
+    assert "is 8x12 and" in words
+    assert "the photo is turned as its EXIF orientation says, which swaps width and height" in words
 
 
 def mat(file, count=4, **changed):

@@ -5,10 +5,13 @@ the same for whole families.
 """
 
 import ast
+import collections
+import dataclasses
 import itertools
 import json
 import subprocess
 import sys
+import types
 from functools import partial
 from pathlib import Path
 
@@ -443,6 +446,73 @@ def test_the_commands_complaints(arguments, run, tmp_path):
 
 
 # --- families: more of the same ---
+
+
+@dataclasses.dataclass
+class Found:
+    logits: torch.Tensor
+    label: str = "cat"
+
+
+Pair = collections.namedtuple("Pair", "map count")
+
+
+class Returns(nn.Module):
+    """A convolution whose output goes through a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, padding=1)
+        self.function = function
+
+    def forward(self, image):
+        return self.function(self.conv(image))
+
+
+# What a forward returns, the names of its tensors, and what is left out.
+RETURNS = {
+    "a size": (lambda y: (y, y.shape[0]), ["output_0"], ["output_1 (int)"]),
+    "what comes before": (lambda y: (1.5 * y.shape[2], y), ["output_1"], ["output_0 (float)"]),
+    "a dict": (
+        lambda y: {"y": y, "label": "cat", "score": 0.5, "none": None, "sure": True},
+        ["y"],
+        ["label (str)", "score (float)", "sure (bool)"],
+    ),
+    "nested": (lambda y: {"a": [y, {"b": (y + 1, 3)}]}, ["a_0", "a_1_b_0"], ["a_1_b_1 (int)"]),
+    "a dataclass": (Found, ["logits"], ["label (str)"]),
+    "a named tuple": (lambda y: Pair(y, 2), ["map"], ["count (int)"]),
+    "a namespace": (lambda y: types.SimpleNamespace(y=y), ["y"], []),
+    "odd objects": (
+        lambda y: (y, y.shape, y.dtype, {1}),
+        ["output_0"],
+        ["output_1 (Size)", "output_2 (dtype)", "output_3 (set)"],
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RETURNS)
+def test_what_is_no_tensor_is_left_out_with_a_note(name, tmp_path, caplog):
+    function, names, left_out = RETURNS[name]
+    model = Returns(function).eval()
+    for write, file in ((export.to_onnx, "model.onnx"), (export.to_torch_export, "model.pt2")):
+        caplog.clear()
+        done = write(model, image(8), tmp_path / file)
+        assert list(done.outputs) == names
+        assert done.left_out == tuple(left_out)
+        assert done.checks
+        assert all(check.largest > 0 for check in done.checks)  # the tensors are compared nevertheless
+        notes = [message for message in caplog.messages if "left out" in message]
+        assert len(notes) == bool(left_out)
+        assert all(words in notes[0] for words in left_out)
+    assert type(model) is Returns  # and what it returns is as it was
+    assert type(model(image(8))) is type(function(torch.zeros(1, 4, 8, 8)))
+
+
+def test_a_model_that_returns_no_tensor_is_refused(tmp_path):
+    for write, file in ((export.to_onnx, "model.onnx"), (export.to_torch_export, "model.pt2")):
+        with pytest.raises(UsageError, match=r"Returns returns no tensor: n \(int\)"):
+            write(Returns(lambda y: {"n": y.dim()}), image(8), tmp_path / file)
+        assert not (tmp_path / file).exists()
 
 
 def functional():

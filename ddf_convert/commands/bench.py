@@ -21,12 +21,16 @@ from ddf_convert.commands.options import (
     Debug,
     Device,
     Heads,
+    InChans,
     InputSize,
     Model,
+    ModelKwargs,
+    NumClasses,
     Overwrite,
     SeRatio,
     read_by,
     takes_conversion,
+    timm_arguments,
 )
 from ddf_convert.errors import UsageError
 from ddf_convert.files import check_different, check_output, write_file
@@ -223,6 +227,9 @@ def bench_layer(
 def bench_model(
     model: Model,
     input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    in_chans: InChans = None,
+    model_kwargs: ModelKwargs = None,
     batch: ModelBatch = None,
     dtype: Annotated[ModelDtype, typer.Option(help="bfloat16 is autocast's in training.")] = ModelDtype.FLOAT32,
     layout: LayoutOption = Layout.CONTIGUOUS,
@@ -244,7 +251,7 @@ def bench_model(
 
         where = choose(device)
         say(f"Opening {model}")
-        opened = open_model(model, weights=True)
+        opened = open_model(model, weights=True, arguments=timm_arguments(num_classes, in_chans, model_kwargs))
         plan = planned(opened, input_size, conversion)
         if not plan.replaced:
             raise UsageError(f"nothing to convert in {model}: `ddf-convert inspect {model}` says why")

@@ -14,11 +14,15 @@ from ddf_convert.commands.options import (
     Conversion,
     Debug,
     Device,
+    InChans,
     InputSize,
     Model,
+    ModelKwargs,
+    NumClasses,
     Overwrite,
     read_by,
     takes_conversion,
+    timm_arguments,
 )
 from ddf_convert.errors import UsageError
 from ddf_convert.files import check_different, check_not_read, check_output, check_readable
@@ -41,6 +45,9 @@ Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an H
 def inspect(
     model: Model,
     input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    in_chans: InChans = None,
+    model_kwargs: ModelKwargs = None,
     *,
     conversion: Conversion,
     measure: Annotated[
@@ -54,6 +61,7 @@ def inspect(
     debug: Debug = False,
 ) -> None:
     """Show what converting a model would replace and save. Changes nothing, downloads nothing."""
+    arguments = timm_arguments(num_classes, in_chans, model_kwargs)
     if html:
         check_output("--html", html, overwrite, read_by(model, conversion.recipe_file))
     with busy(f"{'Timing' if measure else 'Looking at'} {model}"):
@@ -61,7 +69,7 @@ def inspect(
         from ddf_convert.source import open_model
 
         where = choose(device) if measure or device or conversion.config["only_faster"] else None
-        opened = open_model(model)
+        opened = open_model(model, arguments=arguments)
         plan = planned(opened, input_size, conversion, where)
     _present(plan, opened.name, as_json, html, everything)
 
@@ -71,6 +79,9 @@ def convert(
     model: Model,
     output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)],
     input_size: InputSize = None,
+    num_classes: NumClasses = None,
+    in_chans: InChans = None,
+    model_kwargs: ModelKwargs = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from timm's weights (a download).")] = False,
     checkpoint: Annotated[
         Path | None, typer.Option(metavar="FILE", help="Start from these weights.", show_default=False)
@@ -98,6 +109,7 @@ def convert(
     debug: Debug = False,
 ) -> None:
     """Convert a model and save it: DIR/manifest.json, DIR/model.safetensors, DIR/report.json."""
+    arguments = timm_arguments(num_classes, in_chans, model_kwargs)
     if pretrained and checkpoint:
         raise UsageError("--pretrained and --checkpoint exclude each other: give one")
     if checkpoint:
@@ -140,7 +152,7 @@ def convert(
 
         where = choose(device) if calibrates or device else None
         torch.manual_seed(seed)
-        opened = open_model(model, weights=True, pretrained=pretrained)
+        opened = open_model(model, weights=True, pretrained=pretrained, arguments=arguments)
         if checkpoint:
             say(f"Reading {checkpoint}")
             artifact.load_checkpoint(opened.model, checkpoint)
@@ -163,7 +175,7 @@ def convert(
             document["recipe"], document["initialised"] = recipe.name, done.model_dump(mode="json")
         say(f"Saving {output}")
         original = opened.model if recipe and recipe.needs_teacher else None
-        manifest = artifact.save(converted, output, report=document, original=original)
+        manifest = artifact.save(converted, output, opened.source, report=document, original=original)
     _present(plan, opened.name, as_json, html, everything, document, done)
     if not as_json:
         _saved(

@@ -11,7 +11,17 @@ from rich.markup import escape
 
 from ddf_convert.commands.completion import timm_names
 from ddf_convert.commands.console import busy, only_results_on_stdout, out, print_file, print_json
-from ddf_convert.commands.options import AsJson, Debug, Overwrite, plain_option, read_by
+from ddf_convert.commands.options import (
+    AsJson,
+    Debug,
+    InChans,
+    ModelKwargs,
+    NumClasses,
+    Overwrite,
+    plain_option,
+    read_by,
+    timm_arguments,
+)
 from ddf_convert.errors import UsageError
 from ddf_convert.files import check_output
 
@@ -48,6 +58,9 @@ def export(
         tuple[int, int, int] | None,
         plain_option("Size of the example image; the model's own if not given.", "--input-size", metavar="C H W"),
     ] = None,
+    num_classes: NumClasses = None,
+    in_chans: InChans = None,
+    model_kwargs: ModelKwargs = None,
     opset: Annotated[
         int | None, plain_option("ONNX's version of the operators, 18 or more. 18.", "--opset", metavar="N")
     ] = None,
@@ -66,6 +79,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a model as an ONNX or torch.export file, and compare it with PyTorch first."""
+    arguments = timm_arguments(num_classes, in_chans, model_kwargs)
     chosen = format or _BY_ENDING.get(output.suffix.lower())
     if chosen is None:
         raise UsageError(f"--output {output}: give --format onnx or torch-export, or a name that ends in .onnx or .pt2")
@@ -83,7 +97,7 @@ def export(
 
         if chosen is Format.ONNX:
             check_packages()
-        opened = open_model(model, weights=True)
+        opened = open_model(model, weights=True, arguments=arguments)
         example = _example(opened, input_size)
         say(f"Exporting {model}, which takes a second or two for every DDF layer")
         if chosen is Format.ONNX:

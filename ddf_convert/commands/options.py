@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import functools
 import inspect
 import json
@@ -92,6 +93,46 @@ InputSize = Annotated[
 Device = Annotated[
     str | None, typer.Option(metavar="NAME", help="cpu, cuda or cuda:N.", show_default="the GPU if there is one")
 ]
+
+# Of those that build models of timm.
+_OF_TIMM = "Of a timm model"
+NumClasses = Annotated[
+    int | None, plain_option("Classes; 0 is no classifier.", "--num-classes", min=0, metavar="N", panel=_OF_TIMM)
+]
+InChans = Annotated[
+    int | None, plain_option("Channels of the image.", "--in-chans", min=1, metavar="N", panel=_OF_TIMM)
+]
+ModelKwargs = Annotated[
+    list[str] | None,
+    plain_option(
+        "Other arguments of timm.create_model, with values as in Python: drop_rate=0.3 norm_layer=groupnorm.",
+        "--model-kwargs",
+        metavar="KEY=VALUE ...",
+        panel=_OF_TIMM,
+    ),
+]
+
+
+def timm_arguments(num_classes: int | None, in_chans: int | None, model_kwargs: Sequence[str] | None) -> dict[str, Any]:
+    """The arguments of ``timm.create_model`` that the three options above say; values are read as timm's scripts do.
+
+    Raises:
+        UsageError: One is not KEY=VALUE, or was given by its own option too.
+    """
+    asked = {"num_classes": num_classes, "in_chans": in_chans}
+    found: dict[str, Any] = {name: value for name, value in asked.items() if value is not None}
+    for text in model_kwargs or ():
+        key, sign, value = text.partition("=")
+        if not sign or not key.isidentifier():
+            raise UsageError(f"--model-kwargs {text}: write KEY=VALUE, such as drop_rate=0.3")
+        if asked.get(key) is not None:
+            raise UsageError(f"--model-kwargs {text}: --{key.replace('_', '-')} says {asked[key]}: give one of the two")
+        try:
+            found[key] = ast.literal_eval(value)
+        except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+            found[key] = value
+    return found
+
 
 # Of those that open converted folders.
 OwnModel = Annotated[
@@ -209,16 +250,23 @@ def _is_default(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "DEFAULT"
 
 
-def spread(arguments: Sequence[str], option: str = "--kernel-size") -> list[str]:
+def spread(
+    arguments: Sequence[str], option: str = "--kernel-size", is_value: Callable[[str], bool] = str.isdecimal
+) -> list[str]:
     """``--kernel-size 3 5`` as ``--kernel-size 3 --kernel-size 5``, which is how the parser takes several values."""
     found: list[str] = []
     repeating = False
     for argument in arguments:
-        if repeating and argument.isdecimal() and found[-1] != option:
+        if repeating and is_value(argument) and found[-1] != option:
             found.append(option)
-        repeating = argument == option or (repeating and argument.isdecimal())
+        repeating = argument == option or (repeating and is_value(argument))
         found.append(argument)
     return found
+
+
+def is_assignment(argument: str) -> bool:
+    """Whether it is KEY=VALUE, and no option."""
+    return argument.partition("=")[0].isidentifier() and "=" in argument
 
 
 def _option(help: str, *names: str, **settings: Any) -> Any:

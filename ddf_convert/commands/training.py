@@ -18,11 +18,15 @@ from ddf_convert.commands.options import (
     Amp,
     AsJson,
     Debug,
+    InChans,
+    ModelKwargs,
+    NumClasses,
     OwnModel,
     TimmWeights,
     TrainingDevice,
     plain_option,
     stage_change,
+    timm_arguments,
 )
 from ddf_convert.errors import UsageError
 
@@ -165,6 +169,9 @@ def evaluate(
     checkpoint: TimmWeights = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Take timm's weights (a download).")] = False,
     own_model: OwnModel = None,
+    num_classes: NumClasses = None,
+    in_chans: InChans = None,
+    model_kwargs: ModelKwargs = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a process at a time.")] = 64,
     input_size: InputSize = None,
     workers: Workers = 2,
@@ -184,6 +191,7 @@ def evaluate(
                 split=split.value,
                 checkpoint=checkpoint,
                 pretrained=pretrained,
+                arguments=timm_arguments(num_classes, in_chans, model_kwargs),
                 model=own_model,
                 batch_size=batch_size,
                 input_size=input_size,

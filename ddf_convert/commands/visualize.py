@@ -14,12 +14,16 @@ from ddf_convert.commands.console import busy, only_results_on_stdout, out, prin
 from ddf_convert.commands.options import (
     AsJson,
     Debug,
+    InChans,
+    ModelKwargs,
+    NumClasses,
     Overwrite,
     OwnModel,
     TimmWeights,
     TrainingDevice,
     plain_option,
     read_by,
+    timm_arguments,
 )
 from ddf_convert.errors import UsageError
 from ddf_convert.files import check_output, check_readable, write_file
@@ -67,6 +71,9 @@ def visualize(
     ] = None,
     checkpoint: TimmWeights = None,
     own_model: OwnModel = None,
+    num_classes: NumClasses = None,
+    in_chans: InChans = None,
+    model_kwargs: ModelKwargs = None,
     input_size: Annotated[
         tuple[int, int, int] | None, plain_option("Size of the images; the model's own if not given.", metavar="C H W")
     ] = None,
@@ -80,6 +87,7 @@ def visualize(
     debug: Debug = False,
 ) -> None:
     """Look at the dynamic filters of a model: how dynamic each layer is, and pictures of them."""
+    arguments = timm_arguments(num_classes, in_chans, model_kwargs)
     taps = [_tap(each) for each in tap or ()]
     if output is not None:
         check_output("--output", output, overwrite, read_by(model, checkpoint, *images))
@@ -98,6 +106,7 @@ def visualize(
                 branch=branch,
                 taps=taps,
                 checkpoint=checkpoint,
+                arguments=arguments,
                 model=own_model,
                 input_size=input_size,
                 plain=plain,

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from ddf_convert.depth import pfm
 from ddf_convert.errors import UsageError
+from ddf_convert.training.pixels import upright
 
 PHOTOS = (".png", ".jpg", ".jpeg")
 DEPTHS = (".png", ".npy", ".pfm")
@@ -59,13 +60,15 @@ def unit_of(file: Path, name: str | None) -> Unit:
 
 
 def read_photo(file: Path) -> Tensor:
-    """A photo: (3, H, W) uint8. Grey ones get three equal channels; transparency is left out.
+    """A photo: (3, H, W) uint8, turned as its EXIF orientation says.
+
+    Grey photos get three equal channels; transparency is left out.
 
     Raises:
         UsageError: It cannot be read as a photo.
     """
     with _opened(file, "photo") as image:
-        pixels = np.array(image.convert("RGB"))
+        pixels = np.array(upright(image).convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 

@@ -14,6 +14,7 @@ from ddf_convert.depth.maps import Unit, encode_depth, read_depth, read_photo, u
 from ddf_convert.depth.metrics import errors
 from ddf_convert.devices import choose
 from ddf_convert.errors import UsageError
+from ddf_convert.training.pixels import sideways
 
 _NAMES = {"ddf": "DDF-Up-Net", "conv": "joint convolutions"}
 
@@ -141,7 +142,10 @@ def upsample_files(request: Request) -> Upsampled:
     unit = unit_of(request.depth, request.unit)
     truth = None if request.truth is None else _truth(request, photo, unit)
     model, _ = checkpoint.load(request.checkpoint)
-    found, padded = upsample(model.to(device), photo, depth)
+    try:
+        found, padded = upsample(model.to(device), photo, depth)
+    except UsageError as error:  # the sizes do not fit
+        raise UsageError(f"{error}{sideways(request.photo)}") from error
     bicubic = interpolate(depth, factor, photo.shape[-2:])
     whole = bool((depth == depth.round()).all())
     content, written = encode_depth(found, request.output, unit, whole)
@@ -163,7 +167,9 @@ def _truth(request: Request, photo: Tensor, unit: Unit) -> Tensor:
     truth = read_depth(request.truth, request.allow_8bit)
     if truth.shape[-2:] != photo.shape[-2:]:
         sizes = [f"{image.shape[-1]}x{image.shape[-2]}" for image in (truth, photo)]
-        raise UsageError(f"--truth {request.truth}: is {sizes[0]}, and the photo is {sizes[1]}")
+        raise UsageError(
+            f"--truth {request.truth}: is {sizes[0]}, and the photo is {sizes[1]}{sideways(request.photo)}"
+        )
     other = unit_of(request.truth, request.unit)
     if other != unit:
         raise UsageError(

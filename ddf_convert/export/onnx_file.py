@@ -52,7 +52,8 @@ def to_onnx(
 ) -> Exported:
     """Writes a model as an ONNX file, in ONNX's standard operators alone.
 
-    It is the model in evaluation mode. Nothing in the file depends on ``ddf_convert``.
+    It is the model in evaluation mode. What it returns beside tensors is left out, and a warning names it; dataclasses
+    and the like are taken apart. Nothing in the file depends on ``ddf_convert``.
 
     Args:
         model: Any module, converted or not, of float32 or float16; it stays as it is.
@@ -88,6 +89,7 @@ def to_onnx(
     content = proto.SerializeToString()
     checks = check_against(traced, _runner(content), "onnxruntime") if check else ()
     write_file(file, content)
+    traced.tell_what_is_left_out(file)
     return Exported(
         file=file,
         format="onnx",
@@ -99,6 +101,7 @@ def to_onnx(
         sizes=traced.shapes.sizes,
         tolerance=tolerance(traced.model),
         checks=checks,
+        left_out=traced.left_out,
     )
 
 

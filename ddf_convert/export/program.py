@@ -9,6 +9,7 @@ import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 from unittest import mock
 
@@ -20,10 +21,12 @@ from torch.utils import _pytree
 
 from ddf_convert.copies import real_copy, unchanged_random_states
 from ddf_convert.errors import DDFError, UsageError
+from ddf_convert.export.outputs import name_of, tensors_alone, with_tensors_alone
 from ddf_convert.export.sizes import AXES, Shapes, axes, fixed_by_conditions, shape_of, shapes_of
 from ddf_convert.graph.record import first_line
 from ddf_convert.inputs import ExampleInput, as_arguments, in_words
 from ddf_convert.layers.window import same_padding
+from ddf_convert.notices import tell
 
 _TRACED_BATCH = 2  # torch.export takes a size of 1 for one that is always 1
 _LONGEST = 200  # characters of an error
@@ -41,12 +44,19 @@ class Traced:
         model: A copy of the model in evaluation mode, on the CPU, with the same weights.
         arguments: The example, on the CPU, as it was given.
         shapes: Those of the inputs.
+        left_out: What the forward returns beside tensors, by name and type.
     """
 
     program: ExportedProgram
     model: nn.Module
     arguments: Arguments
     shapes: Shapes
+    left_out: tuple[str, ...] = ()
+
+    def tell_what_is_left_out(self, file: Path) -> None:
+        """Warns of what the file does not hold, if there is something."""
+        if self.left_out:
+            tell(f"{file} holds tensors alone; left out of what the model returns: {', '.join(self.left_out)}")
 
     def inputs_at(self, sizes: Mapping[str, int]) -> Arguments:
         """The example at other sizes: maps resampled to the nearest pixel, those of a larger batch each moved a little.
@@ -90,7 +100,7 @@ def trace(
         fixed: What is not free nevertheless, and why: "batch", "height", "width".
 
     Raises:
-        UsageError: The model does not run on the example.
+        UsageError: The model does not run on the example, or returns no tensor.
         DDFError: ``torch.export`` cannot follow it.
     """
     copied = real_copy(model, *_filled(as_arguments(model, example_input)))
@@ -101,10 +111,13 @@ def trace(
     name = type(model).__name__
     with torch.no_grad(), unchanged_random_states(), quiet():
         try:
-            _run(module, arguments)
+            output = _run(module, arguments)
         except Exception as error:  # the user's code: anything can come out of it
             words = in_words(*arguments)
             raise UsageError(f"{name} does not run on an example input of {words}: {reason(error)}") from error
+        module, left_out = with_tensors_alone(module, output)
+        if not tensors_in(tensors_alone(output)[0]):
+            raise UsageError(f"{name} returns no tensor{': ' if left_out else ''}{', '.join(left_out)}")
         fixed = dict(fixed or {}) if dynamic else dict.fromkeys(AXES.values(), "as asked")
         args, kwargs = arguments if "batch" in fixed else _batched(module, arguments, fixed)
         try:
@@ -120,7 +133,7 @@ def trace(
         shapes = shapes_of(program, tensors_in(arguments), why_fixed)
         if more := fixed_by_conditions(shapes):
             return trace(model, example_input, dynamic, fixed | more)
-        return Traced(program, module, arguments, shapes)
+        return Traced(program, module, arguments, shapes, left_out)
 
 
 def reason(error: BaseException) -> str:
@@ -210,9 +223,7 @@ def _resized(tensor: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _output_name(path: tuple[Any, ...]) -> str:
-    """``logits`` of a dictionary, ``output_1`` of a tuple, ``output`` of nothing but a tensor."""
-    words = re.findall(r"\w+", _pytree.keystr(path))
-    return "_".join(["output", *words] if not words or words[0].isdecimal() else words)
+    return name_of(tuple(re.findall(r"\w+", _pytree.keystr(path))))
 
 
 @contextlib.contextmanager

@@ -74,6 +74,7 @@ class Exported:
         outputs: Likewise.
         sizes: The sizes of the inputs, and what they may be.
         tolerance: What a difference may be, as a fraction of the largest output.
+        left_out: What the model returns beside tensors, by name and type: no file holds it.
         checks: What was run beside the model; nothing if that was not asked for.
     """
 
@@ -87,6 +88,7 @@ class Exported:
     sizes: tuple[Size, ...]
     tolerance: float
     checks: tuple[Check, ...]
+    left_out: tuple[str, ...] = ()
 
     @property
     def difference(self) -> float | None:

@@ -34,7 +34,8 @@ def to_torch_export(
 ) -> Exported:
     """Writes a model as a file that ``torch.export.load`` reads.
 
-    It is the model in evaluation mode, on the CPU, in the dtype that it has.
+    It is the model in evaluation mode, on the CPU, in the dtype that it has. What it returns beside tensors becomes
+    None, and a warning names it; dataclasses and the like become dicts.
 
     Args:
         model: Any module, converted or not; it stays as it is.
@@ -69,6 +70,7 @@ def to_torch_export(
         raise DDFError(f"{type(model).__name__} uses operators that torch does not have: {', '.join(left)}")
     checks = check_against(traced, _runner(content), "the exported program") if check else ()
     write_file(file, content)
+    traced.tell_what_is_left_out(file)
     return Exported(
         file=file,
         format="torch-export",
@@ -80,6 +82,7 @@ def to_torch_export(
         sizes=traced.shapes.sizes,
         tolerance=tolerance(traced.model),
         checks=checks,
+        left_out=traced.left_out,
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import warnings
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image
+from PIL import ExifTags, Image, ImageOps
 
 _TO_BYTE = 257  # 65535 / 255
 
@@ -41,6 +43,30 @@ def as_rgb(image: Any) -> Image.Image:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
     return picture.convert("RGB")
+
+
+def upright(image: Image.Image) -> Image.Image:
+    """A photo as people see it: turned as its EXIF orientation says. EXIF that cannot be read turns nothing.
+
+    Images to train with are not turned, for timm does not turn them either.
+    """
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return ImageOps.exif_transpose(image)
+    except Exception:  # whatever stands in a damaged block of EXIF
+        return image
+
+
+def sideways(file: str | os.PathLike[str]) -> str:
+    """What errors about the size of a photo add if :func:`upright` swaps its width and height; else nothing."""
+    try:
+        with warnings.catch_warnings(), Image.open(file) as image:
+            warnings.simplefilter("ignore")
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) in (5, 6, 7, 8)
+    except Exception:  # as above
+        return ""
+    return "; the photo is turned as its EXIF orientation says, which swaps width and height" if turned else ""
 
 
 def _from_array(array: NDArray[Any]) -> Image.Image:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -307,6 +308,7 @@ class Question:
         split: Which part of the data, if they are divided.
         checkpoint: Weights of a model that is not in a folder.
         pretrained: Download timm's.
+        arguments: Of ``timm.create_model``, for such a model.
         model: ``package.module:callable`` that builds the user's own model before conversion.
         batch_size: Images of one process at a time.
         input_size: (C, H, W) of the images; None is the model's.
@@ -320,6 +322,7 @@ class Question:
     split: Split = "validation"
     checkpoint: Path | None = None
     pretrained: bool = False
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     batch_size: int = 64
     input_size: tuple[int, int, int] | None = None
@@ -379,14 +382,16 @@ def _opened(question: Question) -> tuple[str, nn.Module, Source | None]:
             raise UsageError(f"--model is for a converted folder, and {question.name} {what}")
         if folder.is_dir() and is_run(folder.parent):
             raise UsageError(f"{folder.parent} has no {folder.name}/ yet: its first evaluation was not reached")
-        opened = open_model(question.name, weights=True, pretrained=question.pretrained)
+        opened = open_model(question.name, True, question.pretrained, question.arguments)
         if question.checkpoint is not None:
             artifact.load_checkpoint(opened.model, question.checkpoint)
         elif not question.pretrained and ":" not in question.name:
             raise UsageError(f"{question.name}: give its weights with --checkpoint FILE, or --pretrained")
-        return question.name, opened.model, None
+        return opened.name, opened.model, None
     if question.checkpoint is not None or question.pretrained:
         raise UsageError(f"{folder} holds its weights: leave --checkpoint and --pretrained out")
+    if question.arguments:
+        raise UsageError(f"{folder} says how its model is built: leave {', '.join(question.arguments)} out")
     source = Source(folder, question.model)
     return str(folder), source.converted().eval(), source
 

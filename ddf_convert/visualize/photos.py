@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.record import first_line
 from ddf_convert.training.loading import ImageSettings, image_settings, make_transform
-from ddf_convert.training.pixels import as_rgb
+from ddf_convert.training.pixels import as_rgb, upright
 
 
 def read_photo(file: Path) -> PIL.Image.Image:
-    """An image file of any kind that PIL reads, in RGB.
+    """An image file of any kind that PIL reads, in RGB, turned as its EXIF orientation says.
 
     Raises:
         UsageError: It is missing, or is no image.
@@ -26,7 +26,7 @@ def read_photo(file: Path) -> PIL.Image.Image:
         raise UsageError(f"{file}: is a folder; give an image")
     try:
         with PIL.Image.open(file) as image:
-            return as_rgb(image)
+            return as_rgb(upright(image))
     except PIL.UnidentifiedImageError:
         raise UsageError(f"{file}: is not an image") from None
     except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ class Request:
         branch: Of DDF-Up layers, whose taps are drawn.
         taps: To draw large.
         checkpoint: Weights of a model that is not in a folder.
+        arguments: Of ``timm.create_model``, for such a model.
         model: ``package.module:callable`` that builds the user's own model before conversion.
         input_size: (C, H, W) of the images; None is the model's.
         plain: Images as values from 0 to 1.
@@ -52,6 +53,7 @@ class Request:
     branch: int = 0
     taps: Sequence[Tap] = ()
     checkpoint: Path | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     input_size: tuple[int, int, int] | None = None
     plain: bool = False
@@ -194,17 +196,19 @@ def _opened(request: Request) -> tuple[str, nn.Module, list[str]]:
     if (folder / "manifest.json").is_file():
         if request.checkpoint is not None:
             raise UsageError(f"{folder} holds its weights: leave --checkpoint out")
+        if request.arguments:
+            raise UsageError(f"{folder} says how its model is built: leave {', '.join(request.arguments)} out")
         return str(folder), Source(folder, request.model).converted().eval(), []
     if request.model is not None:
         what = "is none" if folder.exists() else "does not exist"
         raise UsageError(f"--model is for a converted folder, and {request.name} {what}")
     torch.manual_seed(0)  # random weights are the same every time
-    opened = open_model(request.name, weights=True)
+    opened = open_model(request.name, weights=True, arguments=request.arguments)
     if request.checkpoint is not None:
         artifact.load_checkpoint(opened.model, request.checkpoint)
     random = request.checkpoint is None and ":" not in request.name
     notes = [f"the weights of {request.name} are random: --checkpoint FILE gives it better ones"] if random else []
-    return request.name, opened.model, notes
+    return opened.name, opened.model, notes
 
 
 def _select(places: Sequence[Place], patterns: Sequence[str]) -> list[Place]:
