@@ -3,6 +3,7 @@
 import copy
 import pickle
 from pathlib import Path
+from types import MethodType
 
 import networks as net
 import pytest
@@ -12,6 +13,7 @@ from torch import nn
 
 import ddf_convert as ddf
 from ddf_convert import recipes
+from ddf_convert.errors import UsageError
 from ddf_convert.layers import DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d
 from ddf_convert.layers.branches import ChannelBranch, narrow_squeeze_width, squeeze_width
 
@@ -147,17 +149,56 @@ def test_attributes_of_instances_are_carried_over(as_graph: bool, tmp_path) -> N
         assert torch.equal(again(IMAGE), output)
 
 
-def test_what_the_new_layer_has_of_its_own_stays() -> None:
+@pytest.mark.parametrize("name", ["ddf", "mix", "kernel_sizes"])
+def test_names_that_the_layer_needs_are_a_reason(name: str) -> None:
     conv = net.conv()
-    conv.ddf, conv.mix, conv.fix, conv.heads, conv.extra_repr = "a", "b", "c", "d", lambda: "e"
+    setattr(conv, name, "of the library")
+    site = ddf.plan(nn.Sequential(conv), IMAGE)["0"]
+    if name == "kernel_sizes":
+        assert site.action == "replace"
+        return
+    assert site.reason == f"has an attribute {name!r}, a name that DDFConv2d needs for itself"
+    with pytest.raises(UsageError, match="cannot be replaced: has an attribute"):
+        site.replace()
+
+
+def test_names_that_are_set_after_planning_change_nothing() -> None:
+    model = nn.Sequential(net.conv())
+    plan = ddf.plan(model, IMAGE)
+    model[0].mix = 3
+    with pytest.raises(UsageError, match="0 cannot be replaced: it has an attribute 'mix'"):
+        ddf.convert(model, plan, inplace=True)
+    assert type(model[0]) is nn.Conv2d
+
+
+class Tagged(nn.Conv2d):
+    tag = "of the class"
+    scales = (1, 2)
+
+    def describe(self) -> str:
+        return self.tag
+
+
+def test_values_of_a_subclass_and_methods_of_an_instance_are_carried_over() -> None:
+    conv = Tagged(32, 32, 3, padding=1)
+    conv.channels = MethodType(lambda self: self.in_channels + self.extra, conv)
+    conv.extra = 1
     layer = replaced(conv)
-    assert isinstance(layer.ddf, DDF2d)
-    assert isinstance(layer.mix, nn.Conv2d)
-    assert layer(IMAGE).shape == conv(IMAGE).shape
-    layer = replaced(conv, mixing="never")
-    assert layer.heads == 1
-    assert callable(layer.fix)
-    assert "se_ratio" in repr(layer)
+    assert (layer.tag, layer.scales) == ("of the class", (1, 2))
+    conv.extra = 5
+    assert layer.channels() == 33  # bound to the new layer
+
+
+@pytest.mark.parametrize("part", ["buffer", "parameter", "module"])
+def test_convolutions_that_hold_more_are_left_alone(part: str) -> None:
+    conv = net.conv()
+    if part == "buffer":
+        conv.register_buffer("mask", torch.ones(32))
+    elif part == "parameter":
+        conv.mask = nn.Parameter(torch.ones(32))
+    else:
+        conv.mask = nn.Linear(2, 2)
+    assert ddf.plan(nn.Sequential(conv), IMAGE)["0"].reason == "holds mask, which would be lost"
 
 
 def test_pixel_shuffles_keep_theirs_too() -> None:

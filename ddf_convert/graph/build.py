@@ -114,6 +114,8 @@ def obstacle(module: nn.Module, upsample: bool = False) -> str | None:
         return None
     if module.weight.dtype not in DTYPES:
         return f"its weights are {module.weight.dtype}; DDF takes float32, float64, float16 or bfloat16"
+    if parts := {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias", "gain"}:
+        return f"holds {', '.join(sorted(parts))}, which would be lost"
     for option in ("stride", "padding", "dilation"):
         value = getattr(module, option)
         if not isinstance(value, str) and value[0] != value[1]:

@@ -139,6 +139,8 @@ def _answered(layer: nn.Module, func: Any, args: Any, kwargs: Any) -> Any:
     """What the layer makes of a call; what torch does, if the call asks for another factor."""
     given = dict(zip(INTERPOLATE, args, strict=False)) | kwargs
     input, size, factor = given["input"], given.get("size"), given.get("scale_factor")
+    if isinstance(input, Tensor) and input.dim() != 4:
+        return func(*args, **kwargs)  # of sequences or volumes, which DDF-Up does not take
     scale: Any = layer.scale_factor
     if size is None:
         factors = factor if isinstance(factor, tuple | list) else (factor,)

@@ -11,6 +11,7 @@ from torch import nn
 from ddf_convert.accounting import Cost
 from ddf_convert.copies import Watch
 from ddf_convert.errors import UsageError
+from ddf_convert.graph.attributes import attribute_in_the_way
 from ddf_convert.graph.budget import apply_budgets
 from ddf_convert.graph.build import build, caution, is_depthwise, kind_of, obstacle, replacement_for, stand_in
 from ddf_convert.graph.costs import Costs, Stopwatch
@@ -244,8 +245,12 @@ class _Planner:
             return site
         mix, why = self._mixing(convolution, module)
         site.caution = "; ".join(filter(None, (convolution.caution, caution(module))))
-        site.replacement = replacement_for(module, self.config, mix)
-        layer = self._built(site.replacement, convolution).to(module.weight.dtype)
+        replacement = replacement_for(module, self.config, mix)
+        layer = self._built(replacement, convolution).to(module.weight.dtype)
+        site.reason = attribute_in_the_way(module, layer) or ""
+        if site.reason:
+            return site
+        site.replacement = replacement
         site.replacement_cost = self.costs_of_replacements.over_all_calls(layer, convolution)
         refusal = self._unselected(convolution, module) or self._unprofitable(site, module)
         if refusal:
@@ -283,6 +288,11 @@ class _Planner:
             return
         if convolution.owner is not None and convolution.found_by is FoundBy.HOOKS:
             site.caution = "; ".join(filter(None, (site.caution, _NUMBERED)))
+        layer = build(replacement, device="meta")
+        if not isinstance(module, nn.PixelShuffle):  # an Identity replaces it
+            site.reason = attribute_in_the_way(module, layer) or ""
+        if site.reason:
+            return
         site.replacement = replacement
         worked_on = convolution
         if isinstance(module, nn.PixelShuffle):  # goes with its convolution
@@ -290,7 +300,7 @@ class _Planner:
             site.convolution = worked_on.name
             assert worked_on.module is not None
             site.before = site.after = site.before + self.costs.over_all_calls(worked_on.module, worked_on)
-        layer = build(replacement, device="meta").to(worked_on.dtype)
+        layer = layer.to(worked_on.dtype)
         site.replacement_cost = self.costs_of_replacements.over_all_calls(layer, worked_on)
         site.reason = (
             self._unselected(convolution, module)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from ddf_convert.errors import DDFError, UsageError
+from ddf_convert.graph.attributes import attribute_in_the_way, carry_over_attributes
 from ddf_convert.graph.build import build, geometry, kernel_for, kind_of, obstacle
 from ddf_convert.graph.functional import functional_convolutions_in, place_of, replace_functions
 from ddf_convert.graph.intercept import Apart, intercept, is_intercepted, obstacle_to_intercepting
@@ -126,6 +126,8 @@ def prepare(model: nn.Module, steps: Sequence[Replaced]) -> dict[str, nn.Module]
     with torch.inference_mode(False), torch.random.fork_rng(devices=[]):
         for step in steps:
             layer = prepared[step.names[0]] = _built(_checked(model, found, step), step)
+            if not step.intercepted and (reason := attribute_in_the_way(found[step.names[0]], layer)) is not None:
+                raise UsageError(f"{step.names[0]} cannot be replaced: it {reason}")
             call = step.names[0].rpartition(".")[2] if step.functional or step.intercepted else ""
             origin = Origin(step.replacement, call, bool(step.removed), step.graph)
             note(layer, origin)
@@ -176,33 +178,6 @@ def _put(model: nn.Module, new: Mapping[int, nn.Module]) -> None:
             if child is not None and id(child) in new:
                 carry_over_attributes(child, new[id(child)])
                 parent._modules[key] = new[id(child)]
-
-
-def carry_over_attributes(old: nn.Module, new: nn.Module) -> None:
-    """Gives a new layer the plain attributes of the module that it replaces, such as those that a library set on it.
-
-    What the new layer has of its own (its sizes, parameters, parts and methods) stays. Hooks, parameters and whatever
-    else ``nn.Module`` keeps are not plain attributes.
-
-    Args:
-        old: The module that is replaced; it stays as it is.
-        new: What replaces it; it changes.
-    """
-    own = {*vars(new), *new._parameters, *new._buffers, *new._modules}
-    for name, value in vars(old).items():
-        if name not in _INTERNAL and name not in own and not _has_of_its_own(type(new), name):
-            new.__dict__[name] = value
-
-
-# What modules and convolutions keep for themselves; a compiled call would be that of the old module.
-_INTERNAL = {*vars(nn.Module()), "_compiled_call_impl", "_reversed_padding_repeated_twice"}
-
-
-def _has_of_its_own(kind: type[nn.Module], name: str) -> bool:
-    """Whether a class defines a method or property of that name, other than those that every module has."""
-    found = inspect.getattr_static(kind, name, None)
-    inherited = found is inspect.getattr_static(nn.Module, name, None)
-    return not inherited and (callable(found) or hasattr(found, "__get__"))
 
 
 @dataclass(frozen=True)

@@ -53,7 +53,8 @@ def calibrate(
     kept: list[tuple[Tensor, Tensor]] = []
     room = _KEPT
     for number, batch in enumerate(images):
-        given, wanted = input_of(model, pair.layer, batch), output_of(original, pair.conv, batch)
+        given = _batched(input_of(model, pair.layer, batch))
+        wanted = _batched(output_of(original, pair.conv, batch))
         observed.add(given, wanted, number)
         room -= given.nbytes + wanted.nbytes
         if not kept or room > 0:
@@ -74,6 +75,11 @@ def calibrate(
             return Fitted(before, after)
         pair.layer.load_state_dict(start)
     return Fitted(before, closed)
+
+
+def _batched(maps: Tensor) -> Tensor:
+    """A single map, (C, H, W), as a batch of one."""
+    return maps.unsqueeze(0) if maps.dim() == 3 else maps
 
 
 class _Observed:

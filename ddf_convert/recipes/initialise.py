@@ -91,9 +91,7 @@ def initialise(
         raise UsageError(f"{settings.method!r} starts from the old weights: give the original model too")
     found = pairs(model, original)
     if settings.keep_frozen:
-        for pair in found:
-            if pair.conv is not None and not pair.conv.weight.requires_grad:
-                pair.layer.requires_grad_(False)
+        _freeze(found)
     if settings.method == "preserve":
         return Initialised(method="preserve", layers=tuple(_preserve(pair) for pair in found))
     if images is None:
@@ -118,6 +116,16 @@ def initialise(
         if settings.batch_norm:
             norms.adjust(batches)
     return Initialised(method="calibrate", layers=tuple(layers), images=sum(map(len, batches)))
+
+
+def _freeze(found: Iterable[Pair | UpPair]) -> None:
+    """Freezes the layers that take over frozen weights; the bias follows the old bias."""
+    for pair in found:
+        if pair.conv is None:
+            continue
+        pair.layer.requires_grad_(pair.conv.weight.requires_grad)
+        if pair.conv.bias is not None and pair.layer.bias is not None:
+            pair.layer.bias.requires_grad_(pair.conv.bias.requires_grad)
 
 
 def _preserve(pair: Pair | UpPair) -> InitialisedLayer:
