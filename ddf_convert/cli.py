@@ -87,16 +87,19 @@ def run(arguments: list[str]) -> int:
         # The reader went away (`| head`): nobody is there to be told. Python must not try to flush at exit either.
         _give_up_stdout()
         return 1
-    except OSError as error:
-        if debug or not is_full(error):
-            return _report_error(error, debug)
+    except Exception as error:
+        return _report_error(_of_the_system(error) if isinstance(error, OSError) and not debug else error, debug)
+
+
+def _of_the_system(error: OSError) -> Exception:
+    """An error of files that no command expected: a full disk, or a name that is too long, is no fault of ours."""
+    if is_full(error):
         _give_up_stdout()
         where = f" {error.filename}" if error.filename else ""
-        return _report_error(DDFError(f"could not write{where}: {why(error)}"), debug)
-    except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:  # wherever a name is looked up
-            error = UsageError(f"{str(error.filename)[:_SHOWN]}...: {error.strerror}")
-        return _report_error(error, debug)
+        return DDFError(f"could not write{where}: {why(error)}")
+    if error.errno == errno.ENAMETOOLONG:  # wherever a name is looked up
+        return UsageError(f"{str(error.filename)[:_SHOWN]}...: {error.strerror}")
+    return error
 
 
 def _give_up_stdout() -> None:

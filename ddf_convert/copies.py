@@ -101,6 +101,10 @@ class Copy:
         return self.module(*self.args, **self.kwargs)
 
 
+class SettledError(UsageError):
+    """A failure of a forward pass that depends on the shapes of its inputs alone."""
+
+
 def watch_a_run(
     module: nn.Module,
     args: tuple[Any, ...],
@@ -123,10 +127,13 @@ def watch_a_run(
 
     Raises:
         UsageError: The module has parameters that are not initialised, or cannot be copied.
+        SettledError: The watcher raised it: no other way of running the module can succeed.
         Exception: Whatever its forward raises when it runs as its users run it.
     """
     try:
         return _watched(fake_copy(module, args, kwargs), watch)
+    except SettledError:
+        raise
     except Exception:  # fake tensors refuse what depends on values in many ways; any other fault will recur
         pass
     try:

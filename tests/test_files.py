@@ -310,7 +310,7 @@ def test_a_run_does_not_replace_models_whose_checkpoints_are_gone(place, capsys)
     Path("run").mkdir()
     Path("run/settings.json").write_text('{"format_version": 1, "world": 1}')
     ddf.save(model(), "run/best")
-    with pytest.raises(UsageError, match="already holds models of a run"):
+    with pytest.raises(UsageError, match="no checkpoint to go on from: give another folder"):
         RunFolder(Path("run")).check(resume=False)
     Path("run/best/model.safetensors").write_bytes(THEIRS)
     with pytest.raises(ArtifactError, match=r"best/model\.safetensors is in the way"):
@@ -398,7 +398,7 @@ def test_a_full_disk_behind_stdout(place):
         text=True,
     )
     assert ran.returncode == 1
-    assert ran.stderr.splitlines() == ["error: could not write: No space left on device"]
+    assert ran.stderr.splitlines() == ["error: stdout cannot be written: No space left on device"]
 
 
 KILLED = """

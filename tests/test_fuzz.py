@@ -107,7 +107,9 @@ def careless(model, folder):
     model.norm.bias.data[0] += 1
     model.norm = nn.Sequential(model.norm)
     (Path(folder) / "left").write_text("x")
-    raise ddf.UsageError("y\n" * artifacts.MESSAGE)
+    error = ddf.UsageError("")
+    error.args = ("y\n" * artifacts.MESSAGE,)  # past what shortens messages
+    raise error
 
 
 def trusting(model, folder):

@@ -444,7 +444,7 @@ def test_compiles_whole() -> None:
         ({"kernel_size": 1}, "odd kernel size of 3 or more, got 1"),
         ({"stride": 0}, "stride and dilation must be 1 or more"),
         ({"padding": -1}, "must not be negative"),
-        ({"padding": "valid"}, "number of pixels, None or 'same', got 'valid'"),
+        ({"padding": "full"}, "number of pixels, None, 'same' or 'valid', got 'full'"),
         ({"combine": "max"}, "one of mul, add, got 'max'"),
         ({"padding_mode": "mirror"}, "got 'mirror'"),
         ({"se_ratio": 0}, "se_ratio must be above 0"),

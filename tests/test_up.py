@@ -223,7 +223,7 @@ def test_costs_are_those_of_branches_one_by_one() -> None:
     with FlopCounterMode(display=False) as counter:
         layer(input)
     depthwise, pointwise = 4 * 9 * 8 * 30, 4 * 8 * 9 * 30
-    channel = 4 * (8 * 1 + 1 * 72)
+    channel = 4 * (8 * 4 + 4 * 72)
     operator = 9 * 8 * 120
     assert counter.get_total_flops() == 2 * (depthwise + pointwise + channel + operator)
 

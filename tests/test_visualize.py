@@ -91,7 +91,7 @@ def test_the_filters_are_those_that_the_operator_applies(model, images, seen):
             nn.functional.pad(input, (0, 1, 0, 1)) if found.name == "down" else input,
             found.channel.flatten(1, 2),
             spatial,
-            stride=getattr(layer, "stride", 1),
+            stride=getattr(layer, "stride", (1, 1))[0],
             padding=0 if found.name == "down" else found.kernel_size // 2,
             combine=found.combine,
             upscale_factor=step,

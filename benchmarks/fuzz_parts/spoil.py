@@ -318,9 +318,9 @@ def _words(draft: Draft) -> Any:
     return text
 
 
-@_change(SAME, 2)
+@_change(EITHER, 2)
 def _format(draft: Draft) -> Any:
-    """An older format: none of what later ones brought, which all has defaults."""
+    """An older format: none of what later ones brought. Before format 5 layers of few channels were narrower."""
     formats = get_args(Manifest.model_fields["format_version"].annotation)
     kind = draft.manifest["source"]["kind"]
     draft.manifest = Manifest.model_validate(draft.manifest).model_dump(

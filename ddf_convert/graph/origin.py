@@ -38,6 +38,12 @@ def note(layer: nn.Module, origin: Origin) -> None:
     vars(layer)[_NOTE] = origin
 
 
+def forget(model: nn.Module) -> None:
+    """Removes the notes from a model's layers: they are then part of the code that builds it."""
+    for module in model.modules():
+        vars(module).pop(_NOTE, None)
+
+
 def origin_of(module: nn.Module) -> Origin | None:
     """Where a layer comes from; None if no conversion made it."""
     origin = vars(module).get(_NOTE)

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
 from ddf_convert.accounting import Cost, counting
-from ddf_convert.copies import Copy, Watch, in_mode, watch_a_run
+from ddf_convert.copies import Copy, SettledError, Watch, in_mode, watch_a_run
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.filters import replacing_layers
 from ddf_convert.graph.intercept import INTERPOLATE, stands_for_a_call
@@ -172,6 +172,8 @@ def record(
                 yield recorder
         except Exception as error:
             failed[id(error)] = recorder
+            if _TOO_SMALL.search(str(error)):
+                raise SettledError(str(recorder.refusal(name, in_words(args, kwargs), error))) from error
             raise
         recorder.cost = tally.cost
 

@@ -19,6 +19,7 @@ from torch import nn
 
 from ddf_convert.errors import UsageError
 from ddf_convert.graph.build import replacement_for
+from ddf_convert.graph.origin import forget
 from ddf_convert.graph.plan import ConvertConfig
 from ddf_convert.graph.swap import Replaced, prepare, swap
 
@@ -66,6 +67,7 @@ def _with_ddf(combine: Combine, se_ratio: float, **arguments: Any) -> nn.Module:
         if name.startswith("layer") and isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
     ]
     swap(model, prepare(model, steps))
+    forget(model)  # timm builds it so: there is nothing to record
     return model
 
 
