@@ -74,7 +74,7 @@ def run(arguments: list[str]) -> int:
     if not debug:
         hush()
     try:
-        code = app(_several_values(arguments), prog_name="ddf-convert", standalone_mode=False)
+        code = app(several_values(arguments), prog_name="ddf-convert", standalone_mode=False)
         sys.stdout.flush()
         if code == _INTERRUPTED:  # some versions of typer swallow the KeyboardInterrupt
             raise KeyboardInterrupt
@@ -106,7 +106,8 @@ def _give_up_stdout() -> None:
     os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
-def _several_values(arguments: list[str]) -> list[str]:
+def several_values(arguments: list[str]) -> list[str]:
+    """Repeats the options that take several values, ``--kernel-size 3 5``, for the parser, which takes one each."""
     converting = arguments[:1] in (["inspect"], ["convert"]) or arguments[:2] == ["bench", "model"]
     arguments = spread(arguments) if converting else arguments
     return spread(arguments, "--model-kwargs", is_assignment)

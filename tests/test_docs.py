@@ -13,7 +13,6 @@ import pytest
 import typer
 
 from ddf_convert import cli
-from ddf_convert.commands.options import spread
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -161,7 +160,7 @@ def test_commands_exist_with_their_options(line):
     """Parsed, and not run: an option or a command that does not exist is an error."""
     assert "-completion" not in line  # to parse that is to install it
     command, path = application(), "ddf-convert"
-    arguments = spread(shlex.split(line))
+    arguments = cli.several_values(shlex.split(line))
     while True:
         try:
             context = command.make_context(path, list(arguments))

@@ -92,7 +92,7 @@ def test_a_file_that_exists_is_kept_without_overwrite(place, capsys, name, link)
     assert run(*arguments) == 2
     assert f"{file}: exists already: --overwrite replaces it" in " ".join(capsys.readouterr().err.split())
     assert files(place) == before
-    if link == "symbolic link":
+    if link == "symbolic link" and name in ("inspect --html", "upsample"):  # one of each way to write; these are quick
         assert run(*arguments, "--overwrite") == 0, capsys.readouterr().err
         assert Path(file).read_bytes() != THEIRS
         assert Path("theirs").read_bytes() == THEIRS  # what a link led to is no file that was named

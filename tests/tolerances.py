@@ -14,11 +14,11 @@ the versions of libraries. A tolerance that one machine gave fails on the next.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 
 def shallow(dtype: torch.dtype, terms: int = 9) -> float:
@@ -36,18 +36,18 @@ def deep(dtype: torch.dtype) -> float:
     return math.sqrt(torch.finfo(dtype).eps)
 
 
-def bounds(expected: Tensor | Iterable[Tensor], relative: float) -> dict[str, Any]:
-    """``rtol`` and ``atol`` for torch's comparisons, from a tolerance relative to the largest value."""
-    tensors = [expected] if isinstance(expected, Tensor) else list(expected)
+def bounds(expected: Any, relative: float) -> dict[str, Any]:
+    """``rtol`` and ``atol`` for torch's comparisons of nested tensors, relative to the largest value."""
+    tensors = [leaf for leaf in tree_leaves(expected) if isinstance(leaf, Tensor)]
     largest = max((tensor.detach().abs().max().item() for tensor in tensors if tensor.numel()), default=0.0)
     return {"rtol": relative, "atol": relative * largest}
 
 
-def near(dtype: torch.dtype, expected: Tensor | Iterable[Tensor], terms: int = 9) -> dict[str, Any]:
+def near(dtype: torch.dtype, expected: Any, terms: int = 9) -> dict[str, Any]:
     """:func:`bounds` for one layer."""
     return bounds(expected, shallow(dtype, terms))
 
 
-def far(dtype: torch.dtype, expected: Tensor | Iterable[Tensor]) -> dict[str, Any]:
+def far(dtype: torch.dtype, expected: Any) -> dict[str, Any]:
     """:func:`bounds` for a network."""
     return bounds(expected, deep(dtype))
