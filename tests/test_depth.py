@@ -253,9 +253,9 @@ def again(ended, tmp_path):
     settings = tmp_path / "run" / "settings.json"
     settings.write_text(settings.read_text().replace(str(ended), str(tmp_path)))
 
-    def go_on(**changes):
+    def go_on(data=tmp_path / "data", **changes):
         options = {"changes": {"steps": 2, "batch_size": 2}, "resume": True, **changes}
-        return run.train(request(tmp_path / "data", tmp_path / "run", **options))
+        return run.train(request(data, tmp_path / "run", **options))
 
     go_on.data, go_on.run = tmp_path / "data", tmp_path / "run"
     return go_on
@@ -323,7 +323,7 @@ def test_a_run_of_an_earlier_version_goes_on(again, capsys):
         ("log.jsonl", None),
     ],
 )
-def test_what_is_not_needed_to_go_on_may_be_damaged(again, name, content, caplog):
+def test_what_is_not_needed_to_go_on_may_be_damaged(ended, again, name, content, caplog):
     file = again.run / name
     whole = file.read_text()
     file.unlink()
@@ -331,7 +331,8 @@ def test_what_is_not_needed_to_go_on_may_be_damaged(again, name, content, caplog
         file.write_bytes(content)
     for part in ("manifest.json", "model.safetensors"):  # the network, too
         (again.run / part).unlink()
-    assert again().finished
+    # The settings in the checkpoint are of the run that was copied, with its data.
+    assert again(ended / "data" if name == "settings.json" else again.data).finished
     assert checkpoint.load(again.run)[1].steps == 2
     if content is not None:
         assert (again.run / f"{name}.damaged-1").read_bytes() == content
