@@ -417,8 +417,9 @@ KILLED = """
 """
 
 
-@pytest.mark.parametrize("into", ["new", "there"])
-@pytest.mark.parametrize("what", ["folder", "file"])
+@pytest.mark.parametrize(
+    ("what", "into"), [("folder", "there"), ("file", "new"), pytest.param("folder", "new", marks=pytest.mark.long)]
+)
 def test_leftovers_of_killed_processes_go_and_those_of_others_stay(tmp_path, what, into):
     (tmp_path / "there").mkdir()
     write = f"ddf.save(torch.nn.Linear(1, 1), '{into}')" if what == "folder" else "write_file(Path('there/a'), 'b')"

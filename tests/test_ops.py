@@ -187,7 +187,8 @@ def test_gradients_of_gradients(combine: str, layout: str) -> None:
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize(
-    ("combine", "stride", "dilation", "heads"), [("mul", 1, 1, 1), ("add", 2, 1, 4), ("mul", 3, 2, 1)]
+    ("combine", "stride", "dilation", "heads"),
+    [("mul", 1, 1, 1), ("add", 2, 1, 4), pytest.param("mul", 3, 2, 1, marks=pytest.mark.long)],
 )
 def test_opcheck(combine: str, stride: int, dilation: int, heads: int, dtype: torch.dtype, layout: str) -> None:
     made = tensors(3, stride, dilation, dilation, heads, dtype=dtype, layout=layout, grad=True)

@@ -140,7 +140,9 @@ def test_gradcheck(combine: str) -> None:
     assert gradcheck(layer, made, fast_mode=True)
 
 
-@pytest.mark.parametrize("options", [{}, {"guide_channels": 3, "affine": True}], ids=str)
+@pytest.mark.parametrize(
+    "options", [pytest.param({}, marks=pytest.mark.long), {"guide_channels": 3, "affine": True}], ids=str
+)
 def test_compiles_whole(options: dict) -> None:
     layer = DDFUp2d(4, **options)
     made = inputs(layer, torch.float32)
