@@ -396,7 +396,7 @@ def test_mistakes_are_one_line(place, arguments, message, capsys):
 
 def test_without_matplotlib_nothing_is_started(place, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, out, err = ran(capsys, "no-model", "photo.png", "-o", "a.png")
+    code, out, err = ran(capsys, "no-model", "photo.png", "-o", "new.png")
     assert (code, out) == (2, "")
     assert "--output needs matplotlib: pip install 'ddf-convert[plot]'" in " ".join(err.split())
 
