@@ -572,6 +572,15 @@ def edit_step(**changes):
     return change
 
 
+def edit_record(**changes):
+    def change(path):
+        content = json.loads((path / "manifest.json").read_text())
+        content["conversion"]["replaced"][0] |= changes
+        (path / "manifest.json").write_text(json.dumps(content))
+
+    return change
+
+
 def recast(name, dtype):
     """One tensor of the weights in another dtype, under a manifest that vouches for the file."""
 
@@ -671,6 +680,12 @@ DAMAGE = {
     "many classes": (timm_source(kwargs={"num_classes": 10**7}), "num_classes 10000000 is more than"),
     "a number that is none": (timm_source(kwargs={"drop_rate": float("nan")}), "which JSON does not have"),
     "a layer twice": (repeat_steps(2), "is replaced twice"),
+    "a flag that is a number": (edit_step(bias=2**63), "bias must be true or false, got 9223372036854775808"),
+    "a layer that is kept apart for nothing": (
+        edit_record(apart=["conv1.0"]),
+        "are kept apart from others, not conv1.0",
+    ),
+    "a call of two names": (edit_record(names=["layer1.interpolate()", "conv1.0"]), "has 2 names for it"),
     "very many layers": (repeat_steps(5_000), "it names 5,000 layers"),
     "a long option": (edit_step(combine="x" * 10**5), r"characters\)"),
     "a long name": (timm_source(name="x " * 10**5), r"characters\)"),

@@ -238,6 +238,9 @@ def build(replacement: Replacement, device: torch.device | str = "cpu") -> nn.Mo
         TypeError: The layer has no such option.
         UsageError: No filter of that name is known.
     """
+    for flag in ("bias", "affine"):
+        if not isinstance(replacement.options.get(flag, False), bool):
+            raise ValueError(f"{flag} must be true or false, got {replacement.options[flag]!r}")
     where: dict[str, Any] = {"device": device, "dtype": torch.float32}
     layer = DDF_LAYERS.get(replacement.layer) or find_filter(replacement.layer).layer
     with _WithoutValues() if torch.device(device).type == "meta" else nullcontext():

@@ -200,6 +200,10 @@ def _checked(model: nn.Module, modules: Mapping[str, nn.Module], step: Replaced)
         return UsageError(f"the conversion does not fit {describe(model)}: {words}")
 
     options, name = step.replacement.options, step.names[0]
+    if (step.intercepted or step.functional) and len(step.names) > 1:
+        raise unfit(f"{name} is one call of a function, and the record has {len(step.names)} names for it")
+    if step.apart and not step.intercepted:
+        raise unfit(f"{name}: only calls of F.interpolate are kept apart from others, not {step.apart[0]}")
     needed = (_owner(name),) if step.intercepted else step.names
     for missing in (each for each in (*needed, *step.removed, *step.apart) if each not in modules):
         raise unfit(f"it has no {missing}{suggestion(missing, modules)}")
