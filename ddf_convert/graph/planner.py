@@ -191,7 +191,8 @@ def _notes(recording: Recording, traced: Traced, sites: list[Site]) -> list[str]
 def _frozen(model: nn.Module, sites: list[Site]) -> list[str]:
     """A note on frozen convolutions: what replaces them is random, so it is trainable all the same."""
     modules = dict(model.named_modules())
-    replaced = [list(modules[site.name].parameters()) for site in sites if _is_replaced_module(site, modules)]
+    names = [site.convolution or site.name for site in sites if site.action is Action.REPLACE]
+    replaced = [list(modules[name].parameters()) for name in names if name in modules]
     frozen = sum(bool(tensors) and not any(each.requires_grad for each in tensors) for tensors in replaced)
     if not frozen:
         return []
@@ -199,10 +200,6 @@ def _frozen(model: nn.Module, sites: list[Site]) -> list[str]:
         f"Frozen (requires_grad=False): {frozen} of the {len(replaced)} modules that are replaced. The new layers are"
         " trainable; a recipe that takes over their weights freezes them again with initialise.keep_frozen"
     ]
-
-
-def _is_replaced_module(site: Site, modules: Mapping[str, nn.Module]) -> bool:
-    return site.action is Action.REPLACE and site.name in modules
 
 
 class _Planner:
