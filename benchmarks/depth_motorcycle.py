@@ -31,13 +31,13 @@ from depth_parts.scene import Part, parts, scene
 from recipe_parts.page import RESULTS, figure, machine, paragraph, run, table, write
 from torch import Tensor
 
+from ddf_convert.artifacts.atomic import write_file
 from ddf_convert.depth import checkpoint
 from ddf_convert.depth.inference import upsample
 from ddf_convert.depth.lowres import downsample
 from ddf_convert.depth.metrics import errors
 from ddf_convert.depth.picture import draw
 from ddf_convert.depth.training import Settings, Trainer
-from ddf_convert.files import write_file
 from ddf_convert.models.ddf_upnet import JointUpNet
 from ddf_convert.recipes import Recipe, load
 

@@ -33,16 +33,15 @@ from torch import Tensor, nn
 
 import ddf_convert as ddf
 from ddf_convert import export
+from ddf_convert.artifacts.atomic import write_file
+from ddf_convert.cost.timing import median_ms
 from ddf_convert.errors import DDFError
-from ddf_convert.files import write_file
 from ddf_convert.layers import DDF2d, DDFUp2d
-from ddf_convert.machine import called
 from ddf_convert.models.ddf_upnet import DDFUpNet
-from ddf_convert.timing import median_ms
+from ddf_convert.utils.device import called
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-import converted_networks
-import networks
+from support import converted_networks, networks
 
 UP = {"upsample": True, "allow_growth": True}
 FLAGSHIP = "DDF-ResNet-50"

@@ -19,8 +19,8 @@ from pathlib import Path, PurePosixPath
 
 from recipe_parts.sources import DATA, SOURCES, Source
 
+from ddf_convert.artifacts.atomic import write_file
 from ddf_convert.errors import DDFError
-from ddf_convert.files import write_file
 
 
 def main() -> int:

@@ -35,10 +35,9 @@ from gpu_parts.page import page
 from gpu_parts.run import DroppedError, Run, complaints
 from gpu_parts.speed import compiled, model, op, up
 
-from ddf_convert.devices import choose
+from ddf_convert.artifacts.atomic import write_file
 from ddf_convert.errors import UsageError
-from ddf_convert.files import write_file
-from ddf_convert.machine import describe
+from ddf_convert.utils.device import choose, describe
 
 INCOMPLETE = 3
 GRACE = 45  # seconds past the end after which a hanging kernel is given up

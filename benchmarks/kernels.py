@@ -37,11 +37,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ddf_convert.arguments import output_size
 from ddf_convert.bench.device import DTYPES, LAYOUTS
 from ddf_convert.cuda import dispatch
-from ddf_convert.cuda.compile import Capability, compile_ptx
-from ddf_convert.cuda.variants import FilterGradients, Norm, Plain, Q, Variant, Window
+from ddf_convert.cuda.codegen.ptx import Capability, compile_ptx
+from ddf_convert.cuda.kernel_spec import FilterGradients, Norm, Plain, Q, Variant, Window
+from ddf_convert.reference.checks import output_size
 
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0))
 # Of one multiprocessor: threads, registers, bytes of shared memory, blocks (CUDA C++ Programming Guide, appendix on

@@ -57,8 +57,9 @@ def measure() -> dict[str, float]:
 
     import torch
 
-    from ddf_convert.arguments import check_arguments, memory_format
-    from ddf_convert.cuda import dispatch, launch
+    from ddf_convert.cuda import dispatch
+    from ddf_convert.cuda.codegen import driver as launch
+    from ddf_convert.reference.checks import check_arguments, memory_format
 
     driver = launch.driver()
     _, module = driver.cuModuleLoadData(b"\0")

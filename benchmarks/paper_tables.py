@@ -20,10 +20,10 @@ from paper_parts.memory import memory_png
 from paper_parts.page import page
 from paper_parts.quoted import TABLE_2
 
+from ddf_convert.artifacts.atomic import write_file
 from ddf_convert.bench import op
 from ddf_convert.bench.plot import png
-from ddf_convert.devices import choose
-from ddf_convert.files import write_file
+from ddf_convert.utils.device import choose
 
 DOCS = Path(__file__).parent.parent / "docs"
 SIZES = [(14, 64, 3, 0.25), (14, 64, 5, 0.25), (56, 128, 5, 0.5), (56, 256, 3, 0.25)]  # of table 1; the last is shown

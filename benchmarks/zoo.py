@@ -35,7 +35,7 @@ from zoo_parts.record import fail, line_of
 from zoo_parts.shapes import check_shapes
 from zoo_parts.store import Store, source_key
 
-from ddf_convert.files import write_file
+from ddf_convert.artifacts.atomic import write_file
 
 RESULTS = Path(__file__).parent / "results" / "zoo.jsonl"
 

@@ -7,10 +7,9 @@ from ddf_convert.version import __version__
 
 # The shell's completion (for which typer sets this variable) needs the command line alone, and cannot wait for torch.
 if "_DDF_CONVERT_COMPLETE" not in os.environ:
-    from ddf_convert import layers, models, ops, recipes
-    from ddf_convert.accounting import Cost, count_parameters, measure
-    from ddf_convert.artifact import load, restore, save
-    from ddf_convert.graph import (
+    from ddf_convert import models, recipes
+    from ddf_convert.artifacts.artifact import load, restore, save
+    from ddf_convert.conversion import (
         Action,
         Conversion,
         ConvertConfig,
@@ -24,6 +23,7 @@ if "_DDF_CONVERT_COMPLETE" not in os.environ:
         plan,
         register_filter,
     )
+    from ddf_convert.cost.count import Cost, count_parameters, measure
     from ddf_convert.report import Comparison, compare
 
 __all__ = [

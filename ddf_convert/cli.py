@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
+from ddf_convert.artifacts.atomic import is_full, why
 from ddf_convert.commands import bench, recipes
 from ddf_convert.commands.console import err, hush, secure_streams
 from ddf_convert.commands.conversion import convert, inspect
@@ -23,7 +24,6 @@ from ddf_convert.commands.export import export
 from ddf_convert.commands.options import HELP, is_assignment, spread
 from ddf_convert.commands.training import evaluate, finetune
 from ddf_convert.commands.visualize import visualize
-from ddf_convert.disk import is_full, why
 from ddf_convert.errors import DDFError, UsageError
 
 app = typer.Typer(

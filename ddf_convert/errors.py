@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import difflib
 import errno
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pydantic import ValidationError
 
 # What the system says where there is no room at the moment, or where an attempt was cut off.
 _PASSING = re.compile("EAGAIN|EBUSY|EDQUOT|EINTR|EIO|EMFILE|ENFILE|ENOLCK|ENOMEM|ENOSPC|ESTALE|ETIMEDOUT")
@@ -70,3 +75,24 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
         seen.add(id(following))
         yield following
         following = following.__cause__ or following.__context__
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, without the full stop."""
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[0].strip().rstrip(".") if lines else type(error).__name__
+
+
+def in_one_line(error: ValidationError) -> str:
+    """What pydantic found wrong, the first few points of it."""
+    points = [
+        f"{'.'.join(map(str, item['loc'])) or 'text'}: {item['msg'].removeprefix('Value error, ')}"
+        for item in error.errors()
+    ]
+    return "; ".join(points[:3]) + (f"; and {len(points) - 3} more" if len(points) > 3 else "")
+
+
+def suggestion(name: str, names: Iterable[str]) -> str:
+    """What to append to an error: the nearest names, or nothing when none is near."""
+    near = difflib.get_close_matches(name, list(names), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else ""

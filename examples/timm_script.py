@@ -33,7 +33,7 @@ import torch
 from timm.models import load_checkpoint, register_model
 
 import ddf_convert as ddf
-from ddf_convert import artifact
+from ddf_convert.artifacts import artifact
 from ddf_convert.models import launch
 
 _OF_TIMM = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # where weights are; ours are known

@@ -41,14 +41,14 @@ def _compile_cpu_kernels(layout: torch.memory_format) -> None:
 @pytest.fixture
 def quick_timing(monkeypatch: pytest.MonkeyPatch) -> None:
     """Forward passes are timed for a moment only: for tests that ask whether they are, and not how long they take."""
-    from ddf_convert import latency
+    from ddf_convert.cost import timing
 
-    timed = latency.median_ms
+    timed = timing.median_ms
 
     def briefly(call: Callable[[], object], device: torch.device, seconds: float, **options: Any) -> float:
         return timed(call, device, min(seconds, 1e-3), **options)
 
-    monkeypatch.setattr(latency, "median_ms", briefly)
+    monkeypatch.setattr(timing, "median_ms", briefly)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ddf_convert as ddf
-from ddf_convert import artifact
-from ddf_convert.graph import swap
+from ddf_convert.artifacts import artifact
+from ddf_convert.conversion import rewriter
 from fuzz_parts.guard import Guard, TooLong
 from fuzz_parts.spoil import REFUSED, SAME
 
@@ -30,7 +30,7 @@ DEPTHS = ("JSON", "schema", "hashes", "header", "shapes", "weights", "outputs")
 _PROBES: tuple[tuple[Any, str, str, str], ...] = (
     (artifact.Manifest, "model_validate", "schema", "hashes"),
     (safetensors, "safe_open", "header", "header"),
-    (swap, "build", "shapes", "shapes"),
+    (rewriter, "build", "shapes", "shapes"),
     (nn.Module, "load_state_dict", "weights", "weights"),
 )
 

@@ -17,8 +17,8 @@ from typing import Any, get_args
 import safetensors.torch
 import torch
 
-from ddf_convert.artifact import Manifest
-from ddf_convert.folder import FileRecord
+from ddf_convert.artifacts.artifact import Manifest
+from ddf_convert.artifacts.atomic import FileRecord
 
 REFUSED, SAME, EITHER = "refused", "same", "either"  # what must become of a case; SAME: equal outputs
 WEIGHTS, ORIGINAL, MANIFEST = "model.safetensors", "original.safetensors", "manifest.json"

@@ -16,10 +16,10 @@ from unittest import mock
 import torch
 from kernels import recorded
 
-from ddf_convert.arguments import memory_format
-from ddf_convert.cuda import compile as compiler
 from ddf_convert.cuda import dispatch
-from ddf_convert.cuda.variants import Variant
+from ddf_convert.cuda.codegen import ptx as compiler
+from ddf_convert.cuda.kernel_spec import Variant
+from ddf_convert.reference.checks import memory_format
 from gpu_parts.cases import Case
 from gpu_parts.correctness import large_cases, small_cases
 from gpu_parts.run import Run, fail, skip

@@ -17,7 +17,7 @@ from ddf_convert.bench.op import measure
 from ddf_convert.bench.peers import COMPILED, OP, Workload
 from ddf_convert.bench.up import Settings as UpSettings
 from ddf_convert.bench.up import run as measure_up
-from ddf_convert.timing import host_us
+from ddf_convert.cost.timing import host_us
 from gpu_parts.run import Run
 
 SECONDS = 0.08  # for each time

@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ddf_convert.bench.peers import DENSE, DEPTHWISE, MODULE, OP, UNFOLD
-from ddf_convert.machine import called
+from ddf_convert.utils.device import called
 
 # As in the plots of ``bench``: ours in warm colours, what they are compared with in cool ones.
 _COLUMNS = {OP: "#d62728", MODULE: "#ff7f0e", DENSE: "#1f77b4", DEPTHWISE: "#17becf", UNFOLD: "#7f7f7f"}

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from ddf_convert.artifacts.atomic import write_file
 from ddf_convert.errors import DDFError, UsageError
-from ddf_convert.files import write_file
-from ddf_convert.machine import called, describe
+from ddf_convert.utils.device import called, describe
 
 RESULTS = Path(__file__).parents[1] / "results"
 THREADS = 2

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ddf_convert.timing import median_ms
+from ddf_convert.cost.timing import median_ms
 
 _COPIED = {"cuda": 2**30, "cpu": 2**28}  # bytes: far beyond any cache
 

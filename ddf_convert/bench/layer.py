@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddf_convert import accounting
 from ddf_convert.bench import device as devices
 from ddf_convert.bench.measure import Figures, figures, placed, random_leaf
 from ddf_convert.bench.memory import kept_when_freed
 from ddf_convert.bench.op import check_kernel
+from ddf_convert.cost import count
+from ddf_convert.cost.timing import copies_needed
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.layers import DDF2d, DDFConv2d
-from ddf_convert.machine import describe
-from ddf_convert.timing import copies_needed
+from ddf_convert.utils.device import describe
 
 BATCH = {"cuda": 32, "cpu": 4}
 
@@ -112,7 +112,7 @@ def run(settings: Settings, say: Callable[[str], object] = lambda words: None) -
         with kept_when_freed(), devices.convolution_settings(settings.tf32):
             for name, layer in settings.layers().items():
                 say(f"Measuring {name}")
-                cost = accounting.measure(layer, torch.empty(first.shape, device="meta"))
+                cost = count.measure(layer, torch.empty(first.shape, device="meta"))
                 measured = figures(settings.place(layer), inputs, settings.device, settings.seconds)
                 results[name] = {**measured, "parameters": cost.params, "macs": cost.macs}
     except torch.OutOfMemoryError as error:

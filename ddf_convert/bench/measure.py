@@ -10,8 +10,8 @@ from torch import Tensor, nn
 
 from ddf_convert.bench.device import DTYPES, LAYOUTS
 from ddf_convert.bench.memory import peak_mib
-from ddf_convert.graph.record import first_line
-from ddf_convert.timing import host_us, in_turn, median_ms
+from ddf_convert.cost.timing import host_us, in_turn, median_ms
+from ddf_convert.errors import first_line
 
 Figures = dict[str, Any]
 """``forward_ms``, ``forward_backward_ms``, ``peak_mib``, ``host_us`` (None where unknown); or ``error`` alone."""

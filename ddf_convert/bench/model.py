@@ -14,11 +14,10 @@ from torch.utils import _pytree
 from ddf_convert.bench import device as devices
 from ddf_convert.bench.device import DTYPES, LAYOUTS
 from ddf_convert.bench.memory import kept_when_freed, peak_mib
-from ddf_convert.errors import DDFError
-from ddf_convert.graph import Plan, convert
-from ddf_convert.graph.record import first_line
-from ddf_convert.machine import describe
-from ddf_convert.timing import median_ms
+from ddf_convert.conversion import Plan, convert
+from ddf_convert.cost.timing import median_ms
+from ddf_convert.errors import DDFError, first_line
+from ddf_convert.utils.device import describe
 
 BATCH = {"cuda": 64, "cpu": 4}
 

@@ -17,7 +17,7 @@ from ddf_convert.bench.measure import Figures, figures, figures_or_error
 from ddf_convert.bench.memory import kept_when_freed
 from ddf_convert.bench.peers import OP, Workload, columns, operands
 from ddf_convert.errors import UsageError
-from ddf_convert.machine import describe
+from ddf_convert.utils.device import describe
 
 RESOLUTIONS = (7, 14, 28, 56, 112, 224)  # Table 2
 BATCH = {"cuda": 32, "cpu": 4}  # Table 2 has 32

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ddf_convert import ops, reference
 from ddf_convert.bench.measure import placed, random_leaf
+from ddf_convert.cost.timing import copies_needed
 from ddf_convert.layers import DDF2d
-from ddf_convert.timing import copies_needed
 
 OP, MODULE, DENSE, DEPTHWISE = "DDF op", "DDF module", "Conv", "DwConv"
 UNFOLD, SLICES, COMPILED = "unfold", "slices", "slices compiled"

@@ -9,7 +9,7 @@ from typing import Any
 from ddf_convert.bench.peers import COMPILED, DENSE, DEPTHWISE, MODULE, OP, SLICES, TF32, UNFOLD
 from ddf_convert.bench.up import BILINEAR, SEPARATE, TRANSPOSED, UP
 from ddf_convert.errors import UsageError
-from ddf_convert.machine import called
+from ddf_convert.utils.device import called
 
 # Ours in warm colours, what they are compared with in cool ones; the same column looks the same in every plot.
 _COLOURS = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -10,12 +10,14 @@ from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from ddf_convert.bench.doctor import Check, State
 from ddf_convert.bench.measure import Figures
 from ddf_convert.bench.peers import DENSE, DEPTHWISE, MODULE, OP
 from ddf_convert.bench.up import SEPARATE, UNFOLDED, UP
-from ddf_convert.machine import called
 from ddf_convert.report import units
+from ddf_convert.report.tables import new_table
 from ddf_convert.report.units import figure
+from ddf_convert.utils.device import called
 
 _TIMES = (("forward, ms", "forward_ms"), ("forward + backward, ms", "forward_backward_ms"))
 
@@ -168,3 +170,13 @@ def _right(name: str) -> Column:
 
 def _table(*columns: Column) -> Table:
     return Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False, header_style="dim")
+
+
+def checks_table(checks: Iterable[Check]) -> Table:
+    """What the doctor found."""
+    table = new_table(Column("", no_wrap=True), Column("", style="bold", no_wrap=True), Column("", overflow="fold"))
+    table.show_header = False
+    signs = {State.OK: ("ok", "green"), State.NOTE: ("note", "yellow"), State.PROBLEM: ("PROBLEM", "bold red")}
+    for check in checks:
+        table.add_row(Text(*signs[check.state]), check.name, Text(check.detail))
+    return table

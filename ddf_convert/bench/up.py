@@ -18,10 +18,10 @@ from ddf_convert import ops
 from ddf_convert.bench.measure import Figures, figures, figures_or_error, placed, random_leaf
 from ddf_convert.bench.memory import kept_when_freed
 from ddf_convert.bench.op import check_kernel
+from ddf_convert.cost.timing import copies_needed
 from ddf_convert.errors import UsageError
 from ddf_convert.layers import DDFUp2d
-from ddf_convert.machine import describe
-from ddf_convert.timing import copies_needed
+from ddf_convert.utils.device import describe
 
 RESOLUTIONS = (28, 56, 112)
 BATCH = {"cuda": 16, "cpu": 1}

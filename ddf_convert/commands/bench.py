@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import typer
 
+from ddf_convert.artifacts.atomic import check_different, check_output, write_file
 from ddf_convert.commands.console import busy, only_results_on_stdout, out, print_file, print_json
 from ddf_convert.commands.conversion import planned
 from ddf_convert.commands.options import (
@@ -33,7 +34,6 @@ from ddf_convert.commands.options import (
     timm_arguments,
 )
 from ddf_convert.errors import UsageError
-from ddf_convert.files import check_different, check_output, write_file
 
 app = typer.Typer(
     help="Measure the operator, a layer or a model beside what they replace.",
@@ -115,7 +115,7 @@ def bench_op(
     """The operator beside convolutions and plain PyTorch, at the paper's sizes."""
     with _measuring(json_file, plot, overwrite) as say:
         from ddf_convert.bench import op
-        from ddf_convert.devices import choose
+        from ddf_convert.utils.device import choose
 
         where = choose(device)
         settings = op.Settings(
@@ -157,7 +157,7 @@ def bench_up(
     """DDF-Up beside interpolation, a transposed convolution and unfolding."""
     with _measuring(json_file, plot, overwrite) as say:
         from ddf_convert.bench import up
-        from ddf_convert.devices import choose
+        from ddf_convert.utils.device import choose
 
         where = choose(device)
         settings = up.Settings(
@@ -199,7 +199,7 @@ def bench_layer(
     """One convolution, and the DDF layers that can take its place."""
     with _measuring(json_file, plot, overwrite) as say:
         from ddf_convert.bench import layer
-        from ddf_convert.devices import choose
+        from ddf_convert.utils.device import choose
 
         where = choose(device)
         settings = layer.Settings(
@@ -245,9 +245,9 @@ def bench_model(
 ) -> None:
     """Images a second before and after conversion, in inference and in training."""
     with _measuring(json_file, plot, overwrite, read_by(model, conversion.recipe_file)) as say:
+        from ddf_convert.artifacts.source import open_model
         from ddf_convert.bench import model as models
-        from ddf_convert.devices import choose
-        from ddf_convert.source import open_model
+        from ddf_convert.utils.device import choose
 
         where = choose(device)
         say(f"Opening {model}")

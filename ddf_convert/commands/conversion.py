@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
+from ddf_convert.artifacts.atomic import check_different, check_not_read, check_output, check_readable
 from ddf_convert.commands.console import busy, out, print_file, print_json
 from ddf_convert.commands.options import (
     AsJson,
@@ -25,16 +26,15 @@ from ddf_convert.commands.options import (
     timm_arguments,
 )
 from ddf_convert.errors import UsageError
-from ddf_convert.files import check_different, check_not_read, check_output, check_readable
-from ddf_convert.notices import tell
+from ddf_convert.utils.logging import tell
 
 if TYPE_CHECKING:
     import torch
 
-    from ddf_convert.graph import Plan
-    from ddf_convert.inputs import ExampleInput
+    from ddf_convert.artifacts.source import Opened
+    from ddf_convert.conversion import Plan
     from ddf_convert.recipes import Initialised
-    from ddf_convert.source import Opened
+    from ddf_convert.utils.example_input import ExampleInput
 
 FILES = ("manifest.json", "model.safetensors", "original.safetensors", "report.json")  # of what convert writes
 Everything = Annotated[bool, typer.Option("--all", help="List every convolution.")]
@@ -65,8 +65,8 @@ def inspect(
     if html:
         check_output("--html", html, overwrite, read_by(model, conversion.recipe_file))
     with busy(f"{'Timing' if measure else 'Looking at'} {model}"):
-        from ddf_convert.devices import choose
-        from ddf_convert.source import open_model
+        from ddf_convert.artifacts.source import open_model
+        from ddf_convert.utils.device import choose
 
         where = choose(device) if measure or device or conversion.config["only_faster"] else None
         opened = open_model(model, arguments=arguments)
@@ -133,7 +133,7 @@ def convert(
             f"recipe {recipe.name} fits the new layers on images: give --images FOLDER; labels do not count"
         )
     with busy(f"{'Downloading the weights of' if pretrained else 'Opening'} {model}") as say:
-        from ddf_convert import artifact
+        from ddf_convert.artifacts import artifact
 
         for name in FILES:
             check_not_read(f"--output {output}: {name}", output / name, reads)
@@ -144,11 +144,11 @@ def convert(
             )
         import torch
 
-        from ddf_convert.devices import choose
-        from ddf_convert.graph import convert as apply
+        from ddf_convert.artifacts.source import open_model
+        from ddf_convert.conversion import convert as apply
         from ddf_convert.report import report
-        from ddf_convert.source import open_model
-        from ddf_convert.training.start import initialise
+        from ddf_convert.training.setup import initialise
+        from ddf_convert.utils.device import choose
 
         where = choose(device) if calibrates or device else None
         torch.manual_seed(seed)
@@ -202,7 +202,7 @@ def planned(
     """
     import torch
 
-    from ddf_convert.graph import plan
+    from ddf_convert.conversion import plan
 
     config = conversion.config
     example: ExampleInput

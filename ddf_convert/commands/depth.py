@@ -10,6 +10,7 @@ import typer
 from rich.markup import escape
 from rich.table import Column
 
+from ddf_convert.artifacts.atomic import check_file, check_output, write_file
 from ddf_convert.commands.completion import recipe_names
 from ddf_convert.commands.console import err, only_results_on_stdout, out, print_file, print_json
 from ddf_convert.commands.options import (
@@ -23,7 +24,6 @@ from ddf_convert.commands.options import (
     stage_change,
 )
 from ddf_convert.errors import UsageError
-from ddf_convert.files import check_file, check_output, write_file
 
 if TYPE_CHECKING:
     from ddf_convert.depth.single import Upsampled

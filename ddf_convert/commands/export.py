@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
+from ddf_convert.artifacts.atomic import check_output
 from ddf_convert.commands.completion import timm_names
 from ddf_convert.commands.console import busy, only_results_on_stdout, out, print_file, print_json
 from ddf_convert.commands.options import (
@@ -23,12 +24,11 @@ from ddf_convert.commands.options import (
     timm_arguments,
 )
 from ddf_convert.errors import UsageError
-from ddf_convert.files import check_output
 
 if TYPE_CHECKING:
+    from ddf_convert.artifacts.source import Opened
     from ddf_convert.export import Exported
-    from ddf_convert.inputs import ExampleInput
-    from ddf_convert.source import Opened
+    from ddf_convert.utils.example_input import ExampleInput
 
 
 class Format(StrEnum):
@@ -92,8 +92,8 @@ def export(
     check_output("--output", output, overwrite, read_by(model))
     with busy(f"Opening {model}") as say, only_results_on_stdout():
         from ddf_convert import export as exports
+        from ddf_convert.artifacts.source import open_model
         from ddf_convert.export.onnx_file import check_packages
-        from ddf_convert.source import open_model
 
         if chosen is Format.ONNX:
             check_packages()

@@ -31,8 +31,8 @@ from ddf_convert.commands.options import (
 from ddf_convert.errors import UsageError
 
 if TYPE_CHECKING:
+    from ddf_convert.training.api import Outcome
     from ddf_convert.training.evaluation import Evaluation
-    from ddf_convert.training.run import Outcome
 
 _FIGURES = (("top1", "top-1"), ("top5", "top-5"), ("agreement", "agrees with original"), ("loss", "loss"))
 _FRACTIONS = ("top1", "top5", "agreement")
@@ -112,11 +112,11 @@ def finetune(
     if lr is not None and lr <= 0:
         raise UsageError(f"--lr {lr:g}: must be above 0")
     with only_results_on_stdout():  # whatever models and data sets print
-        from ddf_convert.training import run
-        from ddf_convert.training.stages import Options
+        from ddf_convert.training import api
+        from ddf_convert.training.stage import Options
 
-        outcome = run.finetune(
-            run.Request(
+        outcome = api.finetune(
+            api.Request(
                 folder=folder,
                 data=data,
                 output=output,
@@ -182,10 +182,10 @@ def evaluate(
 ) -> None:
     """Measure a model: accuracy where there are labels, else how often it agrees with the original."""
     with only_results_on_stdout():
-        from ddf_convert.training import run
+        from ddf_convert.training import api
 
-        measured = run.measure(
-            run.Question(
+        measured = api.measure(
+            api.Question(
                 name=model,
                 data=data,
                 split=split.value,

@@ -9,6 +9,7 @@ import typer
 from rich.table import Column
 from rich.text import Text
 
+from ddf_convert.artifacts.atomic import check_output, check_readable, write_file
 from ddf_convert.commands.completion import timm_names
 from ddf_convert.commands.console import busy, only_results_on_stdout, out, print_file, print_json
 from ddf_convert.commands.options import (
@@ -26,7 +27,6 @@ from ddf_convert.commands.options import (
     timm_arguments,
 )
 from ddf_convert.errors import UsageError
-from ddf_convert.files import check_output, check_readable, write_file
 
 if TYPE_CHECKING:
     from ddf_convert.visualize.capture import LayerFilters

@@ -6,7 +6,6 @@ and only then is anything compiled.
 
 from __future__ import annotations
 
-from ddf_convert.cuda.availability import unusable, usable
-from ddf_convert.cuda.dispatch import backward, filter_norm, filter_norm_backward, forward
+from ddf_convert.cuda.dispatch import backward, filter_norm, filter_norm_backward, forward, unusable, usable
 
 __all__ = ["backward", "filter_norm", "filter_norm_backward", "forward", "unusable", "usable"]

@@ -3,16 +3,123 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ddf_convert.arguments import DTYPES
-from ddf_convert.cuda import grid
-from ddf_convert.cuda.grid import Geometry, Launch
-from ddf_convert.cuda.variants import Variant
+from ddf_convert.cuda import tiling
+from ddf_convert.cuda.kernel_spec import Variant
+from ddf_convert.cuda.tiling import Geometry, Launch
+from ddf_convert.errors import may_pass
 from ddf_convert.reference import shuffle, unshuffle
+from ddf_convert.reference.checks import DTYPES
+from ddf_convert.utils.logging import tell_once
+
+_OLDEST = (7, 5)  # compute capability that the compiler of CUDA 13 still makes code for, and that is tested
+_MEND = "pip install 'numba-cuda[cu{major}]'"
+_found: dict[torch.device, str | None] = {}  # of each device that was examined, once it is settled
+
+
+def usable(tensor: Tensor) -> bool:
+    """Whether the kernels can work on this CUDA tensor; says why not, once for each reason, in a warning.
+
+    Args:
+        tensor: On any CUDA device.
+    """
+    device = tensor.device
+    if device not in _found and torch.cuda.is_current_stream_capturing():
+        return True  # no time to try: where the kernel then cannot be loaded, the error says what to do
+    reason = unusable(device)
+    if reason is None:
+        return True
+    if device in _found:
+        tell_once(f"CUDA tensors take the slower PyTorch reference: {reason}")
+    else:  # the reason holds numbers that change from call to call
+        tell_once(f"CUDA tensors take the slower PyTorch reference for now: {reason}", key=f"for now {device}")
+    return False
+
+
+def unusable(device: torch.device) -> str | None:
+    """Why the kernels cannot run on a device, and the mend; None if they can.
+
+    It is found out once in a process: the smallest of the kernels is compiled (or read from the disk), loaded and run,
+    and its result looked at. A failure that may pass (memory or the disk is full) is not remembered: the next call
+    tries again.
+
+    Args:
+        device: A CUDA device with its index.
+    """
+    if device not in _found:
+        try:
+            _found[device] = _examine(device)
+        except Exception as error:
+            reason = f"a kernel could not be run on {device} ({_first_line(error)})"
+            if may_pass(error):
+                return f"{reason}; the next call tries again"
+            _found[device] = f"{reason}; {_advice(error)}"
+    return _found[device]
+
+
+def _examine(device: torch.device) -> str | None:
+    """What is missing or not supported; raises what a kernel raises that is tried."""
+    reason = _missing() or _unsupported(device)
+    if reason is None:
+        _try(device)
+    return reason
+
+
+def _missing() -> str | None:
+    """What is not there."""
+    if torch.version.cuda is None:
+        return "this torch is not built for CUDA; the kernels are for NVIDIA GPUs"
+    mend = _MEND.format(major=torch.version.cuda.partition(".")[0])
+    if importlib.util.find_spec("numba_cuda") is None:
+        return f"numba-cuda is not installed: {mend}"
+    try:
+        from cuda.bindings import driver  # noqa: F401
+        from numba.core import config
+    except ImportError as error:
+        return f"numba-cuda is not complete ({error}): {mend}"
+    if getattr(config, "ENABLE_CUDASIM", 0):
+        return "NUMBA_ENABLE_CUDASIM is set, so Numba simulates CUDA: unset it"
+    return None
+
+
+def _unsupported(device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device)
+    if capability < _OLDEST:
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability {'.'.join(map(str, capability))},"
+            f" and the kernels need {'.'.join(map(str, _OLDEST))} or newer"
+        )
+    return None
+
+
+def _try(device: torch.device) -> None:
+
+    filters = torch.arange(9.0, device=device).view(1, 9, 1, 1)
+    made = filter_norm(filters, 9, 1.0, torch.contiguous_format)
+    expected = (filters - 4) / filters.std()
+    if not torch.allclose(made, expected, atol=1e-5):
+        raise RuntimeError("it gave a wrong result; please report it")
+
+
+def _advice(error: Exception) -> str:
+    text = str(error)
+    if "UNSUPPORTED_PTX" in text:
+        return (
+            "the driver is older than the compiler: update it, or install the numba-cuda of its CUDA version"
+            f" ({_MEND.format(major=12)} for drivers of CUDA 12)"
+        )
+    return "ddf-convert doctor says more"
+
+
+def _first_line(error: Exception) -> str:
+    text: Any = str(error).strip().splitlines()
+    return text[0] if text else type(error).__name__
+
 
 _DTYPES = {dtype: str(dtype).removeprefix("torch.") for dtype in DTYPES}
 _WIDEST = 16  # bytes of the widest load
@@ -52,12 +159,12 @@ def forward(
     input = input.contiguous(memory_format=layout)
     geometry = _geometry(input, *filters, stride, padding, dilation, combine, layout)
     if geometry.is_fast:
-        launch = grid.window(geometry, gradient=False, normalise=norm_scale is not None)
+        launch = tiling.window(geometry, gradient=False, normalise=norm_scale is not None)
         _start(launch, output, input, *filters, 1.0 if norm_scale is None else norm_scale)
         return shuffle(output, upscale_factor)
     if norm_scale is not None:
         filters = filters[0], filter_norm(filters[1], geometry.size**2, norm_scale, layout)
-    _start(grid.plain(geometry, "forward", output.numel()), output, input, *filters)
+    _start(tiling.plain(geometry, "forward", output.numel()), output, input, *filters)
     return shuffle(output, upscale_factor)
 
 
@@ -124,7 +231,7 @@ def filter_norm_backward(grad: Tensor, filters: Tensor, taps: int, scale: float,
 
 def _norm(filters: Tensor, taps: int, layout: torch.memory_format, gradient: bool) -> Launch:
     shape = tuple(filters.shape)
-    return grid.norm(_DTYPES[filters.dtype], gradient, layout == torch.channels_last, shape, taps)
+    return tiling.norm(_DTYPES[filters.dtype], gradient, layout == torch.channels_last, shape, taps)
 
 
 def _grad_input(
@@ -144,9 +251,9 @@ def _grad_input(
         total, gradient = gradient, torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
     tensors = (gradient, grad_output, channel_filter, spatial_filter)
     if geometry.is_fast:
-        _start(grid.window(geometry, gradient=True, normalise=False), *tensors, 1.0)
+        _start(tiling.window(geometry, gradient=True, normalise=False), *tensors, 1.0)
     else:
-        _start(grid.plain(geometry, "grad_input", gradient.numel()), *tensors)
+        _start(tiling.plain(geometry, "grad_input", gradient.numel()), *tensors)
     return gradient if filters == 1 else torch.sum(gradient.unflatten(1, (filters, input.shape[1])), 1, out=total)
 
 
@@ -154,7 +261,7 @@ def _grad_filters(
     geometry: Geometry, grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor
 ) -> list[Tensor]:
     """Both gradients in one pass: the kernel writes parts, which are added up here."""
-    launch, spans, chunks = grid.filter_gradients(geometry)
+    launch, spans, chunks = tiling.filter_gradients(geometry)
     sums = torch.float64 if input.dtype == torch.float64 else torch.float32
     channel_parts = input.new_empty((spans, *channel_filter.shape), dtype=sums)
     batch, taps, height, width = spatial_filter.shape
@@ -180,10 +287,10 @@ def _grad_filters_plain(
     grad_channel = torch.empty_like(channel_filter)
     grad_spatial = torch.empty_like(spatial_filter, memory_format=layout)
     if needs[1]:
-        launch = grid.plain(geometry, "grad_channel", grad_channel.numel())
+        launch = tiling.plain(geometry, "grad_channel", grad_channel.numel())
         _start(launch, grad_channel, grad_output, input, spatial_filter)
     if needs[2]:
-        launch = grid.plain(geometry, "grad_spatial", grad_spatial.numel())
+        launch = tiling.plain(geometry, "grad_spatial", grad_spatial.numel())
         _start(launch, grad_spatial, grad_output, input, channel_filter)
     return [grad_channel, grad_spatial]
 
@@ -249,10 +356,10 @@ def _start(launch: Launch, *arguments: Any) -> None:
 
 def _run(variant: Variant, device: torch.device, blocks: int, arguments: tuple[Any, ...]) -> None:
     if device.type == "cuda":
-        from ddf_convert.cuda import launch
+        from ddf_convert.cuda.codegen import driver
 
-        launch.run(variant, device.index, blocks, arguments)
+        driver.run(variant, device.index, blocks, arguments)
     else:
-        from ddf_convert.cuda import simulated
+        from ddf_convert.cuda.codegen import simulator
 
-        simulated.simulate(variant, blocks, arguments)
+        simulator.simulate(variant, blocks, arguments)

@@ -10,13 +10,12 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors.torch import load_file
 
-from ddf_convert.bounds import check_arguments, in_proportion, read_header
-from ddf_convert.checkpoint import describe_difference
+from ddf_convert.artifacts.atomic import MANIFEST, FileRecord, check_replaceable, finished, replacing, write_tensors
+from ddf_convert.artifacts.bounds import check_arguments, in_proportion, read_header
+from ddf_convert.artifacts.checkpoint import describe_difference
 from ddf_convert.depth.lowres import Downsampling
 from ddf_convert.depth.maps import Unit
-from ddf_convert.disk import write_tensors
 from ddf_convert.errors import ArtifactError
-from ddf_convert.folder import MANIFEST, FileRecord, check_replaceable, finished, replacing
 from ddf_convert.models.ddf_upnet import SCALE_FACTORS, DDFUpNet, JointConvUpNet, JointUpNet
 from ddf_convert.version import __version__
 

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ddf_convert.depth.pairs import Pairs
 from ddf_convert.recipes.schema import Augmentation
-from ddf_convert.training.order import permutation
-from ddf_convert.training.randomness import seed_for
+from ddf_convert.training.sampler import permutation, seed_for
 
 _KEPT = 1 << 30  # bytes of pairs that stay in memory
 _ATTEMPTS = 10  # to find a crop that is not all hole

@@ -11,7 +11,7 @@ from torch import Tensor
 from ddf_convert.depth.lowres import fit
 from ddf_convert.models.ddf_upnet import JointUpNet
 from ddf_convert.models.depth_holes import fill_holes
-from ddf_convert.modes import evaluating
+from ddf_convert.utils.modules import evaluating
 
 
 def upsample(model: JointUpNet, photo: Tensor, depth: Tensor) -> tuple[Tensor, str | None]:

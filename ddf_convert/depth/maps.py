@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ddf_convert.depth import pfm
 from ddf_convert.errors import UsageError
-from ddf_convert.training.pixels import upright
+from ddf_convert.training.dataset import upright
 
 PHOTOS = (".png", ".jpg", ".jpeg")
 DEPTHS = (".png", ".npy", ".pfm")

@@ -18,8 +18,8 @@ from ddf_convert.depth import nyu
 from ddf_convert.depth.maps import DEPTHS, PHOTOS, Unit, read_depth, read_photo, unit_of
 from ddf_convert.errors import UsageError
 from ddf_convert.training import fingerprint
+from ddf_convert.training.dataset import sideways
 from ddf_convert.training.fingerprint import Entry
-from ddf_convert.training.pixels import sideways
 
 _VALIDATION = ("validation", "val", "test")
 _PROBED = 8

@@ -17,28 +17,27 @@ from pathlib import Path
 from typing import Any
 
 from ddf_convert import recipes
+from ddf_convert.artifacts.atomic import MANIFEST, check_writable, write_file
+from ddf_convert.artifacts.lock import locked
 from ddf_convert.depth import checkpoint, pairs
 from ddf_convert.depth.inference import interpolate, upsample
 from ddf_convert.depth.lowres import cut_to_factor, downsample
 from ddf_convert.depth.metrics import Errors, errors, mean_rmse
 from ddf_convert.depth.pairs import Pairs, each, open_pairs
 from ddf_convert.depth.training import Settings, Trainer, check
-from ddf_convert.devices import choose
 from ddf_convert.errors import DDFError, UsageError
-from ddf_convert.files import write_file
-from ddf_convert.folder import MANIFEST, check_writable
-from ddf_convert.locks import locked
 from ddf_convert.models.ddf_upnet import JointUpNet
 from ddf_convert.recipes import Recipe
 from ddf_convert.training import fingerprint, resume
+from ddf_convert.training.api import changed
 from ddf_convert.training.checkpoints import Checkpoints
 from ddf_convert.training.damaged import set_aside
 from ddf_convert.training.fingerprint import Entry
-from ddf_convert.training.keeping import is_empty
 from ddf_convert.training.progress import Progress, telling
-from ddf_convert.training.randomness import seeded
-from ddf_convert.training.run import changed
-from ddf_convert.training.survival import Interrupted, Interruption, signals_noted
+from ddf_convert.training.run_dir import is_empty
+from ddf_convert.training.sampler import seeded
+from ddf_convert.training.signals import Interrupted, Interruption, signals_noted
+from ddf_convert.utils.device import choose
 
 RECIPE = "depth-upsample"
 _SETTINGS, _LOG = "settings.json", "log.jsonl"

@@ -12,9 +12,9 @@ from ddf_convert.depth import checkpoint, picture
 from ddf_convert.depth.inference import interpolate, upsample
 from ddf_convert.depth.maps import Unit, encode_depth, read_depth, read_photo, unit_of
 from ddf_convert.depth.metrics import errors
-from ddf_convert.devices import choose
 from ddf_convert.errors import UsageError
-from ddf_convert.training.pixels import sideways
+from ddf_convert.training.dataset import sideways
+from ddf_convert.utils.device import choose
 
 _NAMES = {"ddf": "DDF-Up-Net", "conv": "joint convolutions"}
 

@@ -26,11 +26,11 @@ from ddf_convert.models.ddf_upnet import JointUpNet
 from ddf_convert.models.depth_holes import is_valid
 from ddf_convert.recipes import Recipe, Stage
 from ddf_convert.recipes.parameters import parameter_groups
-from ddf_convert.training.faults import gradient_not_finite, memory_explained, not_finite
-from ddf_convert.training.order import TrainingOrder
+from ddf_convert.training.diagnostics import gradient_not_finite, memory_explained, not_finite
 from ddf_convert.training.progress import Progress
-from ddf_convert.training.stages import Position, Stepping, amp_of, make_optimizer, make_scheduler
-from ddf_convert.training.survival import Interrupted, Interruption
+from ddf_convert.training.sampler import TrainingOrder
+from ddf_convert.training.signals import Interrupted, Interruption
+from ddf_convert.training.stage import Position, Stepping, amp_of, make_optimizer, make_scheduler
 
 Loss = Literal["l1", "l2", "huber"]
 LOSSES: tuple[Loss, ...] = get_args(Loss)

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ddf_convert.artifacts.atomic import check_file, write_file
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.export.checking import Run, tolerance
 from ddf_convert.export.checking import check as check_against
@@ -19,8 +20,7 @@ from ddf_convert.export.onnx_operators import translations
 from ddf_convert.export.program import Traced, quiet, reason, tensors_in, trace
 from ddf_convert.export.result import Exported
 from ddf_convert.export.sizes import rename
-from ddf_convert.files import check_file, write_file
-from ddf_convert.inputs import ExampleInput
+from ddf_convert.utils.example_input import ExampleInput
 from ddf_convert.version import __version__
 
 if TYPE_CHECKING:

@@ -19,14 +19,13 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 from torch.utils import _pytree
 
-from ddf_convert.copies import real_copy, unchanged_random_states
-from ddf_convert.errors import DDFError, UsageError
+from ddf_convert.errors import DDFError, UsageError, first_line
 from ddf_convert.export.outputs import name_of, tensors_alone, with_tensors_alone
 from ddf_convert.export.sizes import AXES, Shapes, axes, fixed_by_conditions, shape_of, shapes_of
-from ddf_convert.graph.record import first_line
-from ddf_convert.inputs import ExampleInput, as_arguments, in_words
-from ddf_convert.layers.window import same_padding
-from ddf_convert.notices import tell
+from ddf_convert.layers.base import same_padding
+from ddf_convert.utils.example_input import ExampleInput, as_arguments, in_words
+from ddf_convert.utils.fake_copy import real_copy, unchanged_random_states
+from ddf_convert.utils.logging import tell
 
 _TRACED_BATCH = 2  # torch.export takes a size of 1 for one that is always 1
 _LONGEST = 200  # characters of an error

@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
+from ddf_convert.artifacts.atomic import check_file, write_file
 from ddf_convert.errors import DDFError
 from ddf_convert.export.checking import check as check_against
 from ddf_convert.export.checking import tolerance
 from ddf_convert.export.program import quiet, reason, tensors_in, trace
 from ddf_convert.export.result import Exported
 from ddf_convert.export.standard import decompositions
-from ddf_convert.files import check_file, write_file
-from ddf_convert.inputs import ExampleInput
+from ddf_convert.utils.example_input import ExampleInput
 
 
 def to_torch_export(

@@ -8,9 +8,37 @@ from typing import Any, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
-from ddf_convert.layers.direct import is_plain
 from ddf_convert.layers.filter_norm import ChannelFilterNorm, SpatialFilterNorm
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module does what ``kind.forward`` does and nothing else.
+
+    It does not if the module is of another class (torch's parametrisations make one), has a forward of its own, or if
+    a hook waits for the call: its own, or one for all modules.
+    """
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__  # vars(module) is more than torch.compile of torch 2.6 can follow
+        and not any_global_hook()
+    )
+
+
+def any_global_hook() -> bool:
+    """Whether a hook waits for the calls of all modules."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
+
 
 NARROWEST_SQUEEZE = 4
 

@@ -17,11 +17,11 @@ from timm.models import ResNet, build_model_with_cfg, generate_default_cfgs, reg
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
+from ddf_convert.conversion.eligibility import replacement_for
+from ddf_convert.conversion.origin import forget
+from ddf_convert.conversion.plan import ConvertConfig
+from ddf_convert.conversion.rewriter import Replaced, prepare, swap
 from ddf_convert.errors import UsageError
-from ddf_convert.graph.build import replacement_for
-from ddf_convert.graph.origin import forget
-from ddf_convert.graph.plan import ConvertConfig
-from ddf_convert.graph.swap import Replaced, prepare, swap
 
 Combine = Literal["mul", "add"]
 

@@ -11,9 +11,7 @@ from typing import Any
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from ddf_convert.errors import UsageError
-from ddf_convert.graph.plan import suggestion
-from ddf_convert.graph.record import first_line
+from ddf_convert.errors import UsageError, first_line, suggestion
 from ddf_convert.recipes.recipe import Recipe
 
 _BUILTIN = resources.files("ddf_convert.recipes") / "builtin"

@@ -10,8 +10,6 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 
 from ddf_convert.errors import DDFError, UsageError
-from ddf_convert.graph.wrappers import bare
-from ddf_convert.modes import evaluating
 from ddf_convert.recipes.batch_norm import BatchNorms
 from ddf_convert.recipes.calibrate import calibrate
 from ddf_convert.recipes.factors import best_for_weights
@@ -19,6 +17,7 @@ from ddf_convert.recipes.pairs import Pair, pairs
 from ddf_convert.recipes.parameters import new_layers
 from ddf_convert.recipes.schema import Initialise, Method
 from ddf_convert.recipes.upsampling import UpPair
+from ddf_convert.utils.modules import bare, evaluating
 
 
 class InitialisedLayer(BaseModel):

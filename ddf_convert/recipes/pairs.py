@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from ddf_convert.conversion.convert import recorded
+from ddf_convert.conversion.eligibility import effective_weight, kind_of
+from ddf_convert.conversion.functional import functional_convolutions_in
+from ddf_convert.conversion.rewriter import Replaced
+from ddf_convert.conversion.tracer import describe
 from ddf_convert.errors import UsageError
-from ddf_convert.graph.build import effective_weight, kind_of
-from ddf_convert.graph.functional import functional_convolutions_in
-from ddf_convert.graph.rewrite import recorded
-from ddf_convert.graph.swap import Replaced
-from ddf_convert.graph.trace import describe
-from ddf_convert.graph.wrappers import bare
 from ddf_convert.layers import DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d
 from ddf_convert.recipes.factors import Factors
 from ddf_convert.recipes.upsampling import UpPair, fits
+from ddf_convert.utils.modules import bare
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from ddf_convert.conversion.convert import recorded
+from ddf_convert.conversion.planner import matching_names, pattern_hint
+from ddf_convert.conversion.registry import replacing_layers
 from ddf_convert.errors import UsageError
-from ddf_convert.graph.filters import replacing_layers
-from ddf_convert.graph.rewrite import recorded
-from ddf_convert.graph.select import matching_names, pattern_hint
 from ddf_convert.recipes.schema import Stage
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # timm's are among them

@@ -9,15 +9,15 @@ import yaml
 from pydantic import Field, model_validator
 from torch import nn
 
+from ddf_convert.conversion.convert import convert, recorded
+from ddf_convert.conversion.registry import DDF
 from ddf_convert.errors import UsageError
-from ddf_convert.graph.filters import DDF
-from ddf_convert.graph.rewrite import convert, recorded
-from ddf_convert.graph.wrappers import bare
-from ddf_convert.inputs import ExampleInput
 from ddf_convert.recipes.initialise import Initialised, initialise
 from ddf_convert.recipes.losses import Objective
 from ddf_convert.recipes.parameters import parameter_groups
 from ddf_convert.recipes.schema import ConversionPart, Initialise, Part, Stage
+from ddf_convert.utils.example_input import ExampleInput
+from ddf_convert.utils.modules import bare
 
 
 class Recipe(Part):

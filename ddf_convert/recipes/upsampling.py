@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddf_convert.graph.build import effective_weight
-from ddf_convert.graph.plan import Interpolation
+from ddf_convert.conversion.eligibility import effective_weight
+from ddf_convert.conversion.plan import Interpolation
 from ddf_convert.layers import DDFUp2d, DDFUpConv2d
 from ddf_convert.recipes.factors import best_for_outputs
 

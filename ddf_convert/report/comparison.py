@@ -11,17 +11,17 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ddf_convert.accounting import Cost
+from ddf_convert.artifacts.atomic import check_file, write_file
+from ddf_convert.conversion import Action, ConvertConfig, Plan, Site, recorded
+from ddf_convert.conversion.eligibility import in_words
+from ddf_convert.conversion.plan import FoundBy
+from ddf_convert.conversion.planner import as_it_stands
+from ddf_convert.cost.count import Cost
+from ddf_convert.cost.timing import device_of
 from ddf_convert.errors import UsageError
-from ddf_convert.files import check_file, write_file
-from ddf_convert.graph import Action, ConvertConfig, Plan, Site, recorded
-from ddf_convert.graph.build import in_words
-from ddf_convert.graph.plan import FoundBy
-from ddf_convert.graph.planner import as_it_stands
-from ddf_convert.graph.wrappers import bare
-from ddf_convert.inputs import ExampleInput
-from ddf_convert.latency import device_of
 from ddf_convert.report.model import versions
+from ddf_convert.utils.example_input import ExampleInput
+from ddf_convert.utils.modules import bare
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from ddf_convert.graph.filters import is_new
-from ddf_convert.graph.plan import is_upsampling
+from ddf_convert.conversion.plan import is_upsampling
+from ddf_convert.conversion.registry import is_new
 from ddf_convert.report.measures import MEASURES, Measure
 
 if TYPE_CHECKING:

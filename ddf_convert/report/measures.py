@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from ddf_convert.accounting import Cost
+from ddf_convert.cost.count import Cost
 from ddf_convert.report import units
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import timm
 import torch
 
-from ddf_convert.graph.plan import Plan
+from ddf_convert.conversion.plan import Plan
 from ddf_convert.version import __version__
 
 FORMAT_VERSION = 1

@@ -13,7 +13,6 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
-from ddf_convert.doctor import Check, State
 from ddf_convert.report import groups, units
 from ddf_convert.report.measures import LATENCY, MACS, MEASURES, PARAMETERS, Measure
 
@@ -149,13 +148,3 @@ def right(name: str) -> Column:
 def new_table(*columns: Column) -> Table:
     """An empty table in the style of all."""
     return Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False, header_style="dim")
-
-
-def checks_table(checks: Iterable[Check]) -> Table:
-    """What the doctor found."""
-    table = new_table(Column("", no_wrap=True), Column("", style="bold", no_wrap=True), Column("", overflow="fold"))
-    table.show_header = False
-    signs = {State.OK: ("ok", "green"), State.NOTE: ("note", "yellow"), State.PROBLEM: ("PROBLEM", "bold red")}
-    for check in checks:
-        table.add_row(Text(*signs[check.state]), check.name, Text(check.detail))
-    return table

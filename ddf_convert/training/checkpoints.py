@@ -14,17 +14,16 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ddf_convert.checkpoint import why_unreadable
-from ddf_convert.errors import ArtifactError, DDFError
-from ddf_convert.folder import MANIFEST, FileRecord, finished, replacing
-from ddf_convert.graph.record import first_line
-from ddf_convert.notices import tell
+from ddf_convert.artifacts.atomic import MANIFEST, FileRecord, finished, replacing
+from ddf_convert.artifacts.checkpoint import why_unreadable
+from ddf_convert.errors import ArtifactError, DDFError, first_line
+from ddf_convert.utils.logging import tell
 
 FORMAT_VERSION = 1
 KEPT = 2
 _STATE = "state.pt"
 _NAME = re.compile(r"step-(\d+)")
-_LEFTOVER = ".saving-*"  # the names of ddf_convert.folder.replacing, and ours for what is being deleted
+_LEFTOVER = ".saving-*"  # the names of ddf_convert.artifacts.atomic.replacing, and ours for what is being deleted
 
 
 class _Manifest(BaseModel):

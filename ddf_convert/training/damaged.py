@@ -6,7 +6,7 @@ from itertools import count
 from pathlib import Path
 
 from ddf_convert.errors import UsageError
-from ddf_convert.notices import tell
+from ddf_convert.utils.logging import tell
 
 
 def set_aside(path: Path, reason: str, consequence: str) -> None:

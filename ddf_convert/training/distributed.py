@@ -19,8 +19,8 @@ import torch.distributed as dist
 from timm.utils import distribute_bn
 from torch import Tensor, nn
 
-from ddf_convert.devices import choose
 from ddf_convert.errors import DDFError, UsageError
+from ddf_convert.utils.device import choose
 
 _PATIENCE = timedelta(seconds=5)  # for a word of the process that failed, when the connection to it is gone
 _FAILED = "failed"

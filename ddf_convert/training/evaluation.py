@@ -15,11 +15,11 @@ from timm.utils import accuracy
 from torch import Tensor, nn
 
 from ddf_convert.errors import UsageError
-from ddf_convert.modes import evaluating
 from ddf_convert.recipes.losses import Objective, divergence
+from ddf_convert.training.diagnostics import memory_explained
 from ddf_convert.training.distributed import Processes
-from ddf_convert.training.faults import memory_explained
 from ddf_convert.training.progress import Progress
+from ddf_convert.utils.modules import evaluating
 
 Batch = tuple[Tensor, Tensor]
 _PARTS = ("task_loss", "logits_loss", "features_loss")

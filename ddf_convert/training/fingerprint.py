@@ -20,8 +20,8 @@ from typing import NamedTuple
 import PIL.Image
 
 from ddf_convert.errors import DDFError
-from ddf_convert.training.images import UNLABELLED, Images
-from ddf_convert.training.randomness import seed_for, seeded
+from ddf_convert.training.dataset import UNLABELLED, Images
+from ddf_convert.training.sampler import seed_for, seeded
 
 FILE = "data.jsonl.gz"  # in the folder of a run
 _SAMPLED = 4096  # files

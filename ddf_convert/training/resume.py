@@ -12,10 +12,10 @@ import torch
 from torch import nn
 
 from ddf_convert.errors import UsageError
-from ddf_convert.machine import describe
 from ddf_convert.recipes.recipe import Recipe
 from ddf_convert.training import fingerprint
 from ddf_convert.training.fingerprint import Entry
+from ddf_convert.utils.device import describe
 from ddf_convert.version import __version__
 
 ARCHITECTURE, CLASS_NAMES, DATA, ENVIRONMENT = "architecture", "class_names", "data_sha256", "environment"

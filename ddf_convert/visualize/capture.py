@@ -15,7 +15,6 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 
 from ddf_convert.errors import UsageError
-from ddf_convert.inputs import ExampleInput, as_arguments
 from ddf_convert.layers import (
     ChannelFilterNorm,
     DDF2d,
@@ -24,7 +23,8 @@ from ddf_convert.layers import (
     DDFUpConv2d,
     SpatialFilterNorm,
 )
-from ddf_convert.modes import evaluating
+from ddf_convert.utils.example_input import ExampleInput, as_arguments
+from ddf_convert.utils.modules import evaluating
 from ddf_convert.visualize.dynamics import Dynamics, measure
 
 
@@ -158,7 +158,7 @@ def _watching(places: Sequence[Place]) -> Iterator[list[LayerFilters]]:
     """A context in which every call of a layer adds its filters to a list.
 
     Hooks on the branches also see to it that the layers call them, where they would else calculate several at once
-    (see ``ddf_convert/layers/direct.py``).
+    (see ``ddf_convert/layers/branches.py``).
     """
     found: list[LayerFilters] = []
     calls: dict[str, int] = {}

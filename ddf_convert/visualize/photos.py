@@ -10,10 +10,9 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from ddf_convert.errors import UsageError
-from ddf_convert.graph.record import first_line
-from ddf_convert.training.loading import ImageSettings, image_settings, make_transform
-from ddf_convert.training.pixels import as_rgb, upright
+from ddf_convert.errors import UsageError, first_line
+from ddf_convert.training.dataloader import ImageSettings, image_settings, make_transform
+from ddf_convert.training.dataset import as_rgb, upright
 
 
 def read_photo(file: Path) -> PIL.Image.Image:

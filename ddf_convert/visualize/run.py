@@ -10,16 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddf_convert import artifact
-from ddf_convert.devices import choose
-from ddf_convert.errors import DDFError, UsageError
-from ddf_convert.graph.record import first_line
-from ddf_convert.graph.select import matching_names, pattern_hint
+from ddf_convert.artifacts import artifact
+from ddf_convert.artifacts.source import open_model
+from ddf_convert.conversion.planner import matching_names, pattern_hint
+from ddf_convert.errors import DDFError, UsageError, first_line
 from ddf_convert.layers import DDFUp2d
-from ddf_convert.source import open_model
-from ddf_convert.training.faults import memory_explained
-from ddf_convert.training.keeping import BEST, is_run
-from ddf_convert.training.opening import Source
+from ddf_convert.training.diagnostics import memory_explained
+from ddf_convert.training.run_dir import BEST, is_run
+from ddf_convert.training.setup import Source
+from ddf_convert.utils.device import choose
 from ddf_convert.visualize import photos
 from ddf_convert.visualize.capture import LayerFilters, Place, ddf_layers, filters
 from ddf_convert.visualize.picture import Tap, encoded, picture, spread
@@ -32,7 +31,7 @@ class Request:
     """What to look at.
 
     Attributes:
-        name: A run, a converted folder, or any model that ``ddf_convert.source.open_model`` opens.
+        name: A run, a converted folder, or any model that ``ddf_convert.artifacts.source.open_model`` opens.
         images: Files; the first one is drawn, the numbers are of all.
         layers: Names, globs or ``re:`` patterns of the layers to draw; empty is some, evenly spread.
         head: Which of each layer's.

@@ -30,7 +30,7 @@ class Docstrings(griffe.Extension):
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """``ddf_convert.plan`` is the function; griffe takes it for the module beside it, which has the same name."""
         if pkg.name == "ddf_convert":
-            pkg.set_member("plan", griffe.Alias("plan", "ddf_convert.graph.planner.plan", parent=pkg))
+            pkg.set_member("plan", griffe.Alias("plan", "ddf_convert.conversion.planner.plan", parent=pkg))
 
 
 def _link(obj: griffe.Object, name: str) -> str:

@@ -1,0 +1,253 @@
+"""From a convolution to what takes its place: whether anything can, with what options, and the new layer itself."""
+
+from __future__ import annotations
+
+from contextlib import nullcontext
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from timm.layers.conv2d_same import Conv2dSame
+from timm.layers.std_conv import ScaledStdConv2d, ScaledStdConv2dSame, StdConv2d, StdConv2dSame
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.overrides import TorchFunctionMode
+
+from ddf_convert.conversion.interpolate_hook import class_of
+from ddf_convert.conversion.plan import ConvertConfig, Mix, Replacement, Scalar
+from ddf_convert.conversion.recorder import Call
+from ddf_convert.conversion.registry import DDF, DDF_LAYERS, filter_of, find_filter, replacing_layers, with_mixing
+from ddf_convert.layers import DDFConv2d, DDFUp2d, DDFUpConv2d, MixedFilter2d
+from ddf_convert.layers.branches import narrow_squeeze_width, squeeze_width
+from ddf_convert.ops import DTYPES
+
+# Convolutions whose forward is known to be that of Conv2d but for the weights; and what is special about the weights.
+_KNOWN = {
+    nn.Conv2d.forward: "",
+    Conv2dSame.forward: "",
+    StdConv2d.forward: "standardises its weights",
+    StdConv2dSame.forward: "standardises its weights",
+    ScaledStdConv2d.forward: "standardises and scales its weights",
+    ScaledStdConv2dSame.forward: "standardises and scales its weights",
+}
+_INITIALIZERS = {
+    *(getattr(nn.init, name) for name in nn.init.__all__ if name.endswith("_")),
+    *(Tensor.normal_, Tensor.uniform_, Tensor.fill_, Tensor.zero_),
+}
+_UPSAMPLERS = (nn.ConvTranspose2d, nn.Upsample, nn.PixelShuffle)
+
+
+def kind_of(module: nn.Module) -> str:
+    """A module in words: "dense 3x3", "transposed 4x4", "bilinear 2x", "pixel shuffle 2x", "DDF", "DDF + 1x1", ..."""
+    if isinstance(module, DDFUp2d | DDFUpConv2d):
+        return (
+            ddf_up(module.scale_factor) if isinstance(module, DDFUp2d) else ddf_up(module.up.scale_factor, mixes=True)
+        )
+    if isinstance(module, DDFConv2d):
+        return with_mixing("DDF", module.mix.groups)
+    if isinstance(module, MixedFilter2d):
+        return with_mixing(kind_of(module.filter), module.mix.groups)
+    if (chosen := filter_of(module)) is not None:
+        return chosen.words
+    if isinstance(module, nn.PixelShuffle):
+        return f"pixel shuffle {module.upscale_factor}x"
+    if isinstance(module, nn.Upsample):
+        if module.scale_factor is None:
+            size = module.size if isinstance(module.size, tuple) else (module.size,)
+            return f"{module.mode} to {'x'.join(map(str, size))}"
+        factors = module.scale_factor if isinstance(module.scale_factor, tuple) else (module.scale_factor,)
+        return f"{module.mode} {' by '.join(f'{factor:.3g}x' for factor in dict.fromkeys(factors))}"
+    if not isinstance(module, nn.Conv2d | nn.ConvTranspose2d):
+        return type(module).__name__  # what a function made that was registered as a filter
+    size_of_kernel = "x".join(map(str, module.kernel_size))
+    if isinstance(module, nn.ConvTranspose2d):
+        return f"transposed {size_of_kernel}"
+    if is_depthwise(module):
+        return f"depthwise {size_of_kernel}"
+    if module.groups > 1:
+        return f"grouped {size_of_kernel}"
+    return f"pointwise {size_of_kernel}" if module.kernel_size == (1, 1) else f"dense {size_of_kernel}"
+
+
+def ddf_up(factor: int | float | bool | str, mixes: bool = False) -> str:
+    """A DDF-Up layer in words, with the 1x1 convolution before it if there is one."""
+    return f"DDF-Up {factor}x after 1x1" if mixes else f"DDF-Up {factor}x"
+
+
+def is_depthwise(conv: nn.Conv2d) -> bool:
+    """Whether every input channel is a group of its own."""
+    return conv.groups > 1 and conv.groups == conv.in_channels
+
+
+def obstacle(module: nn.Module, upsample: bool = False) -> str | None:
+    """Why nothing can take a module's place, whatever the options; None if something can.
+
+    Args:
+        module: A convolution or, with ``upsample``, what upsamples.
+        upsample: Whether upsampling is asked for.
+    """
+    if isinstance(module, replacing_layers()):
+        return f"already converted: {kind_of(module)}"
+    if not upsample and isinstance(module, nn.ConvTranspose2d):
+        return "transposed convolution; DDF replaces ordinary ones"
+    if not isinstance(module, nn.Conv2d) and not (upsample and isinstance(module, _UPSAMPLERS)):
+        return f"{type(module).__name__} is not a 2D convolution{' and does not upsample' if upsample else ''}"
+    if parametrize.is_parametrized(module):
+        return f"its {' and '.join(module.parametrizations)} is parametrised"  # type: ignore[arg-type]
+    for hook in module._forward_pre_hooks.values():
+        if type(hook).__module__.startswith("torch.nn.utils."):  # the old weight_norm and spectral_norm, pruning
+            return f"its weights are computed before each call ({type(hook).__name__})"
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    if any(hooks):
+        return "has hooks that would be lost"
+    forwards = {*_KNOWN, *(kind.forward for kind in _UPSAMPLERS)}
+    if "forward" in vars(module) or class_of(module).forward not in forwards:
+        return f"{type(module).__name__} has a forward of its own"
+    if isinstance(module, nn.Upsample | nn.PixelShuffle):
+        return None
+    if module.weight.dtype not in DTYPES:
+        return f"its weights are {module.weight.dtype}; DDF takes float32, float64, float16 or bfloat16"
+    if parts := {*module._parameters, *module._buffers, *module._modules} - {"weight", "bias", "gain"}:
+        return f"holds {', '.join(sorted(parts))}, which would be lost"
+    for option in ("stride", "padding", "dilation"):
+        value = getattr(module, option)
+        if not isinstance(value, str) and value[0] != value[1]:
+            return f"{option} {value[0]}x{value[1]}; DDF has one {option} for both sides"
+    return None
+
+
+def caution(conv: nn.Conv2d) -> str:
+    """What of a convolution the DDF layer does not take over; empty if nothing."""
+    special = _KNOWN.get(type(conv).forward)
+    return f"{type(conv).__name__} {special}, which what takes its place does not" if special else ""
+
+
+@torch.no_grad()
+def effective_weight(conv: nn.Conv2d) -> Tensor:
+    """The weight that a convolution without :func:`obstacle` convolves with, (out, in / groups, K, K)."""
+    if not _KNOWN.get(type(conv).forward):
+        return conv.weight.detach()
+    gain = getattr(conv, "gain", None)
+    scale = None if gain is None else (gain * conv.scale).view(-1)
+    flat = conv.weight.detach().reshape(1, conv.out_channels, -1)
+    standardised = F.batch_norm(flat, None, None, weight=scale, training=True, momentum=0.0, eps=cast(float, conv.eps))
+    return standardised.reshape_as(conv.weight)
+
+
+def stand_in(call: Call) -> nn.Conv2d | nn.ConvTranspose2d:
+    """The module that does what a functional call does, without weights.
+
+    Raises:
+        ValueError, RuntimeError, TypeError: There is none: the arguments are computed, or odd.
+    """
+    function = call.function
+    assert function is not None
+    first, second, *kernel_size = function.weight
+    groups = function.options["groups"]
+    arguments: dict[str, Any] = {
+        "kernel_size": tuple(kernel_size),
+        **function.options,
+        "bias": function.bias,
+        "device": "meta",
+        "dtype": function.dtype,
+    }
+    if function.transposed:
+        return nn.ConvTranspose2d(first, second * groups, **arguments)
+    return nn.Conv2d(second * groups, first, **arguments)
+
+
+def replacement_for(conv: nn.Conv2d, config: ConvertConfig, mix: bool) -> Replacement:
+    """What takes the place of a convolution that has no :func:`obstacle`.
+
+    Args:
+        conv: The convolution.
+        config: Options of the DDF layer.
+        mix: Whether a 1x1 convolution follows.
+    """
+    chosen = find_filter(config.filter)
+    bias = conv.bias is not None
+    options: dict[str, Scalar] = {"in_channels": conv.in_channels, **geometry(conv), **chosen.arguments(config)}
+    outputs: dict[str, Scalar] = {"out_channels": conv.out_channels, "groups": conv.groups}
+    if chosen.name == DDF:
+        return Replacement(
+            layer="DDFConv2d" if mix else "DDF2d", options={**options, "bias": bias, **(outputs if mix else {})}
+        )
+    if mix:
+        behind = Mix(out_channels=conv.out_channels, groups=conv.groups, bias=bias)
+        return Replacement(layer=chosen.name, options={**options, "bias": False}, mix=behind)
+    return Replacement(layer=chosen.name, options={**options, "bias": bias, **(outputs if chosen.mixes else {})})
+
+
+def in_words(replacement: Replacement) -> str:
+    """What takes a place, in the words of :func:`kind_of`."""
+    return kind_of(build(replacement, device="meta"))
+
+
+def geometry(conv: nn.Conv2d) -> dict[str, int | str]:
+    """Kernel, stride, padding, dilation and padding mode in DDF2d's terms."""
+    dilation = conv.dilation[0]
+    kernel_size = conv.kernel_size[0]
+    padding: int | str
+    if isinstance(conv, Conv2dSame) or getattr(conv, "same_pad", False):
+        padding = "same"  # TensorFlow's, which depends on the input's size
+    elif isinstance(conv.padding, str):
+        padding = dilation * (kernel_size - 1) // 2 if conv.padding == "same" else 0
+    else:
+        padding = conv.padding[0]
+    # Only Conv2d's own forward looks at the mode.
+    mode = conv.padding_mode if type(conv).forward is nn.Conv2d.forward else "zeros"
+    return {
+        "kernel_size": kernel_size,
+        "stride": conv.stride[0],
+        "padding": padding,
+        "dilation": dilation,
+        "padding_mode": mode,
+    }
+
+
+def kernel_for(kernel_size: int, stride: int, padding: int) -> int:
+    """K of the DDF-Up layer whose K x K windows hold all that outputs of a transposed convolution read; at least 3."""
+    reach = max((stride - 1 + padding) // stride, (kernel_size - 1 - padding) // stride)
+    return max(2 * reach + 1, 3)
+
+
+def with_narrow_squeeze(replacement: Replacement) -> Replacement:
+    """A replacement as manifests before format 5 meant it: its squeeze may be narrower than is made today."""
+    options = replacement.options
+    if replacement.layer not in (*DDF_LAYERS, "channel") or "se_ratio" not in options:
+        return replacement
+    channels = int(options["out_channels" if replacement.layer == "DDFUpConv2d" else "in_channels"])
+    width = narrow_squeeze_width(channels, float(options["se_ratio"]))
+    if width == squeeze_width(channels, float(options["se_ratio"])):
+        return replacement
+    return replacement.model_copy(update={"options": {**options, "squeeze_channels": width}})
+
+
+def build(replacement: Replacement, device: torch.device | str = "cpu") -> nn.Module:
+    """A new layer, in float32.
+
+    Raises:
+        ValueError: The options do not fit each other.
+        TypeError: The layer has no such option.
+        UsageError: No filter of that name is known.
+    """
+    for flag in ("bias", "affine"):
+        if not isinstance(replacement.options.get(flag, False), bool):
+            raise ValueError(f"{flag} must be true or false, got {replacement.options[flag]!r}")
+    where: dict[str, Any] = {"device": device, "dtype": torch.float32}
+    layer = DDF_LAYERS.get(replacement.layer) or find_filter(replacement.layer).layer
+    with _WithoutValues() if torch.device(device).type == "meta" else nullcontext():
+        built = layer(**replacement.options, **where)
+        if replacement.mix is None:
+            return built
+        return MixedFilter2d(built, int(replacement.options["in_channels"]), **dict(replacement.mix), **where)
+
+
+class _WithoutValues(TorchFunctionMode):
+    """Skips the initialization of tensors on the meta device: it does nothing, and takes longer than all the rest."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _INITIALIZERS:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)

@@ -1,0 +1,1 @@
+"""From Numba-CUDA kernels to launched machine code."""
