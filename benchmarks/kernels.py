@@ -116,8 +116,8 @@ def variants(
 
 
 def label(variant: Variant) -> str:
-    """The variant's name, and whether it normalises."""
-    return f"{variant.name}_normalised" if isinstance(variant, Window) and variant.normalise else variant.name
+    """The variant's name, and whether it normalizes."""
+    return f"{variant.name}_normalized" if isinstance(variant, Window) and variant.normalize else variant.name
 
 
 @functools.cache

@@ -46,16 +46,16 @@ class Row:
 
     Attributes:
         name: In words.
-        recipe: Whose initialisation; None leaves the model as it is.
-        change: Done to the converted model before it is initialised.
+        recipe: Whose initialization; None leaves the model as it is.
+        change: Done to the converted model before it is initialized.
         teacher: Learn from the original, as the recipe ``distill`` does, and look at no label.
-        colour: In the plot.
+        color: In the plot.
         dashed: In the plot.
     """
 
     name: str
     recipe: str | None
-    colour: str
+    color: str
     change: Callable[[nn.Module], None] = lambda model: None
     teacher: bool = False
     dashed: bool = False
@@ -125,7 +125,7 @@ def prepare(row: Row, original: nn.Module, images: Tensor, **conversion: Any) ->
     recipe = recipes.load(row.recipe)
     model = recipe.convert(original, images[:2], **_CONVERSION, **conversion)
     row.change(model)
-    recipe.initialise(model, original, images.split(64))
+    recipe.initialize(model, original, images.split(64))
     return model
 
 
@@ -207,8 +207,8 @@ def plot(document: dict[str, Any]) -> Any:
         mean, low, high = ([max(least, 100 * (1 - v)) for v in numbers[key]] for key in ("mean", "max", "min"))
         epochs = range(len(mean))
         style = "--" if row.dashed else "-"
-        axes.plot(epochs, mean, style, color=row.colour, marker="o", ms=4, label=row.name.replace("`", ""))
-        axes.fill_between(epochs, low, high, color=row.colour, alpha=0.15, lw=0)
+        axes.plot(epochs, mean, style, color=row.color, marker="o", ms=4, label=row.name.replace("`", ""))
+        axes.fill_between(epochs, low, high, color=row.color, alpha=0.15, lw=0)
     end = 100 * (1 - document["rows"][_ORIGINAL]["spread"]["mean"][-1])
     axes.axhline(max(least, end), color="black", lw=1, ls=":", label="original, before conversion")
     ticks = [value for value in (0.5, 1, 2, 5, 10, 20, 50, 100) if value >= least]

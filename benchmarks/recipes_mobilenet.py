@@ -15,7 +15,7 @@ from typing import Any
 
 import timm
 import torch
-from recipe_parts.images import centre, labelled, photo
+from recipe_parts.images import center, labelled, photo
 from recipe_parts.page import machine, options, run, table, write
 from recipe_parts.reached import over_steps
 from recipe_parts.sources import MOBILENET
@@ -42,14 +42,14 @@ def study() -> dict[str, Any]:
     """Everything that is measured."""
     torch.manual_seed(0)
     files, labels = labelled()
-    images = normalised(torch.stack([centre(photo(file), SIZE) for file in files]))
+    images = normalized(torch.stack([center(photo(file), SIZE) for file in files]))
     original = pretrained()
     recipe = recipes.load("preserve")
     model = recipe.convert(original, images[:1], depthwise=True).eval()
     with torch.no_grad():
         expected, random = original(images), model(images)
         begin = time.monotonic()
-        done = recipe.initialise(model, original)
+        done = recipe.initialize(model, original)
         seconds = time.monotonic() - begin
         found = model(images)
     finetune = recipes.load("finetune")
@@ -84,7 +84,7 @@ def pretrained() -> nn.Module:
     return model
 
 
-def normalised(images: Tensor) -> Tensor:
+def normalized(images: Tensor) -> Tensor:
     """As the model expects them, from 0 to 255."""
     mean, deviation = (torch.tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
     return (images / 255 - mean) / deviation

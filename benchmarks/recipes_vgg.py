@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from PIL import Image
-from recipe_parts.images import centre, fit_and_test, photo, random_crops
+from recipe_parts.images import center, fit_and_test, photo, random_crops
 from recipe_parts.likeness import LAST, Likeness
 from recipe_parts.page import figure, machine, options, paragraph, run, table, write
 from recipe_parts.sources import HED
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 import ddf_convert as ddf
 from ddf_convert import recipes
-from ddf_convert.recipes.schema import Initialise, Losses, Optimizer, Schedule
+from ddf_convert.recipes.schema import Initialize, Losses, Optimizer, Schedule
 
 NAME = "recipes_vgg"
 CONVERSION: dict[str, Any] = {}  # as planned by default; for tests
@@ -51,7 +51,7 @@ class Size:
 
     pixels: int = 128
     crops: int = 64
-    steps: int = Initialise().steps
+    steps: int = Initialize().steps
     distill_steps: int = 100
     batch_size: int = 8
 
@@ -74,7 +74,7 @@ def study(size: Size) -> dict[str, Any]:
     original, edges = open_weights(HED.get())
     to_fit, to_test = fit_and_test()
     photos = [photo(file) for file in to_fit]
-    test = prepared(torch.stack([centre(photo(file), size.pixels) for file in to_test]))
+    test = prepared(torch.stack([center(photo(file), size.pixels) for file in to_test]))
     generator = torch.Generator().manual_seed(0)
     crops = prepared(random_crops(photos, size.crops, size.pixels, generator))
     on_test, on_fit = Likeness(original, edges, test), Likeness(original, edges, crops[:10])
@@ -91,10 +91,10 @@ def study(size: Size) -> dict[str, Any]:
         layers[name] = [layer.model_dump() for layer in getattr(made, "layers", ())]
         print(f"{name}: {seconds:.0f} s, last map {found[name]['test']['error'][LAST]:.3f}", flush=True)
 
-    measure("random", lambda: recipes.load("paper").initialise(model))
-    measure("preserve", lambda: recipes.load("preserve").initialise(model, original))
+    measure("random", lambda: recipes.load("paper").initialize(model))
+    measure("preserve", lambda: recipes.load("preserve").initialize(model, original))
     batches = crops.split(16)
-    measure("calibrate", lambda: calibrate.initialise(model, original, batches, steps=size.steps, say=_say))
+    measure("calibrate", lambda: calibrate.initialize(model, original, batches, steps=size.steps, say=_say))
     measure("distill", lambda: distill(model, original, photos, size, generator))
     before, after = ddf.measure(original, test[:1]), ddf.measure(model, test[:1])
     return {

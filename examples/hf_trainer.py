@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> torch.nn.Module:
     original = timm.create_model(args.model, pretrained=args.pretrained).eval()
     recipe = ddf.recipes.load("quick").changed(steps=args.steps, batch_size=args.batch_size)
     model = recipe.convert(original, torch.randn(1, 3, args.size, args.size))
-    recipe.initialise(model, original)
+    recipe.initialize(model, original)
 
     dataset = timm.data.create_dataset("", root=args.data, split="train", is_training=True)
     dataset.transform = timm.data.create_transform(args.size, is_training=True)

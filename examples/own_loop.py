@@ -39,7 +39,7 @@ def main(arguments: list[str] | None = None) -> torch.nn.Module:
 
     recipe = ddf.recipes.load("distill").changed(steps=args.steps, batch_size=args.batch_size)
     model = recipe.convert(original, torch.randn(1, 3, args.size, args.size))
-    done = recipe.initialise(model, original, loader, num_images=32)
+    done = recipe.initialize(model, original, loader, num_images=32)
     for layer in done.layers:
         print(f"{layer.name}: relative error {layer.output_error:.2f}, fitted {layer.fitted_error:.2f}")
 

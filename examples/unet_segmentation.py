@@ -24,7 +24,7 @@ from torch import Tensor, nn
 import ddf_convert as ddf
 
 CLASSES = ("background", "disc", "square", "triangle")
-COLOURS = ((0.93, 0.93, 0.93), (0.84, 0.15, 0.16), (0.12, 0.47, 0.71), (0.17, 0.63, 0.17))
+COLORS = ((0.93, 0.93, 0.93), (0.84, 0.15, 0.16), (0.12, 0.47, 0.71), (0.17, 0.63, 0.17))
 
 # Labels of pixels are not class scores of images, so that the loss of the task is the loop's own; what the new layers
 # learn of the old ones is the recipe's.
@@ -32,7 +32,7 @@ RECIPE = ddf.recipes.Recipe.model_validate(
     {
         "name": "segmentation",
         "conversion": {"affine": True, "mixing": "dense", "upsample": True},
-        "initialise": {"method": "calibrate", "num_images": 32, "steps": 8},
+        "initialize": {"method": "calibrate", "num_images": 32, "steps": 8},
         "stages": [
             {
                 "name": "everything",
@@ -82,7 +82,7 @@ def block(inputs: int, outputs: int) -> nn.Sequential:
 def shapes(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
     """Images (count, 3, size, size) from 0 to 1, and the class of each pixel (count, size, size).
 
-    Discs are plain, squares have stripes and triangles dots, of any colour, at any angle, one before the other.
+    Discs are plain, squares have stripes and triangles dots, of any color, at any angle, one before the other.
     """
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -93,9 +93,9 @@ def shapes(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tens
     images, classes = 0.4 * rough, torch.zeros(count, size, size, dtype=torch.long)
     for image, label in zip(images, classes, strict=True):
         for kind in (1 + torch.randperm(3, generator=random)).tolist():
-            centre, radius = uniform(2, low=0.15, high=0.85) * size, uniform(1, low=0.14, high=0.22) * size
+            center, radius = uniform(2, low=0.15, high=0.85) * size, uniform(1, low=0.14, high=0.22) * size
             angle = uniform(1, high=6.2832)
-            dy, dx = y - centre[0], x - centre[1]
+            dy, dx = y - center[0], x - center[1]
             u, v = dx * angle.cos() + dy * angle.sin(), dy * angle.cos() - dx * angle.sin()
             inside, light = {
                 "disc": (dx.square() + dy.square() < radius.square(), torch.ones_like(u)),
@@ -150,7 +150,7 @@ def draw(file: Path, images: Tensor, rows: list[tuple[str, Tensor]]) -> None:
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
-    palette = torch.tensor(COLOURS)
+    palette = torch.tensor(COLORS)
     shown = [("image", images.movedim(1, -1)), *((name, palette[classes]) for name, classes in rows)]
     figure = Figure(figsize=(1.9 * len(images) + 0.4, 1.9 * len(shown) + 0.7), layout="constrained")
     axes = figure.subplots(len(shown), len(images), squeeze=False)
@@ -160,7 +160,7 @@ def draw(file: Path, images: Tensor, rows: list[tuple[str, Tensor]]) -> None:
             axis.set(xticks=[], yticks=[])
         row[0].set_ylabel(name, fontsize=11)
     patches = [
-        Patch(facecolor=colour, edgecolor="grey", label=name) for name, colour in zip(CLASSES, COLOURS, strict=True)
+        Patch(facecolor=color, edgecolor="gray", label=name) for name, color in zip(CLASSES, COLORS, strict=True)
     ]
     figure.legend(handles=patches, loc="outside lower center", ncols=len(CLASSES), frameon=False)
     figure.savefig(file, dpi=110)
@@ -194,7 +194,7 @@ def main(arguments: list[str] | None = None) -> nn.Module:
     plan = ddf.plan(original, example, **RECIPE.options())
     print(plan)
     model = ddf.convert(original, plan)
-    RECIPE.initialise(model, original, [shapes(16, args.size, random)[0] for _ in range(2)])
+    RECIPE.initialize(model, original, [shapes(16, args.size, random)[0] for _ in range(2)])
     scores["converted"] = intersection_over_union(model, test_images, test_classes)
 
     print("the converted model learns, from the labels and from the original")

@@ -70,12 +70,12 @@ def guided(photo: Tensor, small: Tensor, factor: int, radius: float, eps: float)
     return torch.from_numpy(found)[None]
 
 
-def joint_bilateral(photo: Tensor, small: Tensor, factor: int, space: float, colour: float, of: str) -> Tensor:
-    """OpenCV's joint bilateral filter; deviations are in pixels of the small map, and of colours from 0 to 1.
+def joint_bilateral(photo: Tensor, small: Tensor, factor: int, space: float, color: float, of: str) -> Tensor:
+    """OpenCV's joint bilateral filter; deviations are in pixels of the small map, and of colors from 0 to 1.
 
     It filters the map that bilinear interpolation makes ("interpolated"), or the measurements where they were taken and
     nothing in between ("measurements"), which is joint bilateral upsampling; where no measurement is near enough in
-    colour, interpolation remains.
+    color, interpolation remains.
 
     Source: Kopf et al., "Joint Bilateral Upsampling", SIGGRAPH 2007.
     """
@@ -84,15 +84,15 @@ def joint_bilateral(photo: Tensor, small: Tensor, factor: int, space: float, col
 
     def filtered(image: Tensor) -> Tensor:
         three = np.ascontiguousarray(np.repeat(image.numpy()[..., None], 3, 2))  # as many channels as the photo
-        found = opencv().ximgproc.jointBilateralFilter(joint, three, -1, colour, space * factor)
+        found = opencv().ximgproc.jointBilateralFilter(joint, three, -1, color, space * factor)
         return torch.from_numpy(np.ascontiguousarray(found[..., 0]))
 
     if of == "interpolated":
         return filtered(large)[None]
     known, values = torch.zeros_like(large), torch.zeros_like(large)
-    centre = (factor - 1) // 2
-    known[centre::factor, centre::factor] = (small[0] > 0).float()
-    values[centre::factor, centre::factor] = small[0]
+    center = (factor - 1) // 2
+    known[center::factor, center::factor] = (small[0] > 0).float()
+    values[center::factor, center::factor] = small[0]
     weights = filtered(known)
     return torch.where(weights > _LEAST, filtered(values) / weights.clamp_min(_LEAST), large)[None]
 
@@ -125,6 +125,6 @@ PEERS = (
     Peer(
         "joint bilateral",
         joint_bilateral,
-        {"space": _NEAR, "colour": (0.02, 0.04, 0.08, 0.16), "of": ("interpolated", "measurements")},
+        {"space": _NEAR, "color": (0.02, 0.04, 0.08, 0.16), "of": ("interpolated", "measurements")},
     ),
 )

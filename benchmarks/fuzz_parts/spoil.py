@@ -244,7 +244,7 @@ def _source(draft: Draft) -> Any:
         key = rng.choice(("num_classes", "in_chans"))
         source["kwargs"][key] = rng.choice((10**7, 10**12, 6, *_MONSTERS))
     else:
-        key = rng.choice(("layers", "channels", "stem_width", "pretrained", "checkpoint_path", "cache_dir", "colour"))
+        key = rng.choice(("layers", "channels", "stem_width", "pretrained", "checkpoint_path", "cache_dir", "color"))
         source["kwargs"][key] = rng.choice(([10**6], [10**6] * 4, [2, "x"], [], [None] * 4, *_MONSTERS))
     if draft.way in ("restore", "original"):  # the model is given, and this is for people
         draft.expected = EITHER
@@ -279,7 +279,7 @@ def _options(draft: Draft) -> Any:
     """An option out of its range."""
     replacement = draft.rng.choice(draft.steps)["replacement"]
     options = replacement["mix"] if replacement["mix"] and draft.rng.random() < 0.2 else replacement["options"]
-    key = draft.rng.choice((*options, "colour"))
+    key = draft.rng.choice((*options, "color"))
     options[key] = value = draft.rng.choice(_MONSTERS)
     return _of_conversion(draft, replacement["layer"], key, value)
 

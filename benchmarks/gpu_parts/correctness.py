@@ -49,7 +49,7 @@ def correctness(run: Run, record: dict[str, Any]) -> None:
             _subsets(run, record, Case(3, dtype, layout, geometries[0], 8, 2, combine))
         for kernel, heads, geometry in itertools.product((3,) if run.dry else (3, 5, 7), (1, 2), geometries[:2]):
             combine = "mul" if heads == 1 else "add"
-            _normalised(run, record, Case(kernel, dtype, layout, geometry, 48, heads, combine))
+            _normalized(run, record, Case(kernel, dtype, layout, geometry, 48, heads, combine))
         for geometry, upscale in ((geometries[0], 2),) if run.dry else ((geometries[0], 2), (geometries[2], 3)):
             for kernel in (3,) if run.dry else (3, 5, 9):
                 _operator(run, record, Case(kernel, dtype, layout, geometry, 48, 2, "mul", upscale))
@@ -161,13 +161,13 @@ def _subsets(run: Run, record: dict[str, Any], case: Case) -> None:
                 fail(record, f"{name}: not wanted, and not empty ({case})")
 
 
-def _normalised(run: Run, record: dict[str, Any], case: Case) -> None:
+def _normalized(run: Run, record: dict[str, Any], case: Case) -> None:
     """FilterNorm alone, and the operator with FilterNorm on the way in, with the gradients of both."""
     input, channel, spatial, grad = case.tensors(run.device)
     stride, padding, dilation, combine = case.options()
     taps = case.kernel**2
     leaves = [tensor.requires_grad_() for tensor in (input, channel, spatial)]
-    output = ops.ddf_normalised(
+    output = ops.ddf_normalized(
         input, channel, spatial, scale=SCALE, stride=stride, padding=padding, dilation=dilation, combine=combine
     )
     found = [output, *torch.autograd.grad(output, leaves, grad)]
@@ -180,7 +180,7 @@ def _normalised(run: Run, record: dict[str, Any], case: Case) -> None:
     raw = exact[2].detach()
     by_tap = raw.unflatten(1, (-1, taps))
     spread = SCALE / by_tap.std(2, keepdim=True)
-    # The terms of a normalised tap: itself and those of the mean, over the deviation. Its own value can be near 0.
+    # The terms of a normalized tap: itself and those of the mean, over the deviation. Its own value can be near 0.
     norm_terms = ((by_tap.abs() + by_tap.abs().mean(2, keepdim=True)) * spread).flatten(1, 2)
 
     def mixed(terms: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ def _normalised(run: Run, record: dict[str, Any], case: Case) -> None:
     bounds = [reference.forward(*absolute, *case.options()), *bounds, mixed(by_filters)]
     for name, one, other, bound in zip(("forward", *GRADIENTS), found, expected, bounds, strict=True):
         assert bound is not None
-        _judge(record, f"{name}, normalised", case, one, other, bound)
+        _judge(record, f"{name}, normalized", case, one, other, bound)
 
     cotangent = torch.randn_like(spatial)
     alone = ops.filter_norm(spatial, taps, SCALE)
@@ -236,6 +236,6 @@ def small(device: torch.device) -> None:
             torch.ops.ddf_convert.ddf(*arguments)
             torch.ops.ddf_convert.ddf_backward(grad, *arguments, [True, True, True])
             leaf = spatial.requires_grad_()
-            torch.ops.ddf_convert.ddf_normalised(input, channel, leaf, SCALE, *case.options()).sum().backward()
+            torch.ops.ddf_convert.ddf_normalized(input, channel, leaf, SCALE, *case.options()).sum().backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

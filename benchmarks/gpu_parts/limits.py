@@ -68,9 +68,9 @@ def _corners(run: Run, record: dict[str, Any], side: int, layout: str) -> None:
     for name, value in worst.items():
         check(record, f"{name}, the four corners, {layout}: error {value:.1e}", value <= TOLERANCES["bfloat16"])
 
-    centre = _centre_tap(input, spatial, grad)
-    value = error(gradients[1][:, :, 1, 1], centre, centre)
-    check(record, f"{GRADIENTS[1]}, centre tap, {layout}: error {value:.1e}", value <= TOLERANCES["bfloat16"])
+    center = _center_tap(input, spatial, grad)
+    value = error(gradients[1][:, :, 1, 1], center, center)
+    check(record, f"{GRADIENTS[1]}, center tap, {layout}: error {value:.1e}", value <= TOLERANCES["bfloat16"])
 
 
 def _corner(tensor: Tensor, bottom: bool, right: bool, size: int = CORNER + 2) -> Tensor:
@@ -89,7 +89,7 @@ def _expected(cut: list[Tensor], channel: Tensor, bottom: bool, right: bool) -> 
     return [_corner(tensor, bottom, right, CORNER) for tensor in (output, by_input, by_spatial)]
 
 
-def _centre_tap(input: Tensor, spatial: Tensor, grad: Tensor) -> Tensor:
+def _center_tap(input: Tensor, spatial: Tensor, grad: Tensor) -> Tensor:
     """(1, C): the channel filter's gradient at the tap that meets the pixel itself."""
     total = torch.zeros(input.shape[:2], dtype=torch.float64, device=input.device)
     for top in range(0, input.shape[2], CHUNK):

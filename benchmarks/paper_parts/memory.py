@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 from ddf_convert.bench.peers import DENSE, DEPTHWISE, MODULE, OP, UNFOLD
 from ddf_convert.utils.device import called
 
-# As in the plots of ``bench``: ours in warm colours, what they are compared with in cool ones.
+# As in the plots of ``bench``: ours in warm colors, what they are compared with in cool ones.
 _COLUMNS = {OP: "#d62728", MODULE: "#ff7f0e", DENSE: "#1f77b4", DEPTHWISE: "#17becf", UNFOLD: "#7f7f7f"}
 
 
@@ -19,7 +19,7 @@ def memory_png(latency: dict[str, Any]) -> bytes:
     _, results = next(iter(latency["results"].items()))
     figure = Figure(figsize=(7, 4.2), layout="constrained")
     axis = figure.subplots()
-    for name, colour in _COLUMNS.items():
+    for name, color in _COLUMNS.items():
         points = [
             (int(size), row[name]["peak_mib"] / latency["batches"][size])
             for size, row in results.items()
@@ -31,7 +31,7 @@ def memory_png(latency: dict[str, Any]) -> bytes:
                 marker="o",
                 ms=4,
                 lw=2 if name == OP else 1.3,
-                color=colour,
+                color=color,
                 label=name,
             )
     sizes = [int(size) for size in results]

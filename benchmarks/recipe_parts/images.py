@@ -16,7 +16,7 @@ from recipe_parts.sources import DIGITS, IMAGENET, LABELLED, SKIMAGE, SKLEARN
 
 
 def photo(file: Path) -> Image.Image:
-    """In colour."""
+    """In color."""
     with Image.open(file) as opened:
         return opened.convert("RGB")
 
@@ -50,7 +50,7 @@ def pixels(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image)).permute(2, 0, 1).float()
 
 
-def centre(image: Image.Image, size: int) -> Tensor:
+def center(image: Image.Image, size: int) -> Tensor:
     """The middle square, resized: (3, size, size)."""
     side = min(image.size)
     left, top = (image.width - side) // 2, (image.height - side) // 2

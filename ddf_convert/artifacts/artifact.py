@@ -42,8 +42,8 @@ from ddf_convert.conversion.parts import outstanding
 from ddf_convert.conversion.rewriter import prepare, swap
 from ddf_convert.conversion.tracer import describe
 from ddf_convert.errors import ArtifactError, DDFError, UsageError, first_line, in_one_line
-from ddf_convert.utils.fake_copy import check_initialised, meta_copy
-from ddf_convert.utils.logging import tell_once
+from ddf_convert.utils.fake_copy import check_initialized, meta_copy
+from ddf_convert.utils.logging import warn_once
 from ddf_convert.utils.modules import bare
 from ddf_convert.version import __version__
 
@@ -150,7 +150,7 @@ def save(
         DDFError: Writing failed.
     """
     model = bare(model)
-    check_initialised(model)
+    check_initialized(model)
     check_writable(path)
     check_whole(model)
     state, extra_states = split_state(model)
@@ -160,7 +160,7 @@ def save(
     conversion = recorded(model) or Conversion(source=describe(model))
     origin = find_source(model, conversion, source)
     if isinstance(origin, OwnSource) and origin.reason:
-        tell_once(
+        warn_once(
             f"the model is saved as one of your own, and not as timm's {describe(model)}: {origin.reason}. Only"
             f" restore(fresh_model, folder) will read it; {_WITH_SOURCE}"
         )

@@ -21,7 +21,7 @@ from ddf_convert.artifacts.atomic import check_readable
 from ddf_convert.artifacts.extra_state import extra_state_names, without_extra_states
 from ddf_convert.errors import UsageError
 from ddf_convert.utils.fake_copy import meta_copy
-from ddf_convert.utils.logging import tell
+from ddf_convert.utils.logging import warn
 
 _SHOWN = 3  # names in an error
 _DEEPEST = 6  # mappings in mappings that are looked into
@@ -90,7 +90,7 @@ def load_checkpoint(model: nn.Module, file: str | os.PathLike[str]) -> None:
     model.load_state_dict({name: chosen.tensors.get(name, own[name]) for name in expected})
     notice = _notice(chosen, others, content)
     if notice:
-        tell(f"{path}: {notice}")
+        warn(f"{path}: {notice}")
 
 
 def state_of(module: nn.Module, extra_states: bool = True) -> dict[str, tuple[int, ...]]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from ddf_convert.artifacts.atomic import check_writable
 from ddf_convert.errors import UsageError
-from ddf_convert.utils.logging import tell_once
+from ddf_convert.utils.logging import warn_once
 
 LOCK = ".lock"
 _held: set[int] = set()  # descriptors
@@ -76,7 +76,7 @@ def _acquired(file: Path, folder: Path, option: str) -> int:
                 f"{folder} is in use by {holder}: wait for it, or choose another folder ({option})"
             ) from None
         except OSError as error:
-            tell_once(f"{folder} cannot be locked ({error.strerror}): let one process at a time write there")
+            warn_once(f"{folder} cannot be locked ({error.strerror}): let one process at a time write there")
         if _is_at(descriptor, file):
             break
         _close(descriptor)  # whoever held it removed it in between

@@ -65,7 +65,7 @@ class Settings:
 
 
 def check_kernel(kernel_size: int) -> None:
-    """Raises a UsageError unless FilterNorm has a filter to normalise, with a centre."""
+    """Raises a UsageError unless FilterNorm has a filter to normalize, with a center."""
     if kernel_size < 3 or kernel_size % 2 == 0:
         raise UsageError(f"--kernel-size {kernel_size}: must be odd, and at least 3")
 

@@ -11,8 +11,8 @@ from ddf_convert.bench.up import BILINEAR, SEPARATE, TRANSPOSED, UP
 from ddf_convert.errors import UsageError
 from ddf_convert.utils.device import called
 
-# Ours in warm colours, what they are compared with in cool ones; the same column looks the same in every plot.
-_COLOURS = {
+# Ours in warm colors, what they are compared with in cool ones; the same column looks the same in every plot.
+_COLORS = {
     OP: "#d62728",
     MODULE: "#ff7f0e",
     DENSE: "#1f77b4",
@@ -66,9 +66,9 @@ def _op(document: dict[str, Any]) -> Any:
                 points = sorted((size, value) for size, value in points if value is not None)
                 style = "--" if name.endswith(TF32) else "-"
                 width = 2.5 if name in (OP, UP) else 1.3
-                colour = _COLOURS[name.removesuffix(TF32)]
+                color = _COLORS[name.removesuffix(TF32)]
                 if points:
-                    axis.plot(*zip(*points, strict=True), style, marker="o", ms=4, lw=width, color=colour, label=name)
+                    axis.plot(*zip(*points, strict=True), style, marker="o", ms=4, lw=width, color=color, label=name)
             axis.set(xscale="log", yscale="log", title=f"{layout}: {title}")
             sizes = [int(size) for size in rows]
             axis.set_xticks(sizes, [str(size) for size in sizes])
@@ -92,8 +92,8 @@ def _layer(document: dict[str, Any]) -> Any:
         panels.append(("peak memory, MiB", "peak_mib"))
     figure = _figure(3.4 * len(panels), 4)
     for axis, (title, key) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
-        colours = [_BEFORE, *[_AFTER] * (len(names) - 1)]
-        _bars(axis, title, names, [results[name][key] for name in names], colours)
+        colors = [_BEFORE, *[_AFTER] * (len(names) - 1)]
+        _bars(axis, title, names, [results[name][key] for name in names], colors)
     size, kernel = settings["size"], settings["kernel_size"]
     words = f"{settings['channels']} channels, {size}x{size}, {kernel}x{kernel}, {settings['batch']} images"
     _heading(figure, document, f"{words}, {settings['dtype']}, {settings['layout']}")
@@ -112,8 +112,8 @@ def _model(document: dict[str, Any]) -> Any:
     return figure
 
 
-def _bars(axis: Any, title: str, names: list[str], values: list[float], colours: list[str]) -> None:
-    bars = axis.bar(names, values, color=colours, width=0.6)
+def _bars(axis: Any, title: str, names: list[str], values: list[float], colors: list[str]) -> None:
+    bars = axis.bar(names, values, color=colors, width=0.6)
     axis.bar_label(bars, fmt="%.3g", padding=2)
     axis.margins(y=0.12)
     axis.set_title(title)

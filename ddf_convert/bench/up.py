@@ -45,7 +45,7 @@ class Settings:
         seconds: To spend on each time, at least.
 
     Raises:
-        UsageError: K is even or below 3, or the factor is odd, for which the transposed convolution has no centre.
+        UsageError: K is even or below 3, or the factor is odd, for which the transposed convolution has no center.
     """
 
     resolutions: tuple[int, ...]

@@ -26,14 +26,14 @@ from ddf_convert.commands.options import (
     timm_arguments,
 )
 from ddf_convert.errors import UsageError
-from ddf_convert.utils.logging import tell
+from ddf_convert.utils.logging import warn
 
 if TYPE_CHECKING:
     import torch
 
     from ddf_convert.artifacts.source import Opened
     from ddf_convert.conversion import Plan
-    from ddf_convert.recipes import Initialised
+    from ddf_convert.recipes import Initialized
     from ddf_convert.utils.example_input import ExampleInput
 
 FILES = ("manifest.json", "model.safetensors", "original.safetensors", "report.json")  # of what convert writes
@@ -120,12 +120,12 @@ def convert(
         check_different([("--html", html), *(("--output", output / name) for name in FILES)])
     recipe = conversion.recipe
     chosen = conversion.config["filter"]
-    if recipe and recipe.initialise_with.method != "paper" and chosen != "ddf":
+    if recipe and recipe.initialize_with.method != "paper" and chosen != "ddf":
         raise UsageError(
             f"recipe {recipe.name} starts new layers from the old weights, which --filter {chosen} cannot: leave one of"
             " the two out"
         )
-    calibrates = recipe is not None and recipe.initialise_with.method == "calibrate"
+    calibrates = recipe is not None and recipe.initialize_with.method == "calibrate"
     if images is not None and not calibrates:
         raise UsageError("--images is for recipes that calibrate the new layers, such as --recipe calibrate")
     if recipe and calibrates and images is None:
@@ -147,7 +147,7 @@ def convert(
         from ddf_convert.artifacts.source import open_model
         from ddf_convert.conversion import convert as apply
         from ddf_convert.report import report
-        from ddf_convert.training.setup import initialise
+        from ddf_convert.training.setup import initialize
         from ddf_convert.utils.device import choose
 
         where = choose(device) if calibrates or device else None
@@ -161,17 +161,17 @@ def convert(
         if not plan.replaced:
             raise UsageError(f"nothing to convert in {model}: `ddf-convert inspect {model}` says why")
         say(f"Replacing {len(plan.replaced)} layers")
-        keeps = recipe is not None and (recipe.needs_teacher or recipe.initialise_with.method != "paper")
+        keeps = recipe is not None and (recipe.needs_teacher or recipe.initialize_with.method != "paper")
         converted = apply(opened.model, plan, inplace=not plan.functional and not keeps)
         document = report(plan, opened.name)
         done = None
         if recipe:
             if keeps and not (pretrained or checkpoint) and ":" not in model and not Path(model).is_dir():
-                tell(
+                warn(
                     f"recipe {recipe.name} starts from the old weights, and those of {model} are random here:"
                     " --pretrained or --checkpoint FILE gives it better ones"
                 )
-            done = initialise(recipe, converted, opened.model, images, input_size, where, say)
+            done = initialize(recipe, converted, opened.model, images, input_size, where, say)
             document["recipe"], document["initialised"] = recipe.name, done.model_dump(mode="json")
         say(f"Saving {output}")
         original = opened.model if recipe and recipe.needs_teacher else None
@@ -231,7 +231,7 @@ def _present(
     html: Path | None,
     everything: bool,
     document: dict[str, Any] | None = None,
-    initialised: Initialised | None = None,
+    initialized: Initialized | None = None,
 ) -> None:
     from ddf_convert.report import Comparison, report
     from ddf_convert.report.tables import tables
@@ -243,10 +243,10 @@ def _present(
         print_json(document if document is not None else report(plan, name))
         return
     out.print(tables(comparison, everything))
-    if initialised:
-        from ddf_convert.report.recipes import initialised_table
+    if initialized:
+        from ddf_convert.report.recipes import initialized_table
 
-        out.print(initialised_table(initialised, everything))
+        out.print(initialized_table(initialized, everything))
     if html:
         print_file("\nPage", html)
 

@@ -45,7 +45,7 @@ class Upsampler(StrEnum):
 
 
 class LossOption(StrEnum):
-    """What is minimised."""
+    """What is minimized."""
 
     L1 = "l1"
     L2 = "l2"

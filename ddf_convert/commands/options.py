@@ -277,7 +277,7 @@ def _options(
     recipe: Annotated[
         str | None,
         _option(
-            "How to convert and to initialise: a name that `ddf-convert recipes` lists, or a YAML file. Other options"
+            "How to convert and to initialize: a name that `ddf-convert recipes` lists, or a YAML file. Other options"
             " win over it.",
             metavar="NAME|FILE",
             show_default=False,

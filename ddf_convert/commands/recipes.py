@@ -11,7 +11,7 @@ from ddf_convert.commands.console import out, print_json
 from ddf_convert.commands.options import HELP, AsJson, Debug
 
 app = typer.Typer(
-    help="The built-in recipes: how to convert, to initialise and to train.",
+    help="The built-in recipes: how to convert, to initialize and to train.",
     invoke_without_command=True,
     context_settings=HELP,
 )

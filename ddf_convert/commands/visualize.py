@@ -64,7 +64,7 @@ def visualize(
     tap: Annotated[
         list[str] | None,
         plain_option(
-            "Draw this tap of the filters large, in the place of all: 1,1 is the centre of 3x3. Repeatable.",
+            "Draw this tap of the filters large, in the place of all: 1,1 is the center of 3x3. Repeatable.",
             "--tap",
             metavar="ROW,COLUMN",
         ),
@@ -79,7 +79,7 @@ def visualize(
     ] = None,
     plain: Annotated[
         bool,
-        typer.Option("--plain", help="Images as values from 0 to 1, not normalised."),
+        typer.Option("--plain", help="Images as values from 0 to 1, not normalized."),
     ] = False,
     overwrite: Overwrite = False,
     device: TrainingDevice = None,

@@ -202,7 +202,7 @@ def find_convolutions(model: nn.Module, recording: Recording, traced: Traced) ->
                 shared_with=next(iter(sharing), None),
                 used_elsewhere=_is_used_elsewhere(own, recording, modules),
                 owner=model.get_submodule(name.rpartition(".")[0]) if own and own[0].upsampled else None,
-                dtype=_dtype(neighbour(model, name)),
+                dtype=_dtype(neighbor(model, name)),
                 fed_by=_producer(nodes, traced) if isinstance(module, nn.PixelShuffle) else "",
                 on_image=name in early,
             )
@@ -227,7 +227,7 @@ def module_names(
     return [(module, tuple(paths)) for module, paths in names.values()]
 
 
-def neighbour(model: nn.Module, name: str) -> Tensor | None:
+def neighbor(model: nn.Module, name: str) -> Tensor | None:
     """A parameter that is like those of a new layer in the place of one that has none: the nearest one around it."""
     path = name
     while path:
@@ -290,7 +290,7 @@ def _surroundings(
         return nodes, FoundBy.FX, ""
     if complete:
         return nodes, FoundBy.PIECES, f"{inside}: of what surrounds this piece nothing is known"
-    return [], FoundBy.HOOKS, f"{inside or 'called where torch.fx does not see it'}: of its neighbours nothing is known"
+    return [], FoundBy.HOOKS, f"{inside or 'called where torch.fx does not see it'}: of its neighbors nothing is known"
 
 
 def _class_of(path: str, recording: Recording) -> str:

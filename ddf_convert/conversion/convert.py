@@ -25,7 +25,7 @@ class Conversion(BaseModel):
         source: The model, in words.
         replaced: Every replacement, in order.
         configs: The options of each conversion; a model can be converted more than once.
-        recipe: The recipe that the new layers were initialised by, as data; None if there was none.
+        recipe: The recipe that the new layers were initialized by, as data; None if there was none.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

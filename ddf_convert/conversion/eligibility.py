@@ -17,7 +17,7 @@ from ddf_convert.conversion.interpolate_hook import class_of
 from ddf_convert.conversion.plan import ConvertConfig, Mix, Replacement, Scalar
 from ddf_convert.conversion.recorder import Call
 from ddf_convert.conversion.registry import DDF, DDF_LAYERS, filter_of, find_filter, replacing_layers, with_mixing
-from ddf_convert.layers import DDFConv2d, DDFUp2d, DDFUpConv2d, MixedFilter2d
+from ddf_convert.layers import DDFConv2d, DDFUp2d, DDFUpConv2d, SeparableFilter2d
 from ddf_convert.layers.branches import narrow_squeeze_width, squeeze_width
 from ddf_convert.ops import DTYPES
 
@@ -45,7 +45,7 @@ def kind_of(module: nn.Module) -> str:
         )
     if isinstance(module, DDFConv2d):
         return with_mixing("DDF", module.mix.groups)
-    if isinstance(module, MixedFilter2d):
+    if isinstance(module, SeparableFilter2d):
         return with_mixing(kind_of(module.filter), module.mix.groups)
     if (chosen := filter_of(module)) is not None:
         return chosen.words
@@ -240,7 +240,7 @@ def build(replacement: Replacement, device: torch.device | str = "cpu") -> nn.Mo
         built = layer(**replacement.options, **where)
         if replacement.mix is None:
             return built
-        return MixedFilter2d(built, int(replacement.options["in_channels"]), **dict(replacement.mix), **where)
+        return SeparableFilter2d(built, int(replacement.options["in_channels"]), **dict(replacement.mix), **where)
 
 
 class _WithoutValues(TorchFunctionMode):

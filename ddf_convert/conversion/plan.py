@@ -112,7 +112,7 @@ class Interpolation(BaseModel):
 
     Attributes:
         mode: Of the interpolation.
-        align_corners: Whether the centres of the corners' pixels, and not their corners, keep their places.
+        align_corners: Whether the centers of the corners' pixels, and not their corners, keep their places.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")

@@ -35,7 +35,7 @@ from ddf_convert.cost import count
 from ddf_convert.cost.count import Cost, count_parameters
 from ddf_convert.cost.timing import device_of, forward_ms
 from ddf_convert.errors import UsageError, first_line, suggestion
-from ddf_convert.layers import DDFConv2d, MixedFilter2d
+from ddf_convert.layers import DDFConv2d, SeparableFilter2d
 from ddf_convert.utils.device import called
 from ddf_convert.utils.device import describe as describe_machine
 from ddf_convert.utils.example_input import ExampleInput, as_arguments, first_size
@@ -372,7 +372,7 @@ def _frozen(model: nn.Module, sites: list[Site]) -> list[str]:
         return []
     return [
         f"Frozen (requires_grad=False): {frozen} of the {len(replaced)} modules that are replaced. The new layers are"
-        " trainable; a recipe that takes over their weights freezes them again with initialise.keep_frozen"
+        " trainable; a recipe that takes over their weights freezes them again with initialize.keep_frozen"
     ]
 
 
@@ -618,7 +618,7 @@ def _first(module: nn.Module) -> nn.Module:
     """The part of a layer that reads its input."""
     if isinstance(module, DDFConv2d):
         return module.ddf
-    return module.filter if isinstance(module, MixedFilter2d) else module
+    return module.filter if isinstance(module, SeparableFilter2d) else module
 
 
 def _growth(site: Site) -> str | None:

@@ -21,7 +21,7 @@ from ddf_convert.layers import (
     DDFUpConv2d,
     DwCondConv2d,
     DwWeightNet2d,
-    MixedFilter2d,
+    SeparableFilter2d,
     SpatialFilter2d,
 )
 
@@ -243,7 +243,7 @@ def replacing_layers() -> tuple[type[nn.Module], ...]:
     """
     chosen = [each.layer for each in _filters.values() if isinstance(each.layer, type)]
     own = [layer for layer in chosen if not layer.__module__.startswith("torch.")]
-    return (DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d, MixedFilter2d, *own)
+    return (DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d, SeparableFilter2d, *own)
 
 
 def with_mixing(words: str, groups: int | None) -> str:

@@ -10,7 +10,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from ddf_convert.conversion.analysis import module_names, neighbour
+from ddf_convert.conversion.analysis import module_names, neighbor
 from ddf_convert.conversion.attributes import attribute_in_the_way, carry_over_attributes
 from ddf_convert.conversion.eligibility import build, geometry, kernel_for, kind_of, obstacle
 from ddf_convert.conversion.functional import functional_convolutions_in, place_of, replace_functions
@@ -215,7 +215,7 @@ def _checked(model: nn.Module, modules: Mapping[str, nn.Module], step: Replaced)
             raise unfit(f"{name}: {reason}")
         if hasattr(place, place_of(name).rpartition(".")[2]):
             raise unfit(f"{needed[0] or 'it'} has {place_of(name).rpartition('.')[2]} already")
-        return _Like(neighbour(model, name), place.training)
+        return _Like(neighbor(model, name), place.training)
     expected = _replaced_by(step)
     reason = obstacle(place, upsample=expected is not nn.Conv2d or bool(step.removed))
     if reason is None and not isinstance(place, expected):
@@ -230,7 +230,7 @@ def _checked(model: nn.Module, modules: Mapping[str, nn.Module], step: Replaced)
     for option, value in _actual(place, shuffle).items():
         if planned.get(option) != value:
             raise unfit(f"{name} ({kind_of(place)}) has {option} {value}, where the record has {planned.get(option)}")
-    weight = neighbour(model, name) if isinstance(place, nn.Upsample) else place.weight
+    weight = neighbor(model, name) if isinstance(place, nn.Upsample) else place.weight
     assert weight is None or isinstance(weight, Tensor)
     return _Like(weight, place.training)
 

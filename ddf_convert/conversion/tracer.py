@@ -18,7 +18,7 @@ from ddf_convert.errors import UsageError, first_line
 from ddf_convert.utils.fake_copy import fake_copy, unchanged_random_states
 from ddf_convert.utils.hooks import without_global_hooks
 
-# Modules of these files work on each channel by itself, or (normalisation) rescale channels without mixing them.
+# Modules of these files work on each channel by itself, or (normalization) rescale channels without mixing them.
 _FILES = frozenset(
     f"torch.nn.modules.{name}"
     for name in (
@@ -64,7 +64,7 @@ _MULTIPLICATIONS = frozenset({"mul", "mul_", "imul", "multiply", "multiply_"})
 
 
 def is_channelwise(module: nn.Module) -> bool:
-    """Whether a module is known to keep channels apart: normalisation, activation, pooling, dropout, padding, ..."""
+    """Whether a module is known to keep channels apart: normalization, activation, pooling, dropout, padding, ..."""
     if isinstance(module, nn.Identity):
         return True
     if isinstance(module, nn.MultiheadAttention):

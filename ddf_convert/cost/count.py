@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ddf_convert.utils.fake_copy import Copy, Watch, check_initialised, watch_a_run
+from ddf_convert.utils.fake_copy import Copy, Watch, check_initialized, watch_a_run
 
 
 class Cost(BaseModel):
@@ -20,7 +20,7 @@ class Cost(BaseModel):
     Attributes:
         params: Parameters, each shared one counted once.
         macs: Multiply-accumulates of convolutions, matrix products, attention and DDF in one forward pass: half of
-            what ``torch.utils.flop_counter.FlopCounterMode`` counts. Elementwise operations, pooling and normalisation
+            what ``torch.utils.flop_counter.FlopCounterMode`` counts. Elementwise operations, pooling and normalization
             are not counted (the papers' "FLOPs").
         activation_bytes: Bytes that autograd keeps for the backward pass, without parameters and buffers. What two
             layers both keep is counted once where both are measured together; so is the sum of layers measured alone
@@ -67,7 +67,7 @@ def count_parameters(module: nn.Module) -> int:
     Raises:
         UsageError: A parameter is lazy and has no shape yet.
     """
-    check_initialised(module)
+    check_initialized(module)
     return sum(parameter.numel() for parameter in module.parameters())
 
 

@@ -1,7 +1,7 @@
 """How tensors are read and written: float32 and float64 as they are, half types as float32.
 
 Numba has no half types on the CPU. A kernel sees float16 as uint16 and bfloat16 as int16 (the integer type says which
-of the two it is) and converts with integer arithmetic, which LLVM vectorises.
+of the two it is) and converts with integer arithmetic, which LLVM vectorizes.
 """
 
 from __future__ import annotations

@@ -14,7 +14,7 @@ from numba import config, njit
 from numba.core import caching
 
 from ddf_convert.errors import may_pass
-from ddf_convert.utils.logging import tell_once, told_if_slow
+from ddf_convert.utils.logging import warn_if_slow, warn_once
 
 _DISABLED = bool(vars(config)["DISABLE_JIT"])  # when the kernels were decorated
 _ready: set[tuple[Any, type]] = set()
@@ -29,7 +29,7 @@ def usable() -> bool:
     """Whether the kernels can run in this process; says why not, once, in a warning."""
     reason = unusable()
     if reason is not None:
-        tell_once(f"CPU tensors take the slower PyTorch reference: {reason}")
+        warn_once(f"CPU tensors take the slower PyTorch reference: {reason}")
     return reason is None
 
 
@@ -124,7 +124,7 @@ class _KernelCache(caching.FunctionCache):
             super().save_overload(*arguments)  # type: ignore[no-untyped-call]
         except Exception as error:
             reason = getattr(error, "strerror", None) or error
-            tell_once(
+            warn_once(
                 f"cannot keep compiled CPU kernels in {self.cache_path} ({reason});"
                 " set NUMBA_CACHE_DIR to a folder that can be written to"
             )
@@ -136,7 +136,7 @@ def cache_folder(kernel: Any) -> Path | None:
         try:
             kernel._cache = _KernelCache(kernel.py_func)
         except (RuntimeError, OSError):  # looked for again when the next kernel is compiled
-            tell_once(
+            warn_once(
                 "no folder to keep compiled CPU kernels in: every process compiles them, which takes seconds each;"
                 " set NUMBA_CACHE_DIR to a folder that can be written to"
             )
@@ -162,7 +162,7 @@ def prepare(kernel: Any, arguments: tuple[Any, ...]) -> None:
         return
     folder = cache_folder(kernel)
     # Without a folder all has been said, once: not for every kernel again.
-    announced = told_if_slow(_announcement(kernel, arguments[-1], folder)) if folder else contextlib.nullcontext()
+    announced = warn_if_slow(_announcement(kernel, arguments[-1], folder)) if folder else contextlib.nullcontext()
     with announced:
         kernel(0, 0, *arguments)
     _ready.add(key)

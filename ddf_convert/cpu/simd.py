@@ -1,6 +1,6 @@
 """Raw pointers and vectors for Numba kernels.
 
-Numba's arrays give LLVM's vectoriser more pointers than it will check for overlap: the nine-tap loop of a 3x3 filter
+Numba's arrays give LLVM's vectorizer more pointers than it will check for overlap: the nine-tap loop of a 3x3 filter
 then runs one element at a time. Here a kernel says itself what is a vector. LLVM maps the vectors to whatever the
 processor has (AVX2, AVX-512, NEON, ...).
 """

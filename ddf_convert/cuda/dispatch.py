@@ -15,7 +15,7 @@ from ddf_convert.cuda.tiling import Geometry, Launch
 from ddf_convert.errors import may_pass
 from ddf_convert.reference import shuffle, unshuffle
 from ddf_convert.reference.checks import DTYPES
-from ddf_convert.utils.logging import tell_once
+from ddf_convert.utils.logging import warn_once
 
 _OLDEST = (7, 5)  # compute capability that the compiler of CUDA 13 still makes code for, and that is tested
 _MEND = "pip install 'numba-cuda[cu{major}]'"
@@ -35,9 +35,9 @@ def usable(tensor: Tensor) -> bool:
     if reason is None:
         return True
     if device in _found:
-        tell_once(f"CUDA tensors take the slower PyTorch reference: {reason}")
+        warn_once(f"CUDA tensors take the slower PyTorch reference: {reason}")
     else:  # the reason holds numbers that change from call to call
-        tell_once(f"CUDA tensors take the slower PyTorch reference for now: {reason}", key=f"for now {device}")
+        warn_once(f"CUDA tensors take the slower PyTorch reference for now: {reason}", key=f"for now {device}")
     return False
 
 
@@ -159,7 +159,7 @@ def forward(
     input = input.contiguous(memory_format=layout)
     geometry = _geometry(input, *filters, stride, padding, dilation, combine, layout)
     if geometry.is_fast:
-        launch = tiling.window(geometry, gradient=False, normalise=norm_scale is not None)
+        launch = tiling.window(geometry, gradient=False, normalize=norm_scale is not None)
         _start(launch, output, input, *filters, 1.0 if norm_scale is None else norm_scale)
         return shuffle(output, upscale_factor)
     if norm_scale is not None:
@@ -251,7 +251,7 @@ def _grad_input(
         total, gradient = gradient, torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=layout)
     tensors = (gradient, grad_output, channel_filter, spatial_filter)
     if geometry.is_fast:
-        _start(tiling.window(geometry, gradient=True, normalise=False), *tensors, 1.0)
+        _start(tiling.window(geometry, gradient=True, normalize=False), *tensors, 1.0)
     else:
         _start(tiling.plain(geometry, "grad_input", gradient.numel()), *tensors)
     return gradient if filters == 1 else torch.sum(gradient.unflatten(1, (filters, input.shape[1])), 1, out=total)

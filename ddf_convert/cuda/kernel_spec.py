@@ -193,7 +193,7 @@ class Variant:
             functions: The device functions for this dtype, by name.
             compute: The type of sums.
         """
-        from ddf_convert.cuda.codegen.unroll import specialise
+        from ddf_convert.cuda.codegen.unroll import specialize
 
         kernel = getattr(importlib.import_module(f"ddf_convert.cuda.{self.module}"), self.kernel)
         constants = {
@@ -203,7 +203,7 @@ class Variant:
             **self.constants(),
             **functions,
         }
-        return specialise(kernel, self.kernel, constants)
+        return specialize(kernel, self.kernel, constants)
 
 
 @dataclass(frozen=True)
@@ -243,7 +243,7 @@ class Window(Unrolled):
 
     Attributes:
         gradient: Of the input, not the forward pass.
-        normalise: Apply FilterNorm to the spatial filter.
+        normalize: Apply FilterNorm to the spatial filter.
         columns: Places (see stencil.py) of a tile along the row.
         source_lanes: Most elements of one load along a row (contiguous).
         target_lanes: Elements of one store along a row (contiguous).
@@ -253,7 +253,7 @@ class Window(Unrolled):
     """
 
     gradient: bool
-    normalise: bool
+    normalize: bool
     columns: int
     source_lanes: int
     target_lanes: int
@@ -305,7 +305,7 @@ class Window(Unrolled):
             "TAPS": self.size**2,
             "ADD": self.add,
             "CHANNELS_LAST": self.channels_last,
-            "NORMALISE": self.normalise,
+            "NORMALIZE": self.normalize,
             "ROWS": self.rows,
             "COLUMNS": self.columns,
             "Q": Q,
@@ -452,7 +452,7 @@ class Norm(Variant):
 
     gradient: bool
 
-    module: ClassVar[str] = "normalise"
+    module: ClassVar[str] = "normalize"
 
     @property
     def kernel(self) -> str:

@@ -129,7 +129,7 @@ class FilterLaunch(NamedTuple):
 
 
 @functools.lru_cache(_REMEMBERED)
-def window(geometry: Geometry, gradient: bool, normalise: bool) -> Launch:
+def window(geometry: Geometry, gradient: bool, normalize: bool) -> Launch:
     """The launch of the forward pass, or of the gradient of the input; its numbers follow the scale of FilterNorm."""
     source, target = (geometry.height, geometry.width), (geometry.out_height, geometry.out_width)
     if gradient:
@@ -141,7 +141,7 @@ def window(geometry: Geometry, gradient: bool, normalise: bool) -> Launch:
     variant = Window(
         **geometry.known,
         gradient=gradient,
-        normalise=normalise,
+        normalize=normalize,
         columns=columns,
         source_lanes=1 if last else geometry.lanes(source[1]),
         target_lanes=1 if last else geometry.lanes(target[1], columns * step_out),

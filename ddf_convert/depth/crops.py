@@ -27,7 +27,7 @@ class Crops:
         size: Rows, and columns, of a crop; pairs that are smaller are enlarged by reflection.
         augmentation: ``scale`` is the range of the area that a crop shows, as a multiple of its own; ``hflip`` and
             ``vflip`` are probabilities; ``color_jitter`` is how far brightness and gamma vary. With any of the last the
-            three channels also change places, and half of the crops are negatives: what colour something has says
+            three channels also change places, and half of the crops are negatives: what color something has says
             nothing of its depth, and few data would let a network believe it. None varies nothing.
         seed: Of the run.
         turned: The probability that near and far change places in a crop's depth map. The edges stay where they are,

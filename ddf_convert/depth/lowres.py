@@ -34,8 +34,8 @@ def downsample(depth: Tensor, factor: int, how: Downsampling = "nearest") -> Ten
     known = is_valid(depth)
     values = torch.where(known, depth, torch.zeros_like(depth))
     if how == "nearest":
-        centre = (factor - 1) // 2
-        return values[..., centre::factor, centre::factor].contiguous()
+        center = (factor - 1) // 2
+        return values[..., center::factor, center::factor].contiguous()
     shares = F.avg_pool2d(known.to(depth.dtype), factor)
     if how == "mean":
         return F.avg_pool2d(values, factor) / torch.where(shares > 0, shares, torch.ones_like(shares))

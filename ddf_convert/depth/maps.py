@@ -62,7 +62,7 @@ def unit_of(file: Path, name: str | None) -> Unit:
 def read_photo(file: Path) -> Tensor:
     """A photo: (3, H, W) uint8, turned as its EXIF orientation says.
 
-    Grey photos get three equal channels; transparency is left out.
+    Gray photos get three equal channels; transparency is left out.
 
     Raises:
         UsageError: It cannot be read as a photo.
@@ -141,7 +141,7 @@ def _read_png(file: Path, allow_8bit: bool) -> NDArray[np.generic]:
         if image.mode in ("I;16", "I;16B", "I"):
             return np.array(image.convert("I") if image.mode == "I;16B" else image)
         if image.mode not in ("1", "L", "P"):
-            raise UsageError(f"{file}: is a picture in colour ({image.mode}); a depth map has one channel of 16 bits")
+            raise UsageError(f"{file}: is a picture in color ({image.mode}); a depth map has one channel of 16 bits")
         if not allow_8bit or image.mode != "L":
             raise UsageError(
                 f"{file}: has 8 bits, which hold 256 depths: save the depth with 16 bits, or as .npy or .pfm;"

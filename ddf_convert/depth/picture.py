@@ -24,14 +24,14 @@ def draw(
     what: str = "depth",
     show_truth: bool = True,
 ) -> Any:
-    """A figure: the photo and depth maps in one range of colours, and their errors below if the truth is known.
+    """A figure: the photo and depth maps in one range of colors, and their errors below if the truth is known.
 
     Args:
         photo: (3, H, W) uint8; None leaves it out.
         panels: Names and depth maps, (1, H, W) or smaller, the last one as large as the photo; holes 0, shown white.
         truth: (1, H, W), holes 0, or None.
         unit: Of the depth maps.
-        what: They are, for the scale of colours.
+        what: They are, for the scale of colors.
         show_truth: Show the truth too, beside the errors.
 
     Returns:

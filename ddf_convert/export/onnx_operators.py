@@ -35,24 +35,24 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.Cast(value, to=_FLOAT) if value.dtype in _halves() else value
 
     def filter_norm(filters: Any, taps: int, scale: float) -> Any:
-        return op.CastLike(normalised(filters, taps, scale), filters)
+        return op.CastLike(normalized(filters, taps, scale), filters)
 
-    def normalised(filters: Any, taps: int, scale: float) -> Any:
+    def normalized(filters: Any, taps: int, scale: float) -> Any:
         whole, wide = constants(), widened(filters)
         by_tap = op.Reshape(wide, whole(0, filters.shape[1] // taps, taps, -1))
         shifted = op.Sub(by_tap, op.Slice(by_tap, whole(0), whole(1), whole(2)))
-        centred = op.Sub(shifted, op.ReduceMean(shifted, whole(2), keepdims=1))
-        square = op.ReduceSum(op.Mul(centred, centred), whole(2), keepdims=1)
+        centered = op.Sub(shifted, op.ReduceMean(shifted, whole(2), keepdims=1))
+        square = op.ReduceSum(op.Mul(centered, centered), whole(2), keepdims=1)
         square = op.Max(square, number(LEAST_SQUARE))
         deviation = op.Sqrt(op.Div(square, number(taps - 1)))
         factor = op.Div(number(scale), op.Add(deviation, number(EPSILON)))
-        return op.Reshape(op.Mul(centred, factor), op.Shape(filters))
+        return op.Reshape(op.Mul(centered, factor), op.Shape(filters))
 
     def ddf(input: Any, channel_filter: Any, spatial_filter: Any, *options: Any) -> Any:
         return filtered(input, channel_filter, widened(spatial_filter), spatial_filter.shape[1], *options)
 
-    def ddf_normalised(input: Any, channel_filter: Any, spatial_filter: Any, scale: float, *options: Any) -> Any:
-        spatial = normalised(spatial_filter, channel_filter.shape[-1] ** 2, scale)
+    def ddf_normalized(input: Any, channel_filter: Any, spatial_filter: Any, scale: float, *options: Any) -> Any:
+        spatial = normalized(spatial_filter, channel_filter.shape[-1] ** 2, scale)
         return filtered(input, channel_filter, spatial, spatial_filter.shape[1], *options)
 
     def filtered(
@@ -119,7 +119,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
     operators = torch.ops.ddf_convert
     return {
         operators.ddf.default: ddf,
-        operators.ddf_normalised.default: ddf_normalised,
+        operators.ddf_normalized.default: ddf_normalized,
         operators.filter_norm.default: filter_norm,
     }
 

@@ -25,7 +25,7 @@ from ddf_convert.export.sizes import AXES, Shapes, axes, fixed_by_conditions, sh
 from ddf_convert.layers.base import same_padding
 from ddf_convert.utils.example_input import ExampleInput, as_arguments, in_words
 from ddf_convert.utils.fake_copy import real_copy, unchanged_random_states
-from ddf_convert.utils.logging import tell
+from ddf_convert.utils.logging import warn
 
 _TRACED_BATCH = 2  # torch.export takes a size of 1 for one that is always 1
 _LONGEST = 200  # characters of an error
@@ -55,7 +55,7 @@ class Traced:
     def tell_what_is_left_out(self, file: Path) -> None:
         """Warns of what the file does not hold, if there is something."""
         if self.left_out:
-            tell(f"{file} holds tensors alone; left out of what the model returns: {', '.join(self.left_out)}")
+            warn(f"{file} holds tensors alone; left out of what the model returns: {', '.join(self.left_out)}")
 
     def inputs_at(self, sizes: Mapping[str, int]) -> Arguments:
         """The example at other sizes: maps resampled to the nearest pixel, those of a larger batch each moved a little.

@@ -16,7 +16,7 @@ def decompositions() -> dict[Any, Callable[..., Tensor]]:
     operators = torch.ops.ddf_convert
     return {
         operators.ddf.default: _ddf,
-        operators.ddf_normalised.default: _ddf_normalised,
+        operators.ddf_normalized.default: _ddf_normalized,
         operators.filter_norm.default: _filter_norm,
     }
 
@@ -25,11 +25,11 @@ def _ddf(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options
     return reference.forward(input, channel_filter, spatial_filter, *options)
 
 
-def _ddf_normalised(
+def _ddf_normalized(
     input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
 ) -> Tensor:
-    normalised = reference.filter_norm(spatial_filter, channel_filter.shape[-1] ** 2, scale)
-    return reference.forward(input, channel_filter, normalised, *options)
+    normalized = reference.filter_norm(spatial_filter, channel_filter.shape[-1] ** 2, scale)
+    return reference.forward(input, channel_filter, normalized, *options)
 
 
 def _filter_norm(filters: Tensor, taps: int, scale: float) -> Tensor:

@@ -1,10 +1,10 @@
 """Modules: DDF and its parts, what takes a convolution's or an upsampling's place, and DDF's rivals."""
 
 from ddf_convert.layers.ablations import ChannelFilter2d, SpatialFilter2d
-from ddf_convert.layers.base import Windowed
+from ddf_convert.layers.base import SlidingWindow2d
 from ddf_convert.layers.baselines import CondConv2d, DwCondConv2d, DwWeightNet2d
 from ddf_convert.layers.branches import ChannelBranch, SpatialBranch
-from ddf_convert.layers.ddf import DDF2d, DDFConv2d, MixedFilter2d
+from ddf_convert.layers.ddf import DDF2d, DDFConv2d, SeparableFilter2d
 from ddf_convert.layers.ddf_up import DDFUp2d, DDFUpConv2d
 from ddf_convert.layers.filter_norm import ChannelFilterNorm, SpatialFilterNorm
 
@@ -19,9 +19,9 @@ __all__ = [
     "DDFUpConv2d",
     "DwCondConv2d",
     "DwWeightNet2d",
-    "MixedFilter2d",
+    "SeparableFilter2d",
     "SpatialBranch",
     "SpatialFilter2d",
     "SpatialFilterNorm",
-    "Windowed",
+    "SlidingWindow2d",
 ]

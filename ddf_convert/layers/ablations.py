@@ -5,13 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ddf_convert.layers.base import Size, Windowed, add_bias, batched
+from ddf_convert.layers.base import Size, SlidingWindow2d, add_bias, batched
 from ddf_convert.layers.branches import ChannelBranch, SpatialBranch
 from ddf_convert.layers.ddf import check_options
 from ddf_convert.ops import ddf
 
 
-class SpatialFilter2d(Windowed):
+class SpatialFilter2d(SlidingWindow2d):
     """Filters every pixel with a K x K filter predicted there, the same for all channels of a head.
 
     DDF whose channel filter is all ones: the row "spatial" of the paper's table 3; CARAFE and involution filter so.
@@ -71,7 +71,7 @@ class SpatialFilter2d(Windowed):
         return batched("SpatialFilter2d", self._forward, input)
 
     def _forward(self, input: Tensor) -> Tensor:
-        spatial_filter = self.spatial_branch(self.centres(input))
+        spatial_filter = self.spatial_branch(self.centers(input))
         input, padding = self.padded(input)
         ones = spatial_filter.new_ones(*input.shape[:2], *self.kernel_size)
         output = ddf(input, ones, spatial_filter, stride=self.stride[0], padding=padding, dilation=self.dilation[0])
@@ -82,7 +82,7 @@ class SpatialFilter2d(Windowed):
         return f"{self.window_repr()}, heads={self.heads}, affine={self.affine}, bias={self.bias is not None}"
 
 
-class ChannelFilter2d(Windowed):
+class ChannelFilter2d(SlidingWindow2d):
     """Filters every channel of every image with a K x K filter predicted for it, the same for all pixels.
 
     DDF whose spatial filter is all ones: the row "channel" of the paper's table 3; WeightNet filters so.
@@ -151,7 +151,7 @@ class ChannelFilter2d(Windowed):
         return f"{self.window_repr()}, se_ratio={self.se_ratio}, affine={self.affine}, bias={self.bias is not None}"
 
 
-def filtered_by_channel(layer: Windowed, input: Tensor, channel_filter: Tensor) -> Tensor:
+def filtered_by_channel(layer: SlidingWindow2d, input: Tensor, channel_filter: Tensor) -> Tensor:
     """What a layer makes of its input with a filter for every channel of every image: a dynamic depthwise convolution.
 
     Args:

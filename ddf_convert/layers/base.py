@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ddf_convert.ops import output_size
 
 
-def surely(condition: Any) -> bool:
+def statically_true(condition: Any) -> bool:
     """Whether a condition holds; False where that depends on a size that is still open.
 
     ``bool`` of an open one would have the tracer settle it as it is for the example, and what is exported would be
@@ -61,7 +61,7 @@ class ConvAttributes(nn.Module):
         return super().__getattr__(name)
 
 
-class Windowed(ConvAttributes):
+class SlidingWindow2d(ConvAttributes):
     """A layer whose every output pixel is made of a K x K window of the input; the base of the layers here.
 
     Args:
@@ -128,9 +128,9 @@ class Windowed(ConvAttributes):
     def padded(self, input: Tensor) -> tuple[Tensor, int]:
         """The input with what the operator cannot pad by itself, and the zeros on every side that are left to it."""
         top, bottom, left, right = self.padding_of(input)
-        if self.padding_mode == "zeros" and all(surely(top == side) for side in (bottom, left, right)):
+        if self.padding_mode == "zeros" and all(statically_true(top == side) for side in (bottom, left, right)):
             return input, top
-        if not all(surely(side == 0) for side in (top, bottom, left, right)):
+        if not all(statically_true(side == 0) for side in (top, bottom, left, right)):
             mode = "constant" if self.padding_mode == "zeros" else self.padding_mode
             input = F.pad(input, (left, right, top, bottom), mode=mode)
         return input, 0
@@ -141,8 +141,8 @@ class Windowed(ConvAttributes):
         height, width = input.shape[-2:]
         return self._steps(height + top + bottom), self._steps(width + left + right)
 
-    def centres(self, input: Tensor) -> Tensor:
-        """The input, moved so that a stride from its first pixel meets the centre of every output's window.
+    def centers(self, input: Tensor) -> Tensor:
+        """The input, moved so that a stride from its first pixel meets the center of every output's window.
 
         With the usual padding, dilation * (K - 1) / 2, that is the input itself.
         """
@@ -155,9 +155,12 @@ class Windowed(ConvAttributes):
             (count - 1) * self.stride[0] + 1 - (size + first)
             for count, size, first in zip(self.output_shape(input), input.shape[-2:], before, strict=True)
         )
-        # Up to stride - 1 pixels past the last centre change nothing: the strided conv does not reach them.
-        after = tuple(0 if surely(excess <= 0) and surely(excess > -self.stride[0]) else excess for excess in after)
-        if all(surely(pixels == 0) for pixels in before + after):
+        # Up to stride - 1 pixels past the last center change nothing: the strided conv does not reach them.
+        after = tuple(
+            0 if statically_true(excess <= 0) and statically_true(excess > -self.stride[0]) else excess
+            for excess in after
+        )
+        if all(statically_true(pixels == 0) for pixels in before + after):
             return input
         return F.pad(input, (before[1], after[1], before[0], after[0]))
 

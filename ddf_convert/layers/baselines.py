@@ -8,10 +8,10 @@ from timm.layers.cond_conv2d import CondConv2d as Experts
 from torch import Tensor, nn
 
 from ddf_convert.layers.ablations import filtered_by_channel
-from ddf_convert.layers.base import Size, Windowed, add_bias, batched
+from ddf_convert.layers.base import Size, SlidingWindow2d, add_bias, batched
 
 
-class CondConv2d(Windowed):
+class CondConv2d(SlidingWindow2d):
     """A convolution whose weights are a mixture of several experts', mixed anew for every image.
 
     Args:
@@ -114,11 +114,11 @@ class DwCondConv2d(CondConv2d):
 NARROWEST = 16  # the squeeze is never narrower, and 1/16 of the channels where that is more
 
 
-class DwWeightNet2d(Windowed):
+class DwWeightNet2d(SlidingWindow2d):
     """Filters every channel of every image with a K x K filter, which a sigmoid and a grouped linear map predict.
 
     Global average pooling, a linear map to max(16, C / 16) channels, one back to C with a sigmoid, and a linear map of
-    each channel by itself to its K*K taps. Filters are not normalised.
+    each channel by itself to its K*K taps. Filters are not normalized.
 
     Args:
         in_channels: C, of the input and of the output.

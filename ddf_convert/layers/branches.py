@@ -13,7 +13,7 @@ from torch.nn.modules import module as torch_module
 from ddf_convert.layers.filter_norm import ChannelFilterNorm, SpatialFilterNorm
 
 
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+def has_default_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of the module does what ``kind.forward`` does and nothing else.
 
     It does not if the module is of another class (torch's parametrisations make one), has a forward of its own, or if
@@ -186,7 +186,7 @@ class ChannelBranch(nn.Sequential):
     def is_as_built(self) -> bool:
         """Whether the children are those of the constructor, and nothing watches them."""
         kinds = (nn.AdaptiveAvgPool2d, nn.Conv2d, nn.ReLU, nn.Conv2d, ChannelFilterNorm)
-        if len(self) != len(kinds) or not all(map(is_plain, self, kinds)):
+        if len(self) != len(kinds) or not all(map(has_default_forward, self, kinds)):
             return False
         pool, convolutions = cast(nn.AdaptiveAvgPool2d, self[0]), (self.squeeze, self.expand)
         return pool.output_size == 1 and all(

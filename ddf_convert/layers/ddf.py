@@ -8,19 +8,19 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ddf_convert.layers.base import ConvAttributes, Size, Windowed, add_bias, batched
-from ddf_convert.layers.branches import ChannelBranch, SpatialBranch, is_plain
+from ddf_convert.layers.base import ConvAttributes, Size, SlidingWindow2d, add_bias, batched
+from ddf_convert.layers.branches import ChannelBranch, SpatialBranch, has_default_forward
 from ddf_convert.layers.filter_norm import ChannelFilterNorm, SpatialFilterNorm
-from ddf_convert.ops import COMBINATIONS, ddf, ddf_normalised
+from ddf_convert.ops import COMBINATIONS, ddf, ddf_normalized
 
 
-def normalises_inside(branch: nn.Sequential, input: Tensor) -> bool:
+def normalizes_inside(branch: nn.Sequential, input: Tensor) -> bool:
     """Whether the operator may do the FilterNorm of a spatial branch: where that changes its speed and nothing else."""
     return (
         input.is_cuda
-        and is_plain(branch, SpatialBranch)
+        and has_default_forward(branch, SpatialBranch)
         and len(branch) == 2
-        and is_plain(branch[1], SpatialFilterNorm)
+        and has_default_forward(branch[1], SpatialFilterNorm)
         and cast(SpatialFilterNorm, branch[1]).std is None
     )
 
@@ -37,7 +37,7 @@ def check_options(
         raise ValueError(f"{layer}: se_ratio must be above 0 and finite, got {se_ratio}")
 
 
-class DDF2d(Windowed):
+class DDF2d(SlidingWindow2d):
     """Filters every pixel of every channel with a K x K filter predicted from the input; channels are not mixed.
 
     Args:
@@ -111,7 +111,7 @@ class DDF2d(Windowed):
 
     def _forward(self, input: Tensor) -> Tensor:
         channel_filter = self.channel_branch(input)
-        centres = self.centres(input)
+        centers = self.centers(input)
         input, padding = self.padded(input)
         options: dict[str, Any] = {
             "stride": self.stride[0],
@@ -119,11 +119,11 @@ class DDF2d(Windowed):
             "dilation": self.dilation[0],
             "combine": self.combine,
         }
-        if normalises_inside(self.spatial_branch, input):
+        if normalizes_inside(self.spatial_branch, input):
             conv, norm = self.spatial_branch[0], cast(SpatialFilterNorm, self.spatial_branch[1])
-            output = ddf_normalised(input, channel_filter, conv(centres), scale=norm.scale, **options)
+            output = ddf_normalized(input, channel_filter, conv(centers), scale=norm.scale, **options)
         else:
-            output = ddf(input, channel_filter, self.spatial_branch(centres), **options)
+            output = ddf(input, channel_filter, self.spatial_branch(centers), **options)
         return add_bias(output, self.bias)
 
     def fix(self, filter: Tensor) -> None:
@@ -199,7 +199,7 @@ class SeparableConv(ConvAttributes, nn.Sequential):
         return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
 
 
-class MixedFilter2d(SeparableConv):
+class SeparableFilter2d(SeparableConv):
     """A filter that works on every channel by itself, then a 1x1 convolution, in the place of a convolution.
 
     It is for other filters what :class:`DDFConv2d` is for DDF.

@@ -9,11 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddf_convert.layers.base import ConvAttributes, Size, add_bias, batched, check_padding_mode, one_size, surely
+from ddf_convert.layers.base import (
+    ConvAttributes,
+    Size,
+    add_bias,
+    batched,
+    check_padding_mode,
+    one_size,
+    statically_true,
+)
 from ddf_convert.layers.branches import ChannelBranch, SpatialBranch
-from ddf_convert.layers.ddf import check_options, normalises_inside
-from ddf_convert.layers.fused_branches import alike_spatial_branches, channel_filters, normalised, raw_spatial_filters
-from ddf_convert.ops import ddf, ddf_normalised
+from ddf_convert.layers.ddf import check_options, normalizes_inside
+from ddf_convert.layers.fused_branches import alike_spatial_branches, channel_filters, normalized, raw_spatial_filters
+from ddf_convert.ops import ddf, ddf_normalized
 
 
 class DDFUp2d(ConvAttributes):
@@ -146,17 +154,17 @@ class DDFUp2d(ConvAttributes):
         if not branches:
             spatial_filter = torch.cat([branch(read) for branch in self.spatial_branch], 1)
             output = ddf(input, channel_filter, spatial_filter, **options)
-        elif normalises_inside(branches[0][1], read):
+        elif normalizes_inside(branches[0][1], read):
             spatial_filter = raw_spatial_filters(branches, read)
             scale = branches[0][1].norm.scale
-            output = ddf_normalised(input, channel_filter, spatial_filter, scale=scale, **options)
+            output = ddf_normalized(input, channel_filter, spatial_filter, scale=scale, **options)
         else:
-            spatial_filter = normalised(branches, raw_spatial_filters(branches, read))
+            spatial_filter = normalized(branches, raw_spatial_filters(branches, read))
             output = ddf(input, channel_filter, spatial_filter, **options)
         output = add_bias(output, self.bias)
         if output_size is None:
             return output
-        if all(surely(wanted == made) for wanted, made in zip(output_size, output.shape[-2:], strict=True)):
+        if all(statically_true(wanted == made) for wanted, made in zip(output_size, output.shape[-2:], strict=True)):
             return output
         return F.interpolate(output, size=tuple(output_size), mode="nearest")
 

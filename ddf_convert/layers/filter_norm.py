@@ -8,11 +8,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from ddf_convert.ops import filter_norm
+from ddf_convert.ops.filter_norm import filter_norm
 
 
 def filter_gain(nonlinearity: str, kernel_size: int) -> float:
-    """The base scale of normalised filters: ``calculate_gain(nonlinearity) / K``."""
+    """The base scale of normalized filters: ``calculate_gain(nonlinearity) / K``."""
     return nn.init.calculate_gain(nonlinearity) / kernel_size  # type: ignore[arg-type]
 
 
@@ -28,7 +28,7 @@ def _fix(scale: Tensor, shift: Tensor, filter: Tensor | float) -> None:
 
 
 class SpatialFilterNorm(nn.Module):
-    """Normalises each pixel's filter, head by head; the scale is the constant base scale, unless it is learned.
+    """Normalizes each pixel's filter, head by head; the scale is the constant base scale, unless it is learned.
 
     Args:
         kernel_size: K, odd and at least 3.
@@ -89,8 +89,8 @@ class SpatialFilterNorm(nn.Module):
         """(B, G*K*K, H, W) -> the same shape and dtype."""
         if self.std is None or self.mean is None:
             return filter_norm(filters, self.kernel_size**2, self.scale)
-        normalised = filter_norm(filters, self.kernel_size**2)
-        return torch.addcmul(self.mean.view(-1, 1, 1), normalised, self.std.view(-1, 1, 1)).to(filters.dtype)
+        normalized = filter_norm(filters, self.kernel_size**2)
+        return torch.addcmul(self.mean.view(-1, 1, 1), normalized, self.std.view(-1, 1, 1)).to(filters.dtype)
 
     def extra_repr(self) -> str:
         """The arguments, as ``print`` shows them."""
@@ -98,7 +98,7 @@ class SpatialFilterNorm(nn.Module):
 
 
 class ChannelFilterNorm(nn.Module):
-    """Normalises each channel's filter; the scale is learned, and a shift can be.
+    """Normalizes each channel's filter; the scale is learned, and a shift can be.
 
     Args:
         channels: C.
@@ -158,8 +158,8 @@ class ChannelFilterNorm(nn.Module):
         taps = self.kernel_size**2
         shape = (self.channels, self.kernel_size, self.kernel_size)
         # To the operator, channels are the heads of an image of one pixel.
-        normalised = filter_norm(filters.reshape(-1, self.channels * taps, 1, 1), taps)
-        scaled = normalised.view(-1, *shape) * self.std.view(shape)
+        normalized = filter_norm(filters.reshape(-1, self.channels * taps, 1, 1), taps)
+        scaled = normalized.view(-1, *shape) * self.std.view(shape)
         if self.mean is not None:
             scaled = scaled + self.mean.view(shape)
         return scaled.to(filters.dtype)

@@ -13,14 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ddf_convert.layers.branches import ChannelBranch, SpatialBranch, is_plain
+from ddf_convert.layers.branches import ChannelBranch, SpatialBranch, has_default_forward
 from ddf_convert.layers.filter_norm import SpatialFilterNorm
 from ddf_convert.ops import filter_norm
 
 
 def channel_filters(branches: Sequence[nn.Module], input: Tensor) -> Tensor:
     """What N channel branches make of one input: (B, C, H, W) -> (B, N*C, K, K)."""
-    alike = [cast(ChannelBranch, branch) for branch in branches if is_plain(branch, ChannelBranch)]
+    alike = [cast(ChannelBranch, branch) for branch in branches if has_default_forward(branch, ChannelBranch)]
     whole = len(alike) == len(branches) and all(branch.is_as_built() for branch in alike)
     squeezes, expands = (
         ([branch.squeeze for branch in alike], [branch.expand for branch in alike]) if whole else ([], [])
@@ -53,13 +53,15 @@ def alike_spatial_branches(branches: Iterable[nn.Module], guided: bool) -> list[
     for module in branches:
         first: nn.Conv2d | None = None
         if not guided:
-            if not is_plain(module, nn.Sequential) or len(cast(nn.Sequential, module)) != 2:
+            if not has_default_forward(module, nn.Sequential) or len(cast(nn.Sequential, module)) != 2:
                 return []
             first, module = cast("tuple[nn.Conv2d, nn.Module]", module)
-        if not is_plain(module, SpatialBranch) or len(cast(SpatialBranch, module)) != 2:
+        if not has_default_forward(module, SpatialBranch) or len(cast(SpatialBranch, module)) != 2:
             return []
         branch = cast(SpatialBranch, module)
-        if not is_plain(branch.norm, SpatialFilterNorm) or (branch.norm.std is None) != (branch.norm.mean is None):
+        if not has_default_forward(branch.norm, SpatialFilterNorm) or (branch.norm.std is None) != (
+            branch.norm.mean is None
+        ):
             return []
         found.append((first, branch))
     firsts = [first for first, _ in found if first is not None]
@@ -72,7 +74,7 @@ def alike_spatial_branches(branches: Iterable[nn.Module], guided: bool) -> list[
 def _match(convs: Sequence[nn.Conv2d], depthwise: bool = False) -> bool:
     """Whether these are convolutions as the constructors make them, all of one shape."""
     return len(convs) > 0 and all(  # bool(list) is more than torch.compile of torch 2.6 can follow
-        is_plain(conv, nn.Conv2d)
+        has_default_forward(conv, nn.Conv2d)
         and conv.weight.shape == convs[0].weight.shape
         and conv.bias is not None
         and conv.stride == conv.dilation == (1, 1)
@@ -102,7 +104,7 @@ def raw_spatial_filters(branches: Sequence[tuple[nn.Conv2d | None, SpatialBranch
     return F.conv2d(read, products.flatten(0, 1), bias, padding=firsts[0].padding)
 
 
-def normalised(branches: Sequence[tuple[nn.Conv2d | None, SpatialBranch]], raw: Tensor) -> Tensor:
+def normalized(branches: Sequence[tuple[nn.Conv2d | None, SpatialBranch]], raw: Tensor) -> Tensor:
     """FilterNorm of what :func:`raw_spatial_filters` made, each branch's part by its own."""
     norms = [branch.norm for _, branch in branches]
     taps = norms[0].kernel_size ** 2

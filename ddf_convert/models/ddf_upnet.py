@@ -2,15 +2,15 @@
 
 A branch of strided convolutions reads the photo and leaves a feature at every scale between the photo and the depth
 map. An encoder reads the depth map as it is, small. The decoder doubles the result as often as it takes: DDF-Up's
-filters are predicted from the photo's feature of that scale, from what is being doubled, and from likeness of colour.
+filters are predicted from the photo's feature of that scale, from what is being doubled, and from likeness of color.
 
 The depth map itself is the first channel of what is doubled, all the way. Filters start as those of bilinear
-interpolation, with a preference for pixels of like colour, and all else that is added to the first channel starts at 0:
+interpolation, with a preference for pixels of like color, and all else that is added to the first channel starts at 0:
 an untrained network is an interpolation along the edges of the photo, and what is learned are corrections of it. That
 is what little data are enough for.
 
 Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, section 4.2, for the form: an encoder, guidance
-from the photo, a decoder of DDF-Up. Likeness of colour as weights of interpolation is joint bilateral upsampling (Kopf
+from the photo, a decoder of DDF-Up. Likeness of color as weights of interpolation is joint bilateral upsampling (Kopf
 et al., SIGGRAPH 2007). Widths, the start and the treatment of holes are this project's own.
 """
 
@@ -34,7 +34,7 @@ SAMPLINGS: tuple[Sampling, ...] = get_args(Sampling)
 _RGB_MEAN, _RGB_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _TAPS = 9
 _LIKENESS = 4 * _TAPS  # channels: each of four pixels to come, with each of nine
-_SOFTNESS = 0.2  # distance of colours, summed over three channels from 0 to 1, that makes likeness 1/e
+_SOFTNESS = 0.2  # distance of colors, summed over three channels from 0 to 1, that makes likeness 1/e
 _PREFERENCE = 0.05  # deviation of a filter's taps from interpolation's, at the start
 _FAINT = 0.1  # what is left of random weights beside those that have a meaning at the start
 
@@ -105,7 +105,7 @@ class JointUpNet(nn.Module):
     def forward(self, depth: Tensor, rgb: Tensor) -> Tensor:
         """Upsamples depth maps.
 
-        Each is normalised by the mean and deviation of its measurements, so that its unit does not matter.
+        Each is normalized by the mean and deviation of its measurements, so that its unit does not matter.
 
         Args:
             depth: (B, 1, h, w), in any unit; pixels that are 0, negative, NaN or infinite are holes, which are filled
@@ -121,11 +121,11 @@ class JointUpNet(nn.Module):
         self._check(depth, rgb)
         filled, valid = fill_holes(depth.float())
         mean, deviation = moments(filled, valid)
-        normalised = (filled - mean) / deviation
+        normalized = (filled - mean) / deviation
         likenesses = likeness_pyramid(rgb.float(), len(self.stages), self.sampling)
         rgb = (rgb - cast(Tensor, self.rgb_mean)) / cast(Tensor, self.rgb_std)
         guides = self.guidance(rgb)
-        x = torch.cat((normalised, self.encoder(torch.cat((normalised, valid), 1)).float()), 1)
+        x = torch.cat((normalized, self.encoder(torch.cat((normalized, valid), 1)).float()), 1)
         for block in self.blocks:
             x = block(x, guides[-1])
         for place, stage in enumerate(self.stages):
@@ -158,7 +158,7 @@ class DDFUpNet(JointUpNet):
         heads: Of the DDF-Up layers; divides ``width``.
         sampling: What a pixel of the small depth map is: "nearest", the depth at pixel ``(s - 1) // 2`` of its cell of
             s x s pixels, counted from 0 in both directions; or "mean", of the cell as a whole. Says where interpolation
-            has to put it, and with which of the photo's colours it goes.
+            has to put it, and with which of the photo's colors it goes.
 
     Attributes:
         arguments: What it was made with, by name.
@@ -201,7 +201,7 @@ class JointConvUpNet(JointUpNet):
         squeeze: Channels between the two convolutions of a stage.
         sampling: What a pixel of the small depth map is: "nearest", the depth at pixel ``(s - 1) // 2`` of its cell of
             s x s pixels, counted from 0 in both directions; or "mean", of the cell as a whole. Says where interpolation
-            has to put it, and with which of the photo's colours it goes.
+            has to put it, and with which of the photo's colors it goes.
 
     Attributes:
         arguments: What it was made with, by name.
@@ -276,7 +276,7 @@ class Residual(nn.Module):
 
 
 class DDFUpStage(nn.Module):
-    """Doubles a feature by DDF-Up; its spatial filters are predicted from photo, feature and likeness of colour.
+    """Doubles a feature by DDF-Up; its spatial filters are predicted from photo, feature and likeness of color.
 
     The two filters are added: FilterNorm's filters sum to 0, and on top of interpolation's, which sum to 1, they keep
     flat depth flat.
@@ -339,25 +339,25 @@ class ConvUpStage(nn.Module):
 
 
 def likeness_pyramid(rgb: Tensor, scales: int, sampling: Sampling = "nearest") -> list[Tensor]:
-    """For each scale, how like in colour the four pixels of one scale up are to the nine around them that are doubled.
+    """For each scale, how like in color the four pixels of one scale up are to the nine around them that are doubled.
 
     Args:
         rgb: (B, 3, H, W), from 0 to 1.
         scales: How many.
-        sampling: Which colour a pixel of a smaller scale has: that of the photo's pixel where the depth is taken, or
+        sampling: Which color a pixel of a smaller scale has: that of the photo's pixel where the depth is taken, or
             the mean of all in its cell.
 
     Returns:
         (B, 36, H/2, W/2), (B, 36, H/4, W/4) and so on, from 0 to 1; channel ``9 * q + k`` is for pixel q of four and k
         of nine, each counted row by row.
     """
-    colours = [rgb]
+    colors = [rgb]
     for scale in range(1, scales + 1):
         cell = 2**scale
-        centre = (cell - 1) // 2
-        colours.append(F.avg_pool2d(rgb, cell) if sampling == "mean" else rgb[..., centre::cell, centre::cell])
+        center = (cell - 1) // 2
+        colors.append(F.avg_pool2d(rgb, cell) if sampling == "mean" else rgb[..., center::cell, center::cell])
     found = []
-    for large, small in itertools.pairwise(colours):
+    for large, small in itertools.pairwise(colors):
         batch, _, height, width = small.shape
         around = F.unfold(F.pad(small, (1, 1, 1, 1), mode="replicate"), 3).view(batch, 3, 1, _TAPS, height, width)
         own = F.pixel_unshuffle(large, 2).view(batch, 3, 4, 1, height, width)
@@ -380,7 +380,7 @@ def interpolation_filters(onto_first: bool = False) -> Tensor:
 
 @torch.no_grad()
 def _start_as_interpolation(layer: DDFUp2d, filters: Tensor, guide_width: int) -> None:
-    """The channel filters are interpolation's; the spatial ones, which are added, prefer what is like in colour."""
+    """The channel filters are interpolation's; the spatial ones, which are added, prefer what is like in color."""
     layer.fix(filters[:, None].expand(-1, layer.in_channels, -1, -1))
     for place, spatial in enumerate(layer.spatial_branch):
         conv, norm = cast(SpatialBranch, spatial)

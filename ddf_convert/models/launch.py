@@ -27,7 +27,7 @@ def main(arguments: list[str]) -> None:
     if not os.path.isfile(script):
         _refuse(f"{script}: {'is a folder, not a script' if os.path.isdir(script) else 'no such script'}; {USAGE}")
     sys.argv = list(arguments)
-    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as Python does: the script's neighbours can be imported
+    sys.path[0] = os.path.dirname(os.path.abspath(script))  # as Python does: the script's neighbors can be imported
     runpy.run_path(script, run_name="__main__")
 
 

@@ -1,6 +1,6 @@
 """The DDF and FilterNorm operators (``ddf_convert::*``), registered with torch.library."""
 
-from ddf_convert.ops.ddf import ddf, ddf_normalised
+from ddf_convert.ops.ddf import ddf, ddf_normalized
 from ddf_convert.ops.filter_norm import filter_norm
 from ddf_convert.reference.checks import COMBINATIONS, DTYPES, check_arguments, memory_format, output_size
 
@@ -9,7 +9,7 @@ __all__ = [
     "DTYPES",
     "check_arguments",
     "ddf",
-    "ddf_normalised",
+    "ddf_normalized",
     "filter_norm",
     "memory_format",
     "output_size",

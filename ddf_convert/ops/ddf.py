@@ -2,7 +2,7 @@
 
 One operator, whatever the device: Numba kernels on the CPU, Numba-CUDA kernels on NVIDIA GPUs, the plain PyTorch
 reference anywhere else. It has a fake (shape, dtype, memory format), autograd to any order, autocast that follows the
-current autocast dtype, and a formula for ``torch.utils.flop_counter.FlopCounterMode``. ``ddf_convert::ddf_normalised``
+current autocast dtype, and a formula for ``torch.utils.flop_counter.FlopCounterMode``. ``ddf_convert::ddf_normalized``
 is the same with FilterNorm on the way in, which spares CUDA kernels a pass over the filters.
 
 Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, equation 1 and section 3.2.
@@ -38,7 +38,7 @@ __all__ = [
     "DTYPES",
     "check_arguments",
     "ddf",
-    "ddf_normalised",
+    "ddf_normalized",
     "filter_norm",
     "memory_format",
     "output_size",
@@ -51,7 +51,7 @@ _library.define(
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 _library.define(
-    "ddf_normalised(Tensor input, Tensor channel_filter, Tensor spatial_filter, float scale,"
+    "ddf_normalized(Tensor input, Tensor channel_filter, Tensor spatial_filter, float scale,"
     " int stride, int padding, int dilation, str combine, int upscale_factor=1) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
@@ -107,7 +107,7 @@ def ddf(
     return output
 
 
-def ddf_normalised(
+def ddf_normalized(
     input: Tensor,
     channel_filter: Tensor,
     spatial_filter: Tensor,
@@ -122,13 +122,13 @@ def ddf_normalised(
     """:func:`ddf` of spatial filters as the 1x1 convolution made them: FilterNorm is part of the operator.
 
     The result is that of ``ddf(input, channel_filter, filter_norm(spatial_filter, K*K, scale), ...)``. CUDA kernels
-    and the reference do not round normalised half filters to their type first.
+    and the reference do not round normalized half filters to their type first.
 
     Args:
         input: As for :func:`ddf`.
         channel_filter: As for :func:`ddf`, with K of 3 or more.
-        spatial_filter: (B, s*s*G*K*K, Ho, Wo), as for :func:`ddf`, not normalised.
-        scale: The deviation of a normalised filter over its taps.
+        spatial_filter: (B, s*s*G*K*K, Ho, Wo), as for :func:`ddf`, not normalized.
+        scale: The deviation of a normalized filter over its taps.
         stride: As for :func:`ddf`.
         padding: As for :func:`ddf`.
         dilation: As for :func:`ddf`.
@@ -136,19 +136,19 @@ def ddf_normalised(
         upscale_factor: As for :func:`ddf`.
 
     Returns:
-        (B, C, s*Ho, s*Wo), dtype and memory format of ``input``. Half types are normalised and accumulate in float32.
+        (B, C, s*Ho, s*Wo), dtype and memory format of ``input``. Half types are normalized and accumulate in float32.
 
     Raises:
         ValueError: A shape, a device, or ``combine``, stride, padding, dilation or the factor, does not fit.
         TypeError: The dtypes differ or are not among those of :func:`ddf`.
     """
-    output: Tensor = torch.ops.ddf_convert.ddf_normalised(
+    output: Tensor = torch.ops.ddf_convert.ddf_normalized(
         input, channel_filter, spatial_filter, scale, stride, padding, dilation, combine, upscale_factor
     )
     return output
 
 
-def _check_normalised(
+def _check_normalized(
     input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
 ) -> int:
     """The taps of a filter, once the arguments are found to fit."""
@@ -186,12 +186,12 @@ def _forward_reference(input: Tensor, channel_filter: Tensor, spatial_filter: Te
     return output.contiguous(memory_format=memory_format(input))
 
 
-def _normalised_reference(
+def _normalized_reference(
     input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
 ) -> Tensor:
-    taps = _check_normalised(input, channel_filter, spatial_filter, scale, *options)
-    normalised = reference.filter_norm(spatial_filter, taps, scale)
-    output = reference.forward(input, channel_filter, normalised, *options)
+    taps = _check_normalized(input, channel_filter, spatial_filter, scale, *options)
+    normalized = reference.filter_norm(spatial_filter, taps, scale)
+    output = reference.forward(input, channel_filter, normalized, *options)
     return output.contiguous(memory_format=memory_format(input))
 
 
@@ -209,7 +209,7 @@ def _backward_reference(
 
 
 _library.impl("ddf", _forward_reference, "CompositeExplicitAutograd")
-_library.impl("ddf_normalised", _normalised_reference, "CompositeExplicitAutograd")
+_library.impl("ddf_normalized", _normalized_reference, "CompositeExplicitAutograd")
 _library.impl("ddf_backward", _backward_reference, "CompositeExplicitAutograd")
 
 
@@ -225,16 +225,16 @@ def _forward_cpu(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, 
     return cpu.forward(input, channel_filter, spatial_filter, *[*options[:4], memory_format(input), *options[4:]])
 
 
-def _normalised_cpu(
+def _normalized_cpu(
     input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
 ) -> Tensor:
     from ddf_convert.cpu import dispatch as cpu
 
-    taps = _check_normalised(input, channel_filter, spatial_filter, scale, *options)
+    taps = _check_normalized(input, channel_filter, spatial_filter, scale, *options)
     if not cpu.usable():
-        return _normalised_reference(input, channel_filter, spatial_filter, scale, *options)
-    normalised = reference.filter_norm(spatial_filter, taps, scale).to(input.dtype)
-    return cpu.forward(input, channel_filter, normalised, *[*options[:4], memory_format(input), *options[4:]])
+        return _normalized_reference(input, channel_filter, spatial_filter, scale, *options)
+    normalized = reference.filter_norm(spatial_filter, taps, scale).to(input.dtype)
+    return cpu.forward(input, channel_filter, normalized, *[*options[:4], memory_format(input), *options[4:]])
 
 
 def _backward_cpu(
@@ -250,7 +250,7 @@ def _backward_cpu(
 
 
 _library.impl("ddf", _forward_cpu, "CPU")
-_library.impl("ddf_normalised", _normalised_cpu, "CPU")
+_library.impl("ddf_normalized", _normalized_cpu, "CPU")
 _library.impl("ddf_backward", _backward_cpu, "CPU")
 
 
@@ -268,14 +268,14 @@ def _forward_cuda(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor,
     )
 
 
-def _normalised_cuda(
+def _normalized_cuda(
     input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
 ) -> Tensor:
     from ddf_convert import cuda
 
-    _check_normalised(input, channel_filter, spatial_filter, scale, *options)
+    _check_normalized(input, channel_filter, spatial_filter, scale, *options)
     if not cuda.usable(input):
-        return _normalised_reference(input, channel_filter, spatial_filter, scale, *options)
+        return _normalized_reference(input, channel_filter, spatial_filter, scale, *options)
     return cuda.forward(
         input, channel_filter, spatial_filter, *[*options[:4], memory_format(input), scale, *options[4:]]
     )
@@ -294,7 +294,7 @@ def _backward_cuda(
 
 
 _library.impl("ddf", _forward_cuda, "CUDA")
-_library.impl("ddf_normalised", _normalised_cuda, "CUDA")
+_library.impl("ddf_normalized", _normalized_cuda, "CUDA")
 _library.impl("ddf_backward", _backward_cuda, "CUDA")
 
 
@@ -307,11 +307,11 @@ def _forward_fake(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor,
     return _empty(input, spatial_filter, *options[4:])
 
 
-@torch.library.register_fake("ddf_convert::ddf_normalised")  # type: ignore[untyped-decorator]
-def _normalised_fake(
+@torch.library.register_fake("ddf_convert::ddf_normalized")  # type: ignore[untyped-decorator]
+def _normalized_fake(
     input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
 ) -> Tensor:
-    _check_normalised(input, channel_filter, spatial_filter, scale, *options)
+    _check_normalized(input, channel_filter, spatial_filter, scale, *options)
     return _empty(input, spatial_filter, *options[4:])
 
 
@@ -350,15 +350,15 @@ def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     return (*wanted, None, None, None, None, None)
 
 
-def _backward_normalised(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def _backward_normalized(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     """The chain rule, in operators that have gradients of their own."""
     input, channel_filter, spatial_filter = ctx.saved_tensors
     scale, *options = ctx.options
     needs = list(ctx.needs_input_grad[:3])
     taps = channel_filter.shape[-1] ** 2
-    normalised = filter_norm(spatial_filter, taps, scale)
+    normalized = filter_norm(spatial_filter, taps, scale)
     gradients = torch.ops.ddf_convert.ddf_backward(
-        grad_output, input, channel_filter, normalised, *options, needs, ctx.factor
+        grad_output, input, channel_filter, normalized, *options, needs, ctx.factor
     )
     wanted = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
     if needs[2]:
@@ -410,14 +410,14 @@ def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
 
 
 register_autograd(_library, "ddf", _backward, _save)
-register_autograd(_library, "ddf_normalised", _backward_normalised, _save)
+register_autograd(_library, "ddf_normalized", _backward_normalized, _save)
 register_autograd(_library, "ddf_backward", _second_backward, _save_second)
 
 
 # --- vmap: the mapped dimension becomes part of the batch -------------------------------------------------------------
 
 register_vmap("ddf", 3, check_arguments)
-register_vmap("ddf_normalised", 3, _check_normalised)
+register_vmap("ddf_normalized", 3, _check_normalized)
 register_vmap("ddf_backward", 4, _check_backward)
 
 
@@ -442,7 +442,7 @@ def _autocast(operator: str, device: str) -> None:
     _library.impl(operator, call, f"Autocast{device.upper()}")
 
 
-for _operator in ("ddf", "ddf_normalised"):
+for _operator in ("ddf", "ddf_normalized"):
     for _device in ("cpu", "cuda"):
         _autocast(_operator, _device)
 
@@ -450,7 +450,7 @@ for _operator in ("ddf", "ddf_normalised"):
 # --- FLOPs: two for each of the K * K multiply-accumulates of an output element; FilterNorm, as any norm, not counted -
 
 
-@register_flop_formula([torch.ops.ddf_convert.ddf, torch.ops.ddf_convert.ddf_normalised])
+@register_flop_formula([torch.ops.ddf_convert.ddf, torch.ops.ddf_convert.ddf_normalized])
 def _forward_flops(input: Any, channel_filter: Any, *rest: Any, out_shape: Any, **kwargs: Any) -> int:
     outputs: int = math.prod(out_shape)
     return 2 * int(channel_filter[-1]) ** 2 * outputs

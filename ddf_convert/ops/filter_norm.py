@@ -48,8 +48,8 @@ def filter_norm(filters: Tensor, taps: int, scale: float = 1.0) -> Tensor:
 
     Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, section 3.2.
     """
-    normalised: Tensor = torch.ops.ddf_convert.filter_norm(filters, taps, scale)
-    return normalised
+    normalized: Tensor = torch.ops.ddf_convert.filter_norm(filters, taps, scale)
+    return normalized
 
 
 def _as(filters: Tensor, result: Tensor) -> Tensor:

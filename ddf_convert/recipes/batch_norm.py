@@ -1,4 +1,4 @@
-"""Statistics of batch normalisations behind new layers: of the new features they make what the original had."""
+"""Statistics of batch normalizations behind new layers: of the new features they make what the original had."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _Statistics = tuple[Tensor, Tensor]
 
 
 class BatchNorms:
-    """The batch normalisations of a converted model, to be adjusted from the first of the forward pass to the last.
+    """The batch normalizations of a converted model, to be adjusted from the first of the forward pass to the last.
 
     Where the original's running statistics are those of the images, the new ones are those of the new features on the
     images. Where they are not (other images than it was trained on), the original puts out features that are not
-    centred and scaled to one, and then the model shall put out the same.
+    centered and scaled to one, and then the model shall put out the same.
 
     Args:
         model: The converted model, in evaluation mode.
@@ -72,7 +72,7 @@ class BatchNorms:
 
 
 class _Adjusting:
-    """Sets a normalisation's statistics for the batch at hand, so that what follows sees the right features."""
+    """Sets a normalization's statistics for the batch at hand, so that what follows sees the right features."""
 
     def __init__(
         self, norm: _BatchNorm, counterpart: _BatchNorm, wanted: _Statistics, found: list[_Statistics]

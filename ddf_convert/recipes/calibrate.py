@@ -18,7 +18,7 @@ from ddf_convert.recipes.capture import input_of, output_of
 from ddf_convert.recipes.factors import Moments, best_for_moments
 from ddf_convert.recipes.losses import relative_error
 from ddf_convert.recipes.pairs import Pair
-from ddf_convert.recipes.schema import Initialise
+from ddf_convert.recipes.schema import Initialize
 
 _POSITIONS = 8  # for each unknown of a layer's second moments, at least; more is time without use
 _KEPT = 2**29  # bytes of maps that are kept for the gradient steps
@@ -38,7 +38,7 @@ class Fitted:
 
 
 def calibrate(
-    model: nn.Module, original: nn.Module, pair: Pair, images: Sequence[Tensor], settings: Initialise
+    model: nn.Module, original: nn.Module, pair: Pair, images: Sequence[Tensor], settings: Initialize
 ) -> Fitted:
     """Fits one layer.
 
@@ -162,7 +162,7 @@ def sample(pair: Pair, given: Tensor, wanted: Tensor, each: int, seed: int) -> t
     return patches.flatten(2, 3).transpose(2, 3).flatten(0, 1), outputs.flatten(0, 1)
 
 
-def _descend(layer: nn.Module, kept: Sequence[tuple[Tensor, Tensor]], settings: Initialise) -> None:
+def _descend(layer: nn.Module, kept: Sequence[tuple[Tensor, Tensor]], settings: Initialize) -> None:
     """Gradient steps of the layer alone."""
     parameters = list(layer.parameters())
     learning = [parameter.requires_grad for parameter in parameters]

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 # How much the old weights count beside the data, as a share of the mean second moment: the least, and for each unknown
-# that a position has to answer for. Neighbouring positions are much alike, and few images do not show what others have:
+# that a position has to answer for. Neighboring positions are much alike, and few images do not show what others have:
 # with the least alone, VGG16's last layers fit 48 images and are 10 times off on others (benchmarks/recipes_vgg.py).
 _LEAST_PRIOR, _PRIOR = 1e-3, 0.3
 _JITTER = 1e-8  # keeps systems solvable where inputs do not vary

@@ -1,4 +1,4 @@
-"""What a stage minimises: the labels' loss, and distances from the original's features and class probabilities."""
+"""What a stage minimizes: the labels' loss, and distances from the original's features and class probabilities."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Objective(nn.Module):
 
     Args:
         model: The converted model.
-        losses: What is minimised.
+        losses: What is minimized.
         teacher: The original model; needed if ``losses.needs_teacher``. It is used in evaluation mode, and it never
             learns.
 
@@ -66,7 +66,7 @@ class Objective(nn.Module):
             targets: (B,) class numbers, or (B, classes) probabilities as mixup makes them; None if labels do not count.
 
         Returns:
-            ``loss``, a scalar to minimise; ``output``, what the model returned; and, unweighted, ``task_loss``,
+            ``loss``, a scalar to minimize; ``output``, what the model returned; and, unweighted, ``task_loss``,
             ``logits_loss`` and ``features_loss`` where they count.
 
         Raises:

@@ -131,6 +131,6 @@ def _inside(names: Iterable[str], modules: Iterable[str]) -> set[str]:
 
 def _hint(pattern: str, names: list[str]) -> str:
     if pattern in ("new", "norms", "head"):
-        what = {"new": "DDF layers", "norms": "normalisations", "head": "classifier"}[pattern]
+        what = {"new": "DDF layers", "norms": "normalizations", "head": "classifier"}[pattern]
         return f": it has no {what}"
     return pattern_hint(pattern, [*names, "all", "new", "norms", "head"])

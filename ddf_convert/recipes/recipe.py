@@ -6,16 +6,16 @@ from collections.abc import Iterable
 from typing import Any
 
 import yaml
-from pydantic import Field, model_validator
+from pydantic import AliasChoices, Field, model_validator
 from torch import nn
 
 from ddf_convert.conversion.convert import convert, recorded
 from ddf_convert.conversion.registry import DDF
 from ddf_convert.errors import UsageError
-from ddf_convert.recipes.initialise import Initialised, initialise
+from ddf_convert.recipes.initialize import Initialized, initialize
 from ddf_convert.recipes.losses import Objective
 from ddf_convert.recipes.parameters import parameter_groups
-from ddf_convert.recipes.schema import ConversionPart, Initialise, Part, Stage
+from ddf_convert.recipes.schema import ConversionPart, Initialize, Part, Stage
 from ddf_convert.utils.example_input import ExampleInput
 from ddf_convert.utils.modules import bare
 
@@ -27,26 +27,30 @@ class Recipe(Part):
         name: What it is called.
         description: One sentence: what it is for.
         conversion: How to convert.
-        initialise_with: What the new layers start from; ``initialise`` in a file.
-        stages: Of fine-tuning, in order; none if the recipe ends with the initialisation.
+        initialize_with: What the new layers start from; ``initialize`` in a file.
+        stages: Of fine-tuning, in order; none if the recipe ends with the initialization.
     """
 
     name: str = Field(min_length=1)
     description: str = ""
     conversion: ConversionPart = ConversionPart()
-    initialise_with: Initialise = Field(default=Initialise(), alias="initialise")
+    initialize_with: Initialize = Field(
+        default=Initialize(),
+        validation_alias=AliasChoices("initialize", "initialise"),  # the second: recipes of earlier versions
+        serialization_alias="initialize",
+    )
     stages: tuple[Stage, ...] = ()
 
     @model_validator(mode="after")
     def _agrees_with_itself(self) -> Recipe:
-        if self.initialise_with.method != "paper" and not self.conversion.affine:
+        if self.initialize_with.method != "paper" and not self.conversion.affine:
             raise ValueError(
-                f"initialise.method {self.initialise_with.method!r} starts from the old weights, which needs"
+                f"initialize.method {self.initialize_with.method!r} starts from the old weights, which needs"
                 " conversion.affine: true"
             )
-        if self.initialise_with.method != "paper" and self.conversion.filter != DDF:
+        if self.initialize_with.method != "paper" and self.conversion.filter != DDF:
             raise ValueError(
-                f"initialise.method {self.initialise_with.method!r} is for DDF, and conversion.filter is"
+                f"initialize.method {self.initialize_with.method!r} is for DDF, and conversion.filter is"
                 f" {self.conversion.filter!r}"
             )
         names = [stage.name for stage in self.stages]
@@ -102,7 +106,7 @@ class Recipe(Part):
         return {name: value for name, value in self.conversion.model_dump().items() if value not in (None, ())}
 
     def convert(self, model: nn.Module, example_input: ExampleInput, **options: Any) -> nn.Module:
-        """A converted copy of a model, as the recipe wants it; :meth:`initialise` comes next.
+        """A converted copy of a model, as the recipe wants it; :meth:`initialize` comes next.
 
         Args:
             model: Any model.
@@ -114,16 +118,16 @@ class Recipe(Part):
         """
         return convert(model, example_input=example_input, **{**self.options(), **options})
 
-    def initialise(
+    def initialize(
         self, model: nn.Module, original: nn.Module | None = None, images: Iterable[Any] | None = None, **options: Any
-    ) -> Initialised:
+    ) -> Initialized:
         """Gives the new layers of a converted model the weights that they start from, in place.
 
         Args:
             model: The converted model.
             original: The model before conversion, with its weights; not needed by the method "paper".
             images: Batches (B, C, H, W), or tuples that begin with one; needed by the method "calibrate".
-            **options: Fields of ``Initialise``, which win over the recipe's; and ``say``, a function that is told what
+            **options: Fields of ``Initialize``, which win over the recipe's; and ``say``, a function that is told what
                 is being done.
 
         Returns:
@@ -133,10 +137,12 @@ class Recipe(Part):
             UsageError: Something that the method needs is missing, or the original is another model.
         """
         say = options.pop("say", None) or (lambda words: None)
-        settings = Initialise.model_validate({**self.initialise_with.model_dump(), **options})
-        done = initialise(model, settings, original, images, say)
+        settings = Initialize.model_validate({**self.initialize_with.model_dump(), **options})
+        done = initialize(model, settings, original, images, say)
         record(model, self)
         return done
+
+    initialise = initialize  # the name in earlier versions
 
     def parameter_groups(
         self, model: nn.Module, stage: Stage | str | int = 0, images_per_step: int | None = None
@@ -158,7 +164,7 @@ class Recipe(Part):
         return parameter_groups(model, self.stage(stage), images_per_step)
 
     def losses(self, model: nn.Module, stage: Stage | str | int = 0, teacher: nn.Module | None = None) -> Objective:
-        """What a stage minimises, as a module: ``objective(images, targets)["loss"]``.
+        """What a stage minimizes, as a module: ``objective(images, targets)["loss"]``.
 
         Args:
             model: A converted model.
@@ -181,7 +187,7 @@ class Recipe(Part):
         for number, stage in enumerate(self.stages):
             if which in (number, stage.name):
                 return stage
-        known = ", ".join(repr(stage.name) for stage in self.stages) or "none: it ends with the initialisation"
+        known = ", ".join(repr(stage.name) for stage in self.stages) or "none: it ends with the initialization"
         raise UsageError(f"recipe {self.name} has no stage {which!r}; it has {known}")
 
 

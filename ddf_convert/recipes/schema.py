@@ -1,4 +1,4 @@
-"""The parts of a recipe: how to convert, how to initialise, and stages of fine-tuning. Data, checked when it is made.
+"""The parts of a recipe: how to convert, how to initialize, and stages of fine-tuning. Data, checked when it is made.
 
 Terms are those of timm: ``opt``, ``sched``, ``warmup_epochs``, ``auto_augment``, ``re_prob`` mean what they do there.
 """
@@ -43,7 +43,7 @@ class ConversionPart(ConvertConfig):
     exclude: Patterns = ()
 
 
-class Initialise(Part):
+class Initialize(Part):
     """What the new layers start from.
 
     Attributes:
@@ -54,7 +54,7 @@ class Initialise(Part):
         batch_size: "calibrate": images at a time.
         steps: "calibrate": gradient steps for each layer after the closed form, its dynamic parts included.
         lr: "calibrate": learning rate of these steps (Adam).
-        batch_norm: "calibrate": estimate the statistics of batch normalisations anew, each before the layers behind it.
+        batch_norm: "calibrate": estimate the statistics of batch normalizations anew, each before the layers behind it.
         keep_frozen: "preserve" and "calibrate": a layer that takes over frozen weights is frozen too. Layers are
             trainable otherwise.
     """
@@ -118,7 +118,7 @@ class Schedule(Part):
 
 
 class Losses(Part):
-    """What is minimised: a weighted sum.
+    """What is minimized: a weighted sum.
 
     Attributes:
         task: Weight of the loss against the labels; 0 needs none.
@@ -147,7 +147,7 @@ class Losses(Part):
         return self.logits > 0 or self.features > 0
 
     @model_validator(mode="after")
-    def _something_to_minimise(self) -> Losses:
+    def _something_to_minimize(self) -> Losses:
         if not self.needs_labels and not self.needs_teacher:
             raise ValueError("every weight is 0: give task, logits or features a weight")
         if not self.needs_labels and (self.label_smoothing or self.bce):
@@ -203,15 +203,15 @@ class Stage(Part):
 
     Attributes:
         name: For logs.
-        trainable: What learns: "all"; "new" (the new layers); "norms" (batch and other normalisations); "head" (the
+        trainable: What learns: "all"; "new" (the new layers); "norms" (batch and other normalizations); "head" (the
             classifier); or globs and ``re:`` patterns of parameter names.
         epochs: Its length in passes over the data.
         steps: Its length in steps of the optimizer; give one of the two.
         optimizer: How it steps.
         schedule: How the learning rate goes.
-        losses: What is minimised.
+        losses: What is minimized.
         augmentation: How images are varied; None shows them as in evaluation.
-        freeze_batch_norm: Batch normalisations keep their statistics, as in evaluation.
+        freeze_batch_norm: Batch normalizations keep their statistics, as in evaluation.
         ema_decay: Of the averaged weights that are evaluated and saved; None is none.
         clip: Of gradients; None is none.
         amp: Autocast's dtype; None is float32 throughout.

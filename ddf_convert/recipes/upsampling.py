@@ -91,8 +91,8 @@ def interpolation_filters(mode: str, factor: int, kernel_size: int) -> Tensor:
         kernel_size: K; 3 is enough, for "bicubic" 5.
     """
     offsets = torch.arange(kernel_size, dtype=torch.float64) - kernel_size // 2  # of the taps, from the pixel
-    centres = (torch.arange(factor, dtype=torch.float64) + 0.5) / factor - 0.5  # of the cell's pixels, from the pixel's
-    distances = (centres[:, None] - offsets).abs()
+    centers = (torch.arange(factor, dtype=torch.float64) + 0.5) / factor - 0.5  # of the cell's pixels, from the pixel's
+    distances = (centers[:, None] - offsets).abs()
     if mode == "bilinear":
         rows = (1 - distances).clamp_min(0)
     elif mode == "bicubic":

@@ -164,9 +164,9 @@ def filter_norm(filters: Tensor, taps: int, scale: float) -> Tensor:
     Returns:
         The shape and dtype of ``filters``; float32 for half types, in which the epsilon would be 0.
     """
-    centred, square = _centred(_by_tap(filters, taps))
+    centered, square = _centered(_by_tap(filters, taps))
     deviation = (square / (taps - 1)).sqrt()
-    return (centred * (scale / (deviation + EPSILON))).flatten(1, 2)
+    return (centered * (scale / (deviation + EPSILON))).flatten(1, 2)
 
 
 def filter_norm_backward(grad_output: Tensor, filters: Tensor, taps: int, scale: float) -> Tensor:
@@ -184,10 +184,10 @@ def filter_norm_backward(grad_output: Tensor, filters: Tensor, taps: int, scale:
         The shape and dtype of ``filters``; float32 for half types.
     """
     grad = _by_tap(grad_output, taps)
-    centred, square = _centred(_by_tap(filters, taps))
+    centered, square = _centered(_by_tap(filters, taps))
     inverse, pull = _slopes(square, taps)
-    along = (grad * centred).sum(2, keepdim=True) * pull
-    gradient = (grad - grad.mean(2, keepdim=True)).addcmul_(centred, along, value=-1)
+    along = (grad * centered).sum(2, keepdim=True) * pull
+    gradient = (grad - grad.mean(2, keepdim=True)).addcmul_(centered, along, value=-1)
     return gradient.mul_(inverse * scale).flatten(1, 2)
 
 
@@ -210,15 +210,15 @@ def filter_norm_second_backward(
         The shape and dtype of ``filters``; float32 for half types.
     """
     grad, other = _by_tap(grad_output, taps), _by_tap(cotangent, taps)
-    centred, square = _centred(_by_tap(filters, taps))
+    centered, square = _centered(_by_tap(filters, taps))
     inverse, pull = _slopes(square, taps)
-    # With g and v for the two without their means, d for the centred filter: the scalar to differentiate is
+    # With g and v for the two without their means, d for the centered filter: the scalar to differentiate is
     # scale * inverse * (<v, g> - pull * <v, d> * <d, g>), where inverse and pull depend on d through its length alone.
     grad, other = grad - grad.mean(2, keepdim=True), other - other.mean(2, keepdim=True)
-    grad_along = (grad * centred).sum(2, keepdim=True)
-    other_along = (other * centred).sum(2, keepdim=True)
+    grad_along = (grad * centered).sum(2, keepdim=True)
+    other_along = (other * centered).sum(2, keepdim=True)
     along = grad_along * other_along * (2 * pull + 1 / square) - (grad * other).sum(2, keepdim=True)
-    gradient = centred * along - grad * other_along - other * grad_along
+    gradient = centered * along - grad * other_along - other * grad_along
     return (gradient * (scale * inverse * pull)).flatten(1, 2)
 
 
@@ -227,14 +227,14 @@ def _by_tap(filters: Tensor, taps: int) -> Tensor:
     return cast(Tensor, _widen(filters).unflatten(1, (filters.shape[1] // taps, taps)))
 
 
-def _centred(filters: Tensor) -> tuple[Tensor, Tensor]:
+def _centered(filters: Tensor) -> tuple[Tensor, Tensor]:
     """The filters without their mean, and the sum of its squares, (B, G, 1, H, W)."""
     # Taps that are all equal become 0 here, exactly. A mean alone would be off by its rounding, and dividing by the
     # deviation would make that as large as a filter.
     shifted = filters - filters[:, :, :1]
-    centred = shifted - shifted.mean(2, keepdim=True)
+    centered = shifted - shifted.mean(2, keepdim=True)
     # torch.std, which makes one pass over the taps, takes many times as long on a CPU.
-    return centred, (centred * centred).sum(2, keepdim=True).clamp_min(LEAST_SQUARE)
+    return centered, (centered * centered).sum(2, keepdim=True).clamp_min(LEAST_SQUARE)
 
 
 def _slopes(square: Tensor, taps: int) -> tuple[Tensor, Tensor]:

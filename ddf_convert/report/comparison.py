@@ -79,7 +79,7 @@ class Layer:
 class Comparison:
     """A model before and after.
 
-    It prints as a table: ``print`` writes it plainly, rich's ``print`` in colour.
+    It prints as a table: ``print`` writes it plainly, rich's ``print`` in color.
 
     Attributes:
         model: What the models are called.

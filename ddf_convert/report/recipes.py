@@ -9,13 +9,13 @@ from rich.console import Group, RenderableType
 from rich.table import Column
 from rich.text import Text
 
-from ddf_convert.recipes import Initialised, Recipe
+from ddf_convert.recipes import Initialized, Recipe
 from ddf_convert.report.tables import as_heading, new_table, right
 
 _SHOWN = 20  # layers; the rest with --all
 
 
-def initialised_table(done: Initialised, everything: bool = False) -> RenderableType:
+def initialized_table(done: Initialized, everything: bool = False) -> RenderableType:
     """What each new layer kept of its convolution.
 
     Args:
@@ -54,7 +54,7 @@ def recipes_table(recipes: Iterable[Recipe]) -> RenderableType:
         lengths = [f"{s.epochs} epochs" if s.epochs else f"{s.steps} steps" for s in recipe.stages]
         labels = "" if not recipe.stages else ", labels" if recipe.needs_labels else ", no labels"
         trains = " + ".join(lengths) + labels if lengths else "-"
-        shown.add_row(recipe.name, recipe.initialise_with.method, trains, recipe.description)
+        shown.add_row(recipe.name, recipe.initialize_with.method, trains, recipe.description)
     return Group(shown, Text("`ddf-convert recipes show NAME` prints one, to copy and to change", style="dim"))
 
 

@@ -52,7 +52,7 @@ def tables(comparison: Comparison, everything: bool = False) -> RenderableType:
 
 
 def as_text(comparison: Comparison) -> str:
-    """The tables without colours."""
+    """The tables without colors."""
     console = Console(file=io.StringIO(), width=_COLUMNS, color_system=None)
     with console.capture() as capture:
         console.print(tables(comparison))

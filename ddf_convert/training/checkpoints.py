@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from ddf_convert.artifacts.atomic import MANIFEST, FileRecord, finished, replacing
 from ddf_convert.artifacts.checkpoint import why_unreadable
 from ddf_convert.errors import ArtifactError, DDFError, first_line
-from ddf_convert.utils.logging import tell
+from ddf_convert.utils.logging import warn
 
 FORMAT_VERSION = 1
 KEPT = 2
@@ -91,7 +91,7 @@ class Checkpoints:
                 damaged.append(str(error))
                 continue
             for reason in damaged:
-                tell(f"{reason}; going on from the checkpoint of step {step} instead")
+                warn(f"{reason}; going on from the checkpoint of step {step} instead")
             return state, step
         if damaged:
             raise ArtifactError(f"no checkpoint in {self.folder} can be read: {'; '.join(damaged)}; start the run anew")

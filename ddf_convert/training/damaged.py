@@ -6,7 +6,7 @@ from itertools import count
 from pathlib import Path
 
 from ddf_convert.errors import UsageError
-from ddf_convert.utils.logging import tell
+from ddf_convert.utils.logging import warn
 
 
 def set_aside(path: Path, reason: str, consequence: str) -> None:
@@ -26,4 +26,4 @@ def set_aside(path: Path, reason: str, consequence: str) -> None:
         path.rename(aside)
     except OSError as error:
         raise UsageError(f"{path} is damaged ({reason}), and cannot be renamed: {error.strerror}") from error
-    tell(f"{path} is damaged ({reason}): it is kept as {aside.name}, and {consequence}")
+    warn(f"{path} is damaged ({reason}): it is kept as {aside.name}, and {consequence}")

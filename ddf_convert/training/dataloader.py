@@ -23,7 +23,7 @@ from ddf_convert.errors import DDFError, UsageError, first_line
 from ddf_convert.recipes.schema import Augmentation
 from ddf_convert.training.dataset import BrokenImage, Images
 from ddf_convert.training.sampler import Place, TrainingOrder, evaluation_order, permutation, seed_for, seeded
-from ddf_convert.utils.logging import tell_once
+from ddf_convert.utils.logging import warn_once
 
 Batch: TypeAlias = tuple[Tensor, Tensor]
 Transform: TypeAlias = Callable[[PIL.Image.Image], Tensor]
@@ -44,7 +44,7 @@ class ImageSettings:
         crop_mode: In evaluation, "center", "squash" or "border".
 
     Raises:
-        UsageError: A model that takes neither grey nor coloured images.
+        UsageError: A model that takes neither gray nor colored images.
     """
 
     input_size: tuple[int, int, int]
@@ -60,7 +60,7 @@ class ImageSettings:
             raise UsageError(f"input size {self.input_size}: images have 1 or 3 channels, and a height and a width")
         for name in ("mean", "std"):
             values: tuple[float, ...] = tuple(getattr(self, name))
-            if len(values) != channels:  # of a model for colours that was made for greys, or the other way round
+            if len(values) != channels:  # of a model for colors that was made for grays, or the other way round
                 values = (sum(values) / len(values),) * channels
             object.__setattr__(self, name, values)
 
@@ -108,7 +108,7 @@ def make_transform(settings: ImageSettings, augmentation: Augmentation | None = 
     """
     create: Any = timm.data.create_transform  # whose annotations are narrower than what it takes
     common: dict[str, Any] = {"input_size": settings.input_size, "mean": settings.mean, "std": settings.std}
-    grey = [transforms.Grayscale()] if settings.input_size[0] == 1 else []
+    gray = [transforms.Grayscale()] if settings.input_size[0] == 1 else []
     if augmentation is None:
         shown = create(
             **common,
@@ -116,7 +116,7 @@ def make_transform(settings: ImageSettings, augmentation: Augmentation | None = 
             crop_pct=settings.crop_pct,
             crop_mode=settings.crop_mode,
         )
-        evaluated: Transform = transforms.Compose([*grey, shown])
+        evaluated: Transform = transforms.Compose([*gray, shown])
         return evaluated
     try:
         varied = create(
@@ -136,7 +136,7 @@ def make_transform(settings: ImageSettings, augmentation: Augmentation | None = 
     except (AssertionError, KeyError, ValueError, TypeError) as error:
         raise UsageError(f"augmentation: timm cannot make it: {first_line(error)}") from error
     cropped, changed, finished = varied
-    trained: Transform = transforms.Compose([cropped, changed, *grey, finished])  # the changes are made for colours
+    trained: Transform = transforms.Compose([cropped, changed, *gray, finished])  # the changes are made for colors
     return trained
 
 
@@ -229,7 +229,7 @@ class ImageLoader(DataLoader[Any]):
                     break
                 for name, reason in broken:
                     self.broken.add(name)
-                    tell_once(f"{name} cannot be read ({reason}) and is left out")
+                    warn_once(f"{name} cannot be read ({reason}) and is left out")
                 if len(labels):
                     yield images, labels
         except (RuntimeError, OSError, EOFError) as error:

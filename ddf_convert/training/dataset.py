@@ -36,15 +36,15 @@ from torchvision.datasets.folder import IMG_EXTENSIONS  # type: ignore[import-un
 from ddf_convert.errors import DDFError, UsageError, first_line
 from ddf_convert.training.sampler import seed_for
 from ddf_convert.utils.imports import call, find_callable
-from ddf_convert.utils.logging import tell_once
+from ddf_convert.utils.logging import warn_once
 
 _TO_BYTE = 257  # 65535 / 255
 
 
 def as_rgb(image: Any) -> Image.Image:
-    """Decodes an image and brings it to 8 bits and three colours.
+    """Decodes an image and brings it to 8 bits and three colors.
 
-    Greys become equal colours, 16 bits are scaled to 8, what is transparent is laid over white.
+    Grays become equal colors, 16 bits are scaled to 8, what is transparent is laid over white.
 
     Args:
         image: A PIL image of any mode; an array of shape (H, W), (H, W, 1), (H, W, 3) or (H, W, 4); or a tensor of
@@ -112,7 +112,7 @@ def _from_array(array: NDArray[Any]) -> Image.Image:
 
 
 def _from_deep(image: Image.Image) -> Image.Image:
-    """Greys of 16 bits, whose convert() would cut off what is above 255; floats, from 0 to 1 or to 255."""
+    """Grays of 16 bits, whose convert() would cut off what is above 255; floats, from 0 to 1 or to 255."""
     values = np.asarray(image).astype(np.float64)
     scale = 1 / _TO_BYTE if image.mode != "F" else 255 if values.max() <= 1 else 1
     return Image.fromarray(np.round(np.nan_to_num(values * scale).clip(0, 255)).astype(np.uint8))
@@ -436,7 +436,7 @@ def _labelled(folder: Path, files: list[str], classes: list[str]) -> _Files:
         raise UsageError(f"{folder / name}: no images of this class; add some, or remove the folder")
     beside = sum(len(top) == 1 for top in tops)
     if beside:
-        tell_once(f"{folder}: images without a class, beside the class folders, are left out ({beside})")
+        warn_once(f"{folder}: images without a class, beside the class folders, are left out ({beside})")
     kept = [(file, numbers[top[0]]) for file, top in zip(files, tops, strict=True) if len(top) > 1]
     return _Files([file for file, _ in kept], [label for _, label in kept])
 

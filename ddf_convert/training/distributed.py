@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.utils.device import choose
 
-_PATIENCE = timedelta(seconds=5)  # for a word of the process that failed, when the connection to it is gone
+_TIMEOUT_S = timedelta(seconds=5)  # for a word of the process that failed, when the connection to it is gone
 _FAILED = "failed"
 _UNREACHABLE = ("connection", "gloo", "nccl", "broken pipe", "timed out", "reset by peer", "socket")
 
@@ -84,7 +84,7 @@ class Processes:
         self.any(False)
 
     def share_batch_norms(self, *models: nn.Module) -> None:
-        """Gives the running statistics of batch normalisations in all processes the mean over them."""
+        """Gives the running statistics of batch normalizations in all processes the mean over them."""
         if self.world > 1:
             for model in models:
                 distribute_bn(model, self.world, reduce=True)
@@ -180,7 +180,7 @@ def _store() -> Any:
             os.environ["MASTER_ADDR"],
             int(os.environ["MASTER_PORT"]),
             is_master=False,
-            timeout=_PATIENCE,
+            timeout=_TIMEOUT_S,
             wait_for_workers=False,
         )
     except (KeyError, ValueError, RuntimeError, dist.DistError):
@@ -204,7 +204,7 @@ def _failed_elsewhere(rank: int) -> bool:
     if store is None:
         return False
     try:
-        store.wait([_key(_FAILED)], _PATIENCE)
+        store.wait([_key(_FAILED)], _TIMEOUT_S)
         first: str = store.get(_key(_FAILED)).decode()
         return first != str(rank)
     except (RuntimeError, dist.DistError):

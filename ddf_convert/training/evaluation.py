@@ -37,12 +37,12 @@ class Evaluation:
 
     Attributes:
         images: How many.
-        loss: Cross-entropy, if the labels count; else what the recipe minimises.
+        loss: Cross-entropy, if the labels count; else what the recipe minimizes.
         top1: Fraction whose label has the highest score.
         top5: Fraction whose label is among the five highest, of more than five.
         agreement: Fraction whose highest score is also the original's.
         divergence: Kullback-Leibler divergence from the original's class probabilities, the same whatever the recipe.
-        parts: The parts of what the recipe minimises, without their weights.
+        parts: The parts of what the recipe minimizes, without their weights.
         seconds: It took.
     """
 
@@ -111,7 +111,7 @@ def evaluate(
         model: The model; in evaluation mode meanwhile, and then as it was.
         batches: Those of this process; the processes may have different numbers of them.
         settings: How.
-        objective: What the recipe minimises, of this model, to be measured too where it learns from the original.
+        objective: What the recipe minimizes, of this model, to be measured too where it learns from the original.
         teacher: The original, to be compared with.
         progress: Told of every batch.
 

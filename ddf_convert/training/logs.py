@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from ddf_convert.artifacts.atomic import write_file
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.training.damaged import set_aside
-from ddf_convert.utils.logging import tell
+from ddf_convert.utils.logging import warn
 
 _TRAIN, _VALIDATION = "#1f77b4", "#d62728"
 _SHADE = "#f1f1f1"
@@ -60,7 +60,7 @@ def _panel(axis: Any, rows: Sequence[Row], name: str) -> None:
     from matplotlib.ticker import PercentFormatter
 
     seen: list[NDArray[np.float64]] = []
-    for kind, colour in (("train", _TRAIN), ("validation", _VALIDATION)):
+    for kind, color in (("train", _TRAIN), ("validation", _VALIDATION)):
         chosen = [row for row in rows if row.kind == kind and getattr(row, name) is not None]
         x = np.array([row.epoch for row in chosen], dtype=np.float64)
         y = np.array([getattr(row, name) for row in chosen], dtype=np.float64)
@@ -68,19 +68,19 @@ def _panel(axis: Any, rows: Sequence[Row], name: str) -> None:
             continue
         seen.append(y[np.isfinite(y)])
         if kind == "train" and len(x) >= _SMOOTHED_FROM:
-            axis.plot(x, y, color=colour, lw=0.7, alpha=0.3)
+            axis.plot(x, y, color=color, lw=0.7, alpha=0.3)
             y = _smoothed(y)
-            axis.plot(x, y, color=colour, lw=1.8, label=kind)
+            axis.plot(x, y, color=color, lw=1.8, label=kind)
         else:
-            axis.plot(x, y, color=colour, lw=1.8, marker="o", ms=4 if len(x) < 50 else 2, label=kind)
+            axis.plot(x, y, color=color, lw=1.8, marker="o", ms=4 if len(x) < 50 else 2, label=kind)
         last = np.flatnonzero(np.isfinite(y))
         if kind == "validation" and len(last):
             words = f"{y[last[-1]]:.3g}" if name == "loss" else f"{y[last[-1]]:.1%}"
             place = (x[last[-1]], y[last[-1]])
-            axis.annotate(words, place, (6, 0), textcoords="offset points", va="center", color=colour, fontsize=9)
+            axis.annotate(words, place, (6, 0), textcoords="offset points", va="center", color=color, fontsize=9)
     values = np.concatenate(seen) if seen else np.empty(0)
     if not len(values):
-        axis.text(0.5, 0.5, "nothing was measured", transform=axis.transAxes, ha="center", va="center", color="grey")
+        axis.text(0.5, 0.5, "nothing was measured", transform=axis.transAxes, ha="center", va="center", color="gray")
         axis.set(xticks=[], yticks=[])
     elif name == "loss":
         # A first step far above the rest would press the rest together; a loss is also what falls by factors.
@@ -110,7 +110,7 @@ def _mark_stages(axis: Any, rows: Sequence[Row]) -> None:
         place = (begin, 1.0)
         lift = (2, 3 + 10 * (number % 2))  # on two lines: a name may be longer than its stage
         where = {"xycoords": axis.get_xaxis_transform(), "textcoords": "offset points"}
-        axis.annotate(name, place, lift, **where, fontsize=8, color="dimgrey")
+        axis.annotate(name, place, lift, **where, fontsize=8, color="dimgray")
         axis.annotate(
             "", place, (0, lift[1] + 8), **where, arrowprops={"arrowstyle": "-", "color": "silver", "lw": 0.8}
         )
@@ -147,7 +147,7 @@ class Row:
         step: Steps of the optimizer since the run began, over all stages.
         epoch: Passes over the data since the run began, over all stages.
         stage: Name of the stage.
-        loss: What is minimised, on average over the interval or the images of the evaluation.
+        loss: What is minimized, on average over the interval or the images of the evaluation.
         task: The part of it against the labels, without its weight.
         logits: The part against the original's class probabilities, without its weight.
         features: The part against the original's layers, without its weight.
@@ -277,7 +277,7 @@ def _recovered(file: Path) -> tuple[list[Row], bool]:
     if fault is not None:
         set_aside(file, fault, f"{len(rows):,} of its rows are taken over" if rows else "a new one begins")
     elif unfinished:
-        tell(f"{file}: its last line was not finished, and is left out")
+        warn(f"{file}: its last line was not finished, and is left out")
     return rows, fault is None and not unfinished
 
 
@@ -392,4 +392,4 @@ class _Events:
             action(*arguments)
         except OSError as error:
             self._writer = None
-            tell(f"{self._folder} cannot be written ({error.strerror}): the figures are in {FILE} alone")
+            warn(f"{self._folder} cannot be written ({error.strerror}): the figures are in {FILE} alone")

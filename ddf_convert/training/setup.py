@@ -17,7 +17,7 @@ from ddf_convert import recipes
 from ddf_convert.artifacts import artifact
 from ddf_convert.artifacts.source import built_by
 from ddf_convert.errors import DDFError, UsageError, first_line
-from ddf_convert.recipes import Initialised, Recipe
+from ddf_convert.recipes import Initialized, Recipe
 from ddf_convert.recipes.parameters import trainable_names
 from ddf_convert.recipes.schema import Stage
 from ddf_convert.training.dataloader import ImageSettings, evaluation_loader, image_settings, make_transform
@@ -28,7 +28,7 @@ from ddf_convert.training.sampler import seed_for, seeded
 from ddf_convert.training.stage import Data, order_of
 
 
-def initialise(
+def initialize(
     recipe: Recipe,
     model: nn.Module,
     original: nn.Module,
@@ -36,8 +36,8 @@ def initialise(
     input_size: tuple[int, int, int] | None = None,
     device: torch.device | None = None,
     say: Callable[[str], None] = lambda words: None,
-) -> Initialised:
-    """As ``recipe.initialise``, with images from where the command line says.
+) -> Initialized:
+    """As ``recipe.initialize``, with images from where the command line says.
 
     Args:
         recipe: The recipe.
@@ -49,11 +49,11 @@ def initialise(
         say: Told what is being done.
 
     Raises:
-        UsageError: There are no such images, or as for ``recipe.initialise``.
+        UsageError: There are no such images, or as for ``recipe.initialize``.
     """
-    settings = recipe.initialise_with
+    settings = recipe.initialize_with
     if settings.method != "calibrate" or data is None:
-        return recipe.initialise(model, original, say=say)
+        return recipe.initialize(model, original, say=say)
     images = open_images(data, "train", labelled=False)
     count = min(len(images), settings.num_images)
     chosen = images.subset(
@@ -62,7 +62,7 @@ def initialise(
     where = device or torch.device("cpu")
     loader = evaluation_loader(chosen, image_settings(original, input_size), settings.batch_size, device=where)
     try:
-        return recipe.initialise(model.to(where), original.to(where), loader, say=say)
+        return recipe.initialize(model.to(where), original.to(where), loader, say=say)
     finally:
         model.cpu()
         original.cpu()
@@ -138,7 +138,7 @@ def choose_recipe(asked: str | os.PathLike[str] | None, folder: Path) -> Recipe:
         recipe = recipes.load(asked)
         if not recipe.stages:
             raise UsageError(
-                f"recipe {recipe.name} ends with the initialisation, and has nothing to train: it is for"
+                f"recipe {recipe.name} ends with the initialization, and has nothing to train: it is for"
                 " `ddf-convert convert --recipe`; `ddf-convert recipes` names the others"
             )
         return recipe
@@ -249,7 +249,7 @@ def check_stages(recipe: Recipe, model: nn.Module, data: Data, processes: Proces
         trainable_names(model, stage.trainable)
         if stage.batch_size == 1 and norms and not stage.freeze_batch_norm:
             raise UsageError(
-                f"stage {stage.name!r}: batch normalisation cannot learn from batches of 1 image: give"
+                f"stage {stage.name!r}: batch normalization cannot learn from batches of 1 image: give"
                 " --batch-size 2 or more, or freeze_batch_norm: true in the recipe"
             )
         if stage.augmentation and stage.augmentation.mixes and stage.batch_size % 2:

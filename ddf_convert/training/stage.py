@@ -148,7 +148,7 @@ class Work(Stepping):
 
     Attributes:
         epochs_before: Passes over the data that earlier stages took.
-        objective: What is minimised.
+        objective: What is minimized.
         parallel: What keeps the gradients of several processes equal; None in one.
         mixup: timm's.
         order: Which images come when.

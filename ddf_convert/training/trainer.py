@@ -448,7 +448,7 @@ def _number(value: Tensor | None, device: torch.device) -> Tensor:
 
 
 def _running(model: nn.Module, work: Work) -> list[Tensor]:
-    """The running statistics of batch normalisations, which differ between processes until the end of an epoch."""
+    """The running statistics of batch normalizations, which differ between processes until the end of an epoch."""
     models = [model] if work.ema is None else [model, work.ema.module]
     return [
         buffer

@@ -126,7 +126,7 @@ def watch_a_run(
         The copy that ran, and what the context gave.
 
     Raises:
-        UsageError: The module has parameters that are not initialised, or cannot be copied.
+        UsageError: The module has parameters that are not initialized, or cannot be copied.
         SettledError: The watcher raised it: no other way of running the module can succeed.
         Exception: Whatever its forward raises when it runs as its users run it.
     """
@@ -191,7 +191,7 @@ def fake_copy(
         mode: The mode to make them in; a new one if None.
 
     Raises:
-        UsageError: The module has parameters that are not initialised, or cannot be copied.
+        UsageError: The module has parameters that are not initialized, or cannot be copied.
     """
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     with _quiet(), mode:
@@ -213,7 +213,7 @@ def real_copy(
         way: How it is to run.
 
     Raises:
-        UsageError: The module has parameters that are not initialised, or cannot be copied.
+        UsageError: The module has parameters that are not initialized, or cannot be copied.
     """
     copied = _copy(module, _clone if way.as_used else _alias)
     if not way.training:
@@ -227,7 +227,7 @@ def meta_copy(module: nn.Module) -> nn.Module:
     """A copy on the meta device, without duplicating a weight on the way.
 
     Raises:
-        UsageError: The module has parameters that are not initialised, or cannot be copied.
+        UsageError: The module has parameters that are not initialized, or cannot be copied.
     """
     return _copy(module, lambda tensor: _imitate(tensor, "meta"))
 
@@ -239,7 +239,7 @@ def empty_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     device do not.
 
     Raises:
-        UsageError: The module has parameters that are not initialised, or cannot be copied.
+        UsageError: The module has parameters that are not initialized, or cannot be copied.
     """
     copied = _in_evaluation(meta_copy(module))
     moved, named = (_pytree.tree_map_only(Tensor, lambda t: _imitate(t, "meta"), each) for each in (args, kwargs))
@@ -259,7 +259,7 @@ def trainable_copy(module: nn.Module) -> nn.Module:
         return _deep_copy(module, computed, keep_others=True)
 
 
-def check_initialised(module: nn.Module) -> None:
+def check_initialized(module: nn.Module) -> None:
     """Raises UsageError if parameters or buffers wait for a first forward pass to get their shapes."""
     for tensors in (module.named_parameters(), module.named_buffers()):
         for name, tensor in tensors:
@@ -292,7 +292,7 @@ def unchanged_random_states() -> Iterator[None]:
 
 
 def _copy(module: nn.Module, like: Callable[[Tensor], Tensor]) -> nn.Module:
-    check_initialised(module)
+    check_initialized(module)
     # deepcopy takes what the memo holds for the copy: shared tensors stay shared, and no weight is ever duplicated.
     tensors: dict[int, Any] = {id(tensor): like(tensor) for tensor in tensors_of(module)}
     try:

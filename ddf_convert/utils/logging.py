@@ -8,16 +8,16 @@ import threading
 from collections.abc import Iterator
 
 _logger = logging.getLogger("ddf_convert")
-_PATIENCE = 1.0  # seconds of silence
+_TIMEOUT_S = 1.0  # seconds of silence
 _told: set[str] = set()
 
 
-def tell(message: str) -> None:
+def warn(message: str) -> None:
     """Says it."""
     _logger.warning("ddf_convert: %s", message)
 
 
-def tell_once(message: str, key: str | None = None) -> None:
+def warn_once(message: str, key: str | None = None) -> None:
     """Says it, unless this process has said it before.
 
     Args:
@@ -27,13 +27,13 @@ def tell_once(message: str, key: str | None = None) -> None:
     key = key or message
     if key not in _told:
         _told.add(key)
-        tell(message)
+        warn(message)
 
 
 @contextlib.contextmanager
-def told_if_slow(message: str) -> Iterator[None]:
+def warn_if_slow(message: str) -> Iterator[None]:
     """Says it if what stands under it has not ended after a second."""
-    announcement = threading.Timer(_PATIENCE, tell, [message])
+    announcement = threading.Timer(_TIMEOUT_S, warn, [message])
     announcement.daemon = True
     announcement.start()
     try:

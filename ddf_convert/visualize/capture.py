@@ -100,7 +100,7 @@ def filters(model: nn.Module, image: ExampleInput) -> list[LayerFilters]:
 
     Args:
         model: Anything with :class:`~ddf_convert.layers.DDF2d` or :class:`~ddf_convert.layers.DDFUp2d` in it.
-        image: What its forward takes: a batch (B, C, H, W), normalised as the model expects it; a tuple or a dict of
+        image: What its forward takes: a batch (B, C, H, W), normalized as the model expects it; a tuple or a dict of
             several inputs. Tensors are moved to the model's device.
 
     Returns:

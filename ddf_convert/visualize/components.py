@@ -1,4 +1,4 @@
-"""The shape of spatial filters in three numbers for every pixel: principal components, which colours can show."""
+"""The shape of spatial filters in three numbers for every pixel: principal components, which colors can show."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ class Components:
         """Whether there is any difference to show."""
         return sum(self.shares) > 0
 
-    def colours(self) -> Tensor:
+    def colors(self) -> Tensor:
         """(Ho, Wo, 3), from 0 to 1: the components as red, green and blue.
 
-        Grey is the mean filter. Each colour is as strong as the fourth root of its component's share of the variance,
+        Gray is the mean filter. Each color is as strong as the fourth root of its component's share of the variance,
         so that weak components are seen and do not look strong.
         """
         deviation = self.scores.flatten(1).std(1, correction=0).clamp(min=1e-30).view(-1, 1, 1)
@@ -55,18 +55,18 @@ def components(layer: LayerFilters, image: int = 0, head: int = 0) -> Components
     """
     size, step = layer.kernel_size, layer.scale_factor
     taps = layer.by_branch()[image, :, head].double()  # (N, T, P)
-    centred = taps - taps.mean(-1, keepdim=True)
+    centered = taps - taps.mean(-1, keepdim=True)
     scale = float(taps.square().mean()) ** 0.5
-    if float(centred.square().mean()) ** 0.5 <= 1e-6 * scale:  # rounding
-        centred = torch.zeros_like(centred)
-    samples = centred.transpose(1, 2).flatten(0, 1)  # (N * P, T)
+    if float(centered.square().mean()) ** 0.5 <= 1e-6 * scale:  # rounding
+        centered = torch.zeros_like(centered)
+    samples = centered.transpose(1, 2).flatten(0, 1)  # (N * P, T)
     values, vectors = torch.linalg.eigh(samples.T @ samples)
     values, vectors = values.flip(0).clamp(min=0)[:COUNT], vectors.flip(1)[:, :COUNT]
     greatest = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
     vectors = vectors * greatest.sign()  # which sign an eigenvector has is chance
     total = float(samples.square().sum())
     height, width = (length // step for length in layer.size)
-    scores = torch.einsum("ntp,tc->ncp", centred, vectors).unflatten(-1, (height, width))
+    scores = torch.einsum("ntp,tc->ncp", centered, vectors).unflatten(-1, (height, width))
     return Components(
         scores=torch.pixel_shuffle(scores.transpose(0, 1).flatten(0, 1), step),
         filters=vectors.T.unflatten(1, (size, size)),

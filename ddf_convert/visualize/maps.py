@@ -21,7 +21,7 @@ def strength(layer: LayerFilters, image: int = 0, head: int = 0) -> Tensor:
         image: Which of the batch.
         head: Which of the layer's.
     """
-    found = _squares(layer, image, head, centred=False).sqrt()
+    found = _squares(layer, image, head, centered=False).sqrt()
     return _as_map(layer, found / found.mean().clamp(min=1e-30))
 
 
@@ -36,21 +36,21 @@ def change(layer: LayerFilters, image: int = 0, head: int = 0) -> Tensor:
         image: Which of the batch.
         head: Which of the layer's.
     """
-    whole = _squares(layer, image, head, centred=False).mean()
-    return _as_map(layer, (_squares(layer, image, head, centred=True) / whole.clamp(min=1e-30)).sqrt())
+    whole = _squares(layer, image, head, centered=False).mean()
+    return _as_map(layer, (_squares(layer, image, head, centered=True) / whole.clamp(min=1e-30)).sqrt())
 
 
-def _squares(layer: LayerFilters, image: int, head: int, centred: bool) -> Tensor:
+def _squares(layer: LayerFilters, image: int, head: int, centered: bool) -> Tensor:
     """(N, P): squared norms of the filters of a head, or of their differences from the mean over pixels."""
     spatial = layer.by_branch()[image, :, head].double()  # (N, T, P)
     channel = layer.channel[image].double().flatten(2).unflatten(1, (layer.heads, -1))[:, head]  # (N, C / G, T)
     square, mean = channel.square().mean(1)[..., None], channel.mean(1)[..., None]
-    if centred:
+    if centered:
         spatial = spatial - spatial.mean(-1, keepdim=True)
     squares: Tensor = spatial.square()
     if layer.combine == "mul":
         squares = squares * square
-    elif not centred:  # of a difference the channel filter is no part
+    elif not centered:  # of a difference the channel filter is no part
         squares = squares + 2 * spatial * mean + square
     return squares.sum(1).clamp(min=0)
 

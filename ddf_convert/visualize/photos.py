@@ -1,4 +1,4 @@
-"""Photos as a model sees them: read, cropped and normalised, and back again to be shown."""
+"""Photos as a model sees them: read, cropped and normalized, and back again to be shown."""
 
 from __future__ import annotations
 
@@ -57,6 +57,6 @@ def as_batch(photos: Sequence[PIL.Image.Image], settings: ImageSettings) -> Tens
 
 
 def shown(image: Tensor, settings: ImageSettings) -> Tensor:
-    """What the model was shown, for people: (C, H, W), normalised -> (H, W, 3) from 0 to 1."""
+    """What the model was shown, for people: (C, H, W), normalized -> (H, W, 3) from 0 to 1."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (settings.mean, settings.std))
     return (image.cpu() * std + mean).clamp(0, 1).expand(3, -1, -1).movedim(0, -1)

@@ -49,7 +49,7 @@ def picture(
 ) -> Any:
     """A figure: the photo and how dynamic every layer is; below, a row for each chosen layer.
 
-    A row shows where filters differ and how (principal components as colours), how much they differ from the mean
+    A row shows where filters differ and how (principal components as colors), how much they differ from the mean
     filter, how strong they are, the K x K maps of the taps, and some of the channel filters. ``docs/visualize.md`` says
     how to read them.
 
@@ -139,7 +139,7 @@ def _overview(part: Any, layers: Sequence[LayerFilters], drawn: Sequence[LayerFi
     if max(values, default=0.0) == 0:
         axis.set_ylim(0, 1)
         words = "every filter is fixed: nothing dynamic was learned yet"
-        axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color="dimgrey")
+        axis.text(0.5, 0.5, words, transform=axis.transAxes, ha="center", va="center", color="dimgray")
     axis.set_ylabel("%")
     axis.set_title(
         "how dynamic: what of a layer's filters no fixed depthwise filter could do (red: drawn below)", fontsize=10
@@ -160,12 +160,12 @@ def _row(
 ) -> None:
     (head, branch), step = which, layer.scale_factor
     part.suptitle(_words(layer, head), x=0.008, ha="left", fontsize=11, fontweight="bold")
-    columns = 3 + max(1, len(taps))  # beside the colours and what they stand for
+    columns = 3 + max(1, len(taps))  # beside the colors and what they stand for
     grid = part.add_gridspec(3, 2 + columns, width_ratios=[1.12, 0.2, *[1.2] * columns])
     axes = [part.add_subplot(grid[:, column]) for column in (0, *range(2, 2 + columns))]
     found = components(layer, image, head)
     _shape(axes[0], [part.add_subplot(grid[place, 1]) for place in range(3)], found, proportion, step)
-    grey = None if photo is None else (photo @ torch.tensor([0.299, 0.587, 0.114])).numpy()
+    gray = None if photo is None else (photo @ torch.tensor([0.299, 0.587, 0.114])).numpy()
     maps = layer.spatial[image, head, ..., branch // step :: step, branch % step :: step].numpy()
     of = f", branch {branch}" if step > 1 else ""
     titles = ["change from the mean filter, %", "strength (1: the mean)"]
@@ -174,8 +174,8 @@ def _row(
         titles.append(f"spatial filters, {layer.kernel_size}x{layer.kernel_size} taps{of}")
     if found.changes:
         changed, strong = change(layer, image, head).square(), strength(layer, image, head)
-        _heat(part, axes[1], titles[0], 100 * _cells(changed, step).sqrt(), grey, _CHANGE)
-        _heat(part, axes[2], titles[1], _cells(strong, step), grey, _STRENGTH)
+        _heat(part, axes[1], titles[0], 100 * _cells(changed, step).sqrt(), gray, _CHANGE)
+        _heat(part, axes[2], titles[1], _cells(strong, step), gray, _STRENGTH)
         drawn = [maps[y, x] for y, x in taps] or [_mosaic(maps.reshape(-1, *maps.shape[2:]), layer.kernel_size)]
         for axis, title, map in zip(axes[3:], titles[2:], drawn, strict=False):
             low, high = _range(maps)
@@ -209,14 +209,14 @@ def percent(value: float) -> str:
 
 
 def _shape(axis: Any, icons: Sequence[Any], found: Components, proportion: float, step: int) -> None:
-    """Principal components as colours, and what the colours stand for; the branches of DDF-Up side by side."""
+    """Principal components as colors, and what the colors stand for; the branches of DDF-Up side by side."""
     axis.set_title(f"shape of the filter, {step}x{step} branches" if step > 1 else "shape of the filter", fontsize=10)
     if not found.changes:
         _same(axis, proportion)
         for icon in icons:
             icon.set_axis_off()
         return
-    whole = found.colours().numpy()
+    whole = found.colors().numpy()
     tiles = np.stack([whole[dy::step, dx::step] for dy in range(step) for dx in range(step)])
     axis.imshow(np.nan_to_num(_mosaic(tiles, step), nan=1.0), interpolation="nearest")
     axis.set_aspect(proportion * tiles.shape[2] / tiles.shape[1])
@@ -232,18 +232,18 @@ def _shape(axis: Any, icons: Sequence[Any], found: Components, proportion: float
             spine.set(color=tint, linewidth=2)
 
 
-def _heat(part: Any, axis: Any, title: str, values: Tensor, grey: NDArray[Any] | None, colours: str) -> None:
-    height, width = grey.shape if grey is not None else values.shape
+def _heat(part: Any, axis: Any, title: str, values: Tensor, gray: NDArray[Any] | None, colors: str) -> None:
+    height, width = gray.shape if gray is not None else values.shape
     extent = (0, width, height, 0)
-    if grey is not None:
-        axis.imshow(grey, cmap="gray", vmin=0, vmax=1, extent=extent)
+    if gray is not None:
+        axis.imshow(gray, cmap="gray", vmin=0, vmax=1, extent=extent)
     low, high = np.percentile(values.numpy(), (1, 99))
     drawn = axis.imshow(
         values.numpy(),
-        cmap=colours,
+        cmap=colors,
         vmin=low,
         vmax=max(high, low + 1e-12),
-        alpha=_OPAQUE if grey is not None else 1.0,
+        alpha=_OPAQUE if gray is not None else 1.0,
         extent=extent,
         interpolation="nearest",
     )
@@ -285,15 +285,15 @@ def _same(axis: Any, proportion: float) -> None:
     axis.set_facecolor("#f2f2f2")
     for spine in axis.spines.values():
         spine.set_visible(False)
-    axis.text(0.5, 0.5, "the same\neverywhere", ha="center", va="center", color="dimgrey", fontsize=10)
+    axis.text(0.5, 0.5, "the same\neverywhere", ha="center", va="center", color="dimgray", fontsize=10)
 
 
 def _range(values: NDArray[Any]) -> tuple[float, float]:
-    """Of a signed scale of colours: around 0, or around the mean of values that are all of one sign."""
+    """Of a signed scale of colors: around 0, or around the mean of values that are all of one sign."""
     low, high = (float(value) for value in np.percentile(values, (1, 99)))
-    centre = 0.0 if low < 0 < high else float(values.mean())
-    reach = max(high - centre, centre - low, 1e-6 * abs(centre), 1e-12)
-    return centre - reach, centre + reach
+    center = 0.0 if low < 0 < high else float(values.mean())
+    reach = max(high - center, center - low, 1e-6 * abs(center), 1e-12)
+    return center - reach, center + reach
 
 
 def _mosaic(tiles: NDArray[Any], columns: int, gap: int | None = None) -> NDArray[Any]:

@@ -147,7 +147,7 @@ def test_loading_and_saving_again_keeps_everything(model, saved, tmp_path):
         ({}, lambda model: model.reset_classifier(7) or model),
     ],
 )
-def test_timm_models_are_recognised(tmp_path, options, change):
+def test_timm_models_are_recognized(tmp_path, options, change):
     image = torch.randn(1, options.get("in_chans", 3), 64, 64)
     base = timm.create_model(SMALL, **{"num_classes": 5, **options})
     model = change(shaken(convert(base, example_input=image))).eval()
@@ -649,9 +649,9 @@ DAMAGE = {
     "a model from the network": (timm_source(name="hf-hub:someone/something"), "has no model"),
     "reads a file": (timm_source(kwargs={"checkpoint_path": "x.pth"}), "checkpoint_path is not an argument"),
     "downloads": (timm_source(kwargs={"pretrained": True}), "pretrained is not an argument"),
-    "unknown argument": (timm_source(kwargs={"colour": 1}), "cannot build resnet10t"),
+    "unknown argument": (timm_source(kwargs={"color": 1}), "cannot build resnet10t"),
     "another width": (timm_source(kwargs={"num_classes": 6}), "2 of another shape"),
-    "no such layer": (edit_step(colour=1), "cannot be built"),
+    "no such layer": (edit_step(color=1), "cannot be built"),
     "other channels": (edit_step(in_channels=10**9), "has in_channels"),
     "other kernel": (edit_step(kernel_size=10**6 + 1), "has kernel_size 3"),
     "other padding": (edit_step(padding=10**9), "has padding 1, where the record has 1000000000"),

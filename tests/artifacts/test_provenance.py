@@ -161,7 +161,7 @@ EDITS = {
         lambda model: model.layer1.append(nn.Identity()) and None,
         r"layer1\.1 Identity\(\) where timm builds nothing",
     ),
-    "synchronised batch norm": (nn.SyncBatchNorm.convert_sync_batchnorm, "SyncBatchNorm where timm builds BatchNorm2d"),
+    "synchronized batch norm": (nn.SyncBatchNorm.convert_sync_batchnorm, "SyncBatchNorm where timm builds BatchNorm2d"),
     "another class": (lambda model: setattr(model, "__class__", type("Mine", (type(model),), {})), "the class Mine"),
 }
 
@@ -265,7 +265,7 @@ def test_sources_that_cannot_be_written_are_refused_in_one_line(arguments, messa
     ("source", "message"),
     [
         (TimmSource("resnet5O"), "timm has no model 'resnet5O'"),
-        (TimmSource(SMALL, {"colour": 1}), "cannot build test_resnet"),
+        (TimmSource(SMALL, {"color": 1}), "cannot build test_resnet"),
         (TimmSource(SMALL, {"pretrained": True}), "pretrained is not an argument"),
         (TimmSource(SMALL, {"drop_rate": 0.2}), r"it has drop_rate 0\.0 where timm builds 0\.2"),
         (TimmSource(SMALL, {"num_classes": 2}), r"2 of another shape \(fc"),

@@ -32,7 +32,7 @@ class Slices:
         return image
 
     @staticmethod
-    def jointBilateralFilter(joint, image, diameter, colour, space):  # noqa: N802
+    def jointBilateralFilter(joint, image, diameter, color, space):  # noqa: N802
         assert joint.shape == image.shape
         return image
 
@@ -66,7 +66,7 @@ def test_measurements_alone_are_filtered_where_that_is_asked(opencv):
     part = made(32)
     low = study.small(part, 4)
     photo = study.scaled(part.photo)
-    found = peers.joint_bilateral(photo, low, 4, space=1.0, colour=0.1, of="measurements")
+    found = peers.joint_bilateral(photo, low, 4, space=1.0, color=0.1, of="measurements")
     torch.testing.assert_close(found, peers.interpolated(photo, low, 4, "bilinear"))
 
 

@@ -122,7 +122,7 @@ def test_crops_are_square_inside_and_repeatable():
     assert crops.amin((1, 2, 3)).tolist() == [0] * 8
     assert {tuple(crop.mean((1, 2)).tolist()) for crop in crops} == {(255, 0, 0), (0, 0, 255)}
     assert torch.equal(crops, images.random_crops(photos, 8, 32, torch.Generator().manual_seed(0)))
-    assert images.centre(photos[0], 16).shape == (3, 16, 16)
+    assert images.center(photos[0], 16).shape == (3, 16, 16)
 
 
 # --- VGG16 ---
@@ -282,7 +282,7 @@ def test_gradients_reach_the_scales_first_and_then_everything():
     )
     recipe, x = recipes.load("preserve"), torch.randn(4, 8, 6, 6)
     model = recipe.convert(original, x, depthwise=True, allow_growth=True)
-    recipe.initialise(model, original)
+    recipe.initialize(model, original)
     finetune = recipes.load("finetune")
     groups = finetune.parameter_groups(model, recipes.Stage(name="all", epochs=1, optimizer={"lr": 1e-2}))
     first, second = reached.over_steps(model, finetune.losses(model, 0), groups, (x, torch.arange(4)), 2)

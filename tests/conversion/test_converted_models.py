@@ -387,7 +387,7 @@ HOOKED = ("", "encoder.0", "encoder.0.1", "head")  # the model, a container, a n
 
 
 def motley():
-    """A U-Net in which every module and tensor may be unlike its neighbour; and the calls of its hooks."""
+    """A U-Net in which every module and tensor may be unlike its neighbor; and the calls of its hooks."""
     torch.manual_seed(0)
     model, calls = net.UNet().train(), []
     model.middle = nn.Sequential(Cast(torch.bfloat16), net.stage(24, 32).bfloat16(), Cast(torch.float32))

@@ -87,7 +87,7 @@ def test_cautions_and_notes_name_the_place_and_the_reason():
     assert decided["middle.conv"].calls == 2
     assert decided["middle.conv"].caution == (
         "inside middle (Untraceable), which torch.fx cannot trace (symbolically traced variables cannot be used as"
-        " inputs to control flow): of its neighbours nothing is known"
+        " inputs to control flow): of its neighbors nothing is known"
     )
     assert decided.notes == ["The forward pass depends on values: what it calls, and the shapes, are those of one run"]
     (whole,) = plan(net.Iterating(), IMAGE).notes

@@ -22,7 +22,7 @@ from ddf_convert.layers import (
     CondConv2d,
     DwCondConv2d,
     DwWeightNet2d,
-    MixedFilter2d,
+    SeparableFilter2d,
     SpatialFilter2d,
 )
 from ddf_convert.recipes.parameters import new_layers, trainable_names
@@ -70,7 +70,7 @@ def from_filters(layer, input, filters):
 def spatial(layer, input):
     """By the definition: a window of the input for every pixel, times its filter."""
     size = layer.kernel_size[0]
-    filters = layer.spatial_branch(layer.centres(input))
+    filters = layer.spatial_branch(layer.centers(input))
     taps = torch.eye(size**2, dtype=input.dtype).view(size**2, 1, size, size)
     output = torch.zeros(*input.shape[:2], *filters.shape[2:], dtype=input.dtype)
     for tap, picks in enumerate(taps):  # a depthwise convolution with one tap moves the input
@@ -192,7 +192,7 @@ def test_every_filter_takes_the_places_that_ddf_takes(name, tmp_path):
     measured = ddf.measure(converted, IMAGE)
     assert (plan.after.params, plan.after.macs) == (measured.params, measured.macs)
     mixes = name == "condconv"
-    assert isinstance(converted.wide, MixedFilter2d) == (not mixes and name != "ddf")
+    assert isinstance(converted.wide, SeparableFilter2d) == (not mixes and name != "ddf")
     assert set(new_layers(converted)) == PLACES
     assert trainable_names(converted, ["new"]) == {
         f"{place}.{parameter}" for place in PLACES for parameter, _ in getattr(converted, place).named_parameters()
@@ -209,9 +209,9 @@ def test_every_filter_takes_the_places_that_ddf_takes(name, tmp_path):
     assert not second.replaced
     if name != "ddf":
         with pytest.raises(ddf.UsageError, match="starts from random weights"):
-            ddf.recipes.load("preserve").initialise(converted, net)
+            ddf.recipes.load("preserve").initialize(converted, net)
     before = [parameter.clone() for parameter in converted.parameters()]
-    ddf.recipes.load("paper").initialise(converted)
+    ddf.recipes.load("paper").initialize(converted)
     assert any(not torch.equal(*each) for each in zip(before, converted.parameters(), strict=True))
 
 
@@ -313,8 +313,8 @@ def test_names_of_filters():
     for name in ("", "two words", "DDF2d"):
         with pytest.raises(ddf.UsageError, match="cannot be called"):
             ddf.Filter(name, Blur2d)
-    with pytest.raises(ddf.UsageError, match="config names colour, which is none of heads"):
-        ddf.Filter("x", Blur2d, config=("colour",))
+    with pytest.raises(ddf.UsageError, match="config names color, which is none of heads"):
+        ddf.Filter("x", Blur2d, config=("color",))
 
 
 def test_an_installed_package_brings_a_filter(registry, tmp_path, monkeypatch, capsys):
@@ -366,8 +366,8 @@ def test_a_recipe_with_a_filter(tmp_path):
     file.write_text("name: mine\nconversion: {filter: condconv, filter_options: {num_experts: 3}}\n")
     recipe = ddf.recipes.load(str(file))
     converted = recipe.convert(Net(), IMAGE)
-    recipe.initialise(converted)
+    recipe.initialize(converted)
     assert converted.wide.experts.num_experts == 3
-    file.write_text("name: mine\nconversion: {filter: spatial, affine: true}\ninitialise: {method: preserve}\n")
+    file.write_text("name: mine\nconversion: {filter: spatial, affine: true}\ninitialize: {method: preserve}\n")
     with pytest.raises(ddf.UsageError, match=r"'preserve' is for DDF, and conversion\.filter is 'spatial'"):
         ddf.recipes.load(str(file))

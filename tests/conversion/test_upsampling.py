@@ -24,10 +24,10 @@ from ddf_convert.cost.count import measure
 from ddf_convert.errors import ArtifactError, UsageError
 from ddf_convert.layers import DDFUpConv2d
 from ddf_convert.recipes.factors import best_for_outputs
-from ddf_convert.recipes.initialise import initialise
+from ddf_convert.recipes.initialize import initialize
 from ddf_convert.recipes.losses import Objective
 from ddf_convert.recipes.parameters import new_layers, trainable_names
-from ddf_convert.recipes.schema import Initialise, Losses
+from ddf_convert.recipes.schema import Initialize, Losses
 from ddf_convert.recipes.upsampling import alignment_error, interpolation_filters
 
 IMAGE = torch.empty(1, 3, 12, 16)
@@ -58,7 +58,7 @@ def the_site(model, image=IMAGE, **options):
 def preserved(model, image=IMAGE, **options):
     """A converted copy that started from the original, and what was done."""
     converted = convert(model.eval(), example_input=image, **{**UP, **options}).eval()
-    return converted, PRESERVE.initialise(converted, model)
+    return converted, PRESERVE.initialize(converted, model)
 
 
 # --- what takes the place, and what does not ---
@@ -319,9 +319,9 @@ def test_layers_start_random_without_a_recipe_and_need_affine_to_start_from_the_
     converted = convert(model, example_input=image, upsample=True)
     assert not torch.allclose(converted(image), model(image), atol=1e-2)
     with pytest.raises(UsageError, match="convert with affine=True"):
-        PRESERVE.initialise(converted, model)
+        PRESERVE.initialize(converted, model)
     with pytest.raises(UsageError, match="the original has Identity at up, and not the upsampling"):
-        PRESERVE.initialise(convert(model, example_input=image, **UP), net.Up(nn.Identity()))
+        PRESERVE.initialize(convert(model, example_input=image, **UP), net.Up(nn.Identity()))
 
 
 # --- functions ---
@@ -368,7 +368,7 @@ def test_calls_of_modules_inside_are_not_counted_for_the_one_around_them():
     assert decided["inner.interpolate()"].calls == 2
     for exclude in (["up", "inner*"], ["interpolate*"], None):
         converted = convert(model, example_input=IMAGE, **UP, exclude=exclude).eval()
-        PRESERVE.initialise(converted, model)
+        PRESERVE.initialize(converted, model)
         image = torch.randn(1, 3, 5, 6)
         called = []
         for name, layer in new_layers(converted).items():
@@ -388,7 +388,7 @@ def test_a_model_is_converted_bit_by_bit():
     names = [site.name for site in decided if site.upsampling or site.kind.startswith("DDF-Up")]
     assert names == ["ddf_interpolate", "inner.interpolate()", "interpolate_1()", "up", "interpolate_2()"]
     second = convert(first, decided).eval()
-    PRESERVE.initialise(second, model)
+    PRESERVE.initialize(second, model)
     image = torch.randn(1, 3, 5, 6)
     assert torch.allclose(second(image), model(image), **near(torch.float32, model(image)))
     assert set(new_layers(second)) == {"ddf_interpolate", "inner.ddf_interpolate", "up", "ddf_interpolate_2"}
@@ -566,7 +566,7 @@ def test_calibration_leaves_upsampling_as_it_was_preserved():
     model = nn.Sequential(net.conv(3, 8), bilinear(), net.conv(8, 8), nn.BatchNorm2d(8)).eval()
     image = torch.randn(2, 3, 8, 8)
     converted = convert(model, example_input=image, **UP, stem=True).eval()
-    done = initialise(converted, Initialise(method="calibrate", steps=1, num_images=2), model, [image])
+    done = initialize(converted, Initialize(method="calibrate", steps=1, num_images=2), model, [image])
     assert [layer.fitted_error is None for layer in done.layers] == [False, True, False]
 
 

@@ -24,8 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from ddf_convert import ops, reference
-from ddf_convert.cpu import dispatch as cpu
-from ddf_convert.cpu import thread_pool
+from ddf_convert.cpu import kernels_nchw, kernels_nhwc, thread_pool
 from ddf_convert.utils import logging as notices
 
 
@@ -169,14 +168,14 @@ def test_cache_follows_all_sources_and_survives_damage(tmp_path: Path) -> None:
     code = """
         import torch
         from ddf_convert import ops
-        from ddf_convert.cpu import dispatch as cpu
         from ddf_convert import reference
+        from ddf_convert.cpu import kernels_nhwc
         shapes = (1, 4, 5, 5), (1, 4, 3, 3), (1, 9, 5, 5)
         made = [torch.randn(shape).half() for shape in shapes]  # the kernels for halves compile fastest
         wanted = reference.forward(*(tensor.float() for tensor in made), 1, 1, 1, "mul").half()
         output = ops.ddf(*(tensor.to(memory_format=torch.channels_last) for tensor in made), padding=1)
         torch.testing.assert_close(output, wanted)
-        kernel = cpu.channels_last.forward
+        kernel = kernels_nhwc.forward
         print(sum(kernel.stats.cache_hits.values()), sum(kernel.stats.cache_misses.values()))
     """
 
@@ -198,10 +197,10 @@ def test_cache_key_holds_every_source_file() -> None:
     """Numba looks at the kernel's own file alone; a change in a file that it calls must count as well."""
     from ddf_convert.cpu.jit_cache import _hash_sources, _KernelCache, cache_folder
 
-    cache_folder(cpu.contiguous.forward)
-    cache = cpu.contiguous.forward._cache
+    cache_folder(kernels_nchw.forward)
+    cache = kernels_nchw.forward._cache
     assert isinstance(cache, _KernelCache)
-    assert _hash_sources() in cache._index_key((), cpu.contiguous.forward.targetctx.codegen())
+    assert _hash_sources() in cache._index_key((), kernels_nchw.forward.targetctx.codegen())
 
 
 # A small call, in a new process. It compiles the forward kernel for halves, which compiles fastest.
@@ -209,6 +208,7 @@ CALL = """
 import torch
 from ddf_convert import layers, ops
 from ddf_convert.cpu import dispatch as cpu
+from ddf_convert.cpu import kernels_nchw, kernels_nhwc
 made = [torch.ones(1, count, 3, 3, dtype=torch.half) for count in (2, 2, 9)]
 made[0] = made[0].to(memory_format=torch.channels_last)
 for _ in range(2):
@@ -220,8 +220,8 @@ def test_works_without_a_folder_to_write_to() -> None:
     code = """
         from numba.core.caching import CacheImpl
         CacheImpl._locator_classes = []  # none of the places that Numba tries can be written to
-        from ddf_convert import notices
-        notices._PATIENCE = 0.01
+        from ddf_convert.utils import logging as notices
+        notices._TIMEOUT_S = 0.01
     """
     result = python(textwrap.dedent(code) + CALL)
     assert result.returncode == 0, result.stderr
@@ -257,7 +257,7 @@ def test_says_once_that_a_read_only_installation_without_a_home_keeps_nothing(
     monkeypatch.setattr(caching.InTreeCacheLocator, "from_function", classmethod(lambda *_: None))
     if environment == {"HOME": ""}:  # of a user whom the system does not know
         monkeypatch.setattr(os.path, "expanduser", lambda path: path)
-    kernels = [compiler.kernel(function.py_func) for function in (cpu.contiguous.forward, cpu.channels_last.forward)]
+    kernels = [compiler.kernel(function.py_func) for function in (kernels_nchw.forward, kernels_nhwc.forward)]
     with caplog.at_level(logging.WARNING, "ddf_convert"):
         assert [compiler.cache_folder(kernel) for kernel in kernels] == [None, None]
     assert len(caplog.records) == 1
@@ -282,7 +282,7 @@ def _plain() -> None:
     """Stands for a kernel."""
 
 
-TARGET = cpu.contiguous.forward.targetctx
+TARGET = kernels_nchw.forward.targetctx
 KEPT = SimpleNamespace(content=b"machine code" * 50, codegen=TARGET.codegen())
 
 
@@ -350,7 +350,7 @@ def test_a_failed_compilation_is_not_remembered(error: Any, monkeypatch: pytest.
 def test_a_folder_is_looked_for_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from ddf_convert.cpu import jit_cache as compiler
 
-    kernel = compiler.kernel(cpu.contiguous.forward.py_func)
+    kernel = compiler.kernel(kernels_nchw.forward.py_func)
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
     with monkeypatch.context() as patch:
         patch.setattr(compiler._KernelCacheImpl, "_locator_classes", [])
@@ -365,7 +365,7 @@ def test_disable_jit_takes_the_reference_and_says_so_once() -> None:
         layer = layers.DDF2d(2)
         x = torch.randn(1, 2, 3, 3, requires_grad=True)
         layer(x).sum().backward()
-        ops.ddf_normalised(x, x.new_ones(1, 2, 3, 3), x.new_ones(1, 9, 3, 3), scale=1.0, padding=1)
+        ops.ddf_normalized(x, x.new_ones(1, 2, 3, 3), x.new_ones(1, 9, 3, 3), scale=1.0, padding=1)
         print(bool(x.grad.abs().sum() > 0), cpu.unusable() is not None)
         from ddf_convert import doctor
         print({check.name: str(check.state) for check in (doctor._cpu_kernels(), doctor._cpu_cache())})

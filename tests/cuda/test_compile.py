@@ -2,7 +2,7 @@
 
 Compiling all of them takes a quarter of an hour of CPU time, nearly all of it Numba's. `make test` compiles those of
 ``usual``; the rest are marked ``long``, for `make test-long`. Of kernels larger than 3x3, those for float16, for stride
-2, and those that normalise are left to `make kernels`, which compiles all there are.
+2, and those that normalize are left to `make kernels`, which compiles all there are.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ LARGER = [dtype for dtype in kernels.DTYPES if dtype != "float16"]
 CASES = kernels.variants(sizes=(3,)) + [
     variant
     for variant in kernels.variants(LARGER, sizes=(5, 7), strides=(1,))
-    if isinstance(variant, Window | FilterGradients) and not (isinstance(variant, Window) and variant.normalise)
+    if isinstance(variant, Window | FilterGradients) and not (isinstance(variant, Window) and variant.normalize)
 ]
 
 # The two halves differ in how they are loaded and stored: they take turns, from purpose to purpose.
 DTYPES = ["float32", "float64", "half"]
 HALVES = ["float16", "bfloat16"]
-PURPOSES = ["forward", "forward_normalised", "grad_input", "grad_filters"]
+PURPOSES = ["forward", "forward_normalized", "grad_input", "grad_filters"]
 # One of those that come nearest to the 255 registers of a thread (benchmarks/results/cuda_kernels.md), and to spilling.
 LARGER_USUAL = {"grad_filters_k5s1p2d1_channels_last_float64"}
 
@@ -39,8 +39,8 @@ LARGER_USUAL = {"grad_filters_k5s1p2d1_channels_last_float64"}
 def traits(variant: Window | FilterGradients) -> tuple[str, str, bool, int]:
     """What a 3x3 kernel is for, and for which tensors: dtype (or half), purpose, channels_last, stride."""
     dtype = "half" if variant.dtype in HALVES else variant.dtype
-    normalised = "_normalised" if isinstance(variant, Window) and variant.normalise else ""
-    return dtype, variant.purpose + normalised, variant.channels_last, variant.stride
+    normalized = "_normalized" if isinstance(variant, Window) and variant.normalize else ""
+    return dtype, variant.purpose + normalized, variant.channels_last, variant.stride
 
 
 @functools.cache

@@ -160,7 +160,7 @@ def test_planes_that_32_bits_cannot_count_take_the_plain_kernels() -> None:
 def test_filter_norm_of_its_own_only_where_the_kernel_cannot(launched: Launched) -> None:
     call(tensors(), scale=0.3)
     assert [type(variant) for variant, *_ in launched] == [Window, Window, FilterGradients]
-    assert [variant.normalise for variant, *_ in launched[:2]] == [True, False]
+    assert [variant.normalize for variant, *_ in launched[:2]] == [True, False]
     assert launched[0][2][4] == 0.3
     launched.clear()
     call(tensors(stride=3), 3, scale=0.3)
@@ -382,10 +382,10 @@ def test_gpu_matches_the_cpu(dtype: str, layout: str, gpu: str) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_gpu_normalises_filters(dtype: str, gpu: str) -> None:
+def test_gpu_normalizes_filters(dtype: str, gpu: str) -> None:
     made = tensors(dtype=dtype)
     there = [tensor.to(gpu) for tensor in made[:3]]
-    output = ops.ddf_normalised(*there, scale=0.4, padding=1)
+    output = ops.ddf_normalized(*there, scale=0.4, padding=1)
     exact = [tensor.double() for tensor in made]
     expected = reference.forward(*exact[:2], reference.filter_norm(exact[2], 9, 0.4), 1, 1, 1, "mul")
     assert (output.cpu().double() - expected).abs().max() <= TOLERANCES[dtype] * expected.abs().max()

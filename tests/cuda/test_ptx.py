@@ -190,7 +190,7 @@ def test_tensors_that_are_not_aligned_are_read_in_single_elements(dtype: torch.d
 
 
 @pytest.mark.parametrize(("dtype", "layout"), [(torch.float32, "contiguous"), (torch.bfloat16, "channels_last")])
-def test_spatial_filter_is_normalised_on_its_way_in(dtype: torch.dtype, layout: str, gpu: Gpu) -> None:
+def test_spatial_filter_is_normalized_on_its_way_in(dtype: torch.dtype, layout: str, gpu: Gpu) -> None:
     for shape in ((2, 8, 6, 8), (1, 16, 3, 4)):
         call = example(shape, dtype, layout, heads=2)
         call.spatial[:, :9] = 3.0  # one head's taps are all equal: they become 0, whatever is lost by rounding

@@ -120,7 +120,7 @@ def test_slow_compilations_are_announced(
 ) -> None:
     import time
 
-    monkeypatch.setattr(notices, "_PATIENCE", 0.01)
+    monkeypatch.setattr(notices, "_TIMEOUT_S", 0.01)
     monkeypatch.setattr(compiler, "compile_ptx", lambda variant, capability: time.sleep(0.3) or ".visible .entry k()")
     with caplog.at_level(logging.WARNING, "ddf_convert"):
         compiler.ptx(VARIANT, SM90)

@@ -21,7 +21,7 @@ PROGRAM = TESTS / "support" / "cuda_simulator.py"
 Simulate = Callable[[str, str, str], list[dict[str, Any]]]
 # Where the layout matters least, `make test` runs half of the cases in one of them, layouts taking turns from group to
 # group; `make test-long` runs all in both.
-HALVED = ("shapes", "dtypes", "geometry", "kernel sizes", "plain", "normalised", "upscaled", "needs")
+HALVED = ("shapes", "dtypes", "geometry", "kernel sizes", "plain", "normalized", "upscaled", "needs")
 RUNS = [(group, layout, "all") for group in GROUPS if group not in HALVED for layout in LAYOUTS]
 RUNS += [(group, tuple(LAYOUTS)[turn % 2], "half") for turn, group in enumerate(HALVED)]
 LONG = [pytest.param(group, layout, "all", marks=pytest.mark.long) for group in HALVED for layout in LAYOUTS]

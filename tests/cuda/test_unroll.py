@@ -17,10 +17,10 @@ from numba.core import types
 
 from ddf_convert import ops
 from ddf_convert.cuda import kernel_spec
-from ddf_convert.cuda.codegen.unroll import registers, specialise, static
+from ddf_convert.cuda.codegen.unroll import registers, specialize, static
 from ddf_convert.cuda.kernel_spec import Piece, pieces
 
-# --- specialise.py ----------------------------------------------------------------------------------------------------
+# --- specialize.py ----------------------------------------------------------------------------------------------------
 
 
 def source(function: Callable[..., None]) -> str:
@@ -39,7 +39,7 @@ def test_static_loops_are_written_out_and_registers_become_variables() -> None:
         for row in static(range(len(PLACES))):
             out[row] = total[row, -1]
 
-    made = specialise(kernel, "made", {"PLACES": ((0, (2, 0)), (1, (1, 3))), "SCALE": 10})
+    made = specialize(kernel, "made", {"PLACES": ((0, (2, 0)), (1, (1, 3))), "SCALE": 10})
     assert made.__name__ == "made"
     assert source(made).splitlines() == [
         "def made(out, values):",
@@ -70,11 +70,11 @@ def test_known_conditions_keep_one_branch() -> None:
             out[3] = 4
         out[4] = (x > 1) & (WIDE or x > 5)
 
-    wide = specialise(kernel, "wide", {"WIDE": True, "LANES": 4})
+    wide = specialize(kernel, "wide", {"WIDE": True, "LANES": 4})
     assert source(wide).splitlines()[1] == "    out[0] = x"
     assert source(wide).splitlines()[-1] == "    out[4] = x > 1"
     assert "LANES" not in source(wide)
-    narrow = specialise(kernel, "narrow", {"WIDE": False, "LANES": 1})
+    narrow = specialize(kernel, "narrow", {"WIDE": False, "LANES": 1})
     assert "elif" not in source(narrow)
     for x, constants in itertools.product((-1, 1, 2, 7), ({"WIDE": True, "LANES": 4}, {"WIDE": False, "LANES": 1})):
         plain: list[Any] = [None] * 5
@@ -90,7 +90,7 @@ def test_loops_over_what_is_not_known_stay_loops() -> None:
             for lane in static(range(2)):
                 out[turn + lane] = turn * 10 + lane
 
-    made = specialise(kernel, "made", {"FIRST": 0, "STEP": 2})
+    made = specialize(kernel, "made", {"FIRST": 0, "STEP": 2})
     assert "for turn in range(0, count, 2):" in source(made)
     out = [0] * 4
     made(out, 4)
@@ -106,7 +106,7 @@ def test_tuples_are_written_out() -> None:
         lane = 7  # a variable of the kernel's own again, after the loops
         out[1] = lane
 
-    made = specialise(kernel, "made", {"LANES": 3})
+    made = specialize(kernel, "made", {"LANES": 3})
     assert "out[0] = (values_2, values_1, values_0)" in source(made)
     out: list[Any] = [None, None]
     made(out)
@@ -119,13 +119,13 @@ def test_functions_and_types_become_globals() -> None:
             out[lanes] = DOUBLE[lanes](x, COMPUTE(2) * COMPUTE(0.5))
 
     functions = {1: lambda x, y: x + y, 2: lambda x, y: 2 * x + y}
-    made = specialise(kernel, "made", {"DOUBLE": functions, "COMPUTE": np.float32})
+    made = specialize(kernel, "made", {"DOUBLE": functions, "COMPUTE": np.float32})
     assert functions[1] in made.__globals__.values()
     out = [None] * 3
     made(out, 3.0)
     assert out == [None, 4.0, 7.0]
     # The types of Numba are functions of numbers that are known: their products are, too.
-    folded = specialise(kernel, "folded", {"DOUBLE": functions, "COMPUTE": types.float32})
+    folded = specialize(kernel, "folded", {"DOUBLE": functions, "COMPUTE": types.float32})
     assert "COMPUTE" not in source(folded)
 
 
@@ -133,7 +133,7 @@ def test_two_kernels_of_one_function_do_not_share_anything() -> None:
     def kernel(out):
         out[0] = VALUE
 
-    first, second = (specialise(kernel, "same", {"VALUE": value}) for value in (1, 2))
+    first, second = (specialize(kernel, "same", {"VALUE": value}) for value in (1, 2))
     out = [0]
     first(out)
     assert out == [1]
@@ -165,15 +165,15 @@ def _unknown_index(out, count):
 )
 def test_what_must_be_known_and_is_not_is_named(kernel: Callable[..., None], words: str) -> None:
     with pytest.raises(TypeError, match=re.escape(words)):
-        specialise(kernel, "made", {})
+        specialize(kernel, "made", {})
 
 
-def test_only_functions_are_specialised() -> None:
+def test_only_functions_are_specialized() -> None:
     class Kernel:
         pass
 
     with pytest.raises(TypeError, match="is not a function"):
-        specialise(Kernel, "made", {})
+        specialize(Kernel, "made", {})
     with pytest.raises(NotImplementedError, match="only in kernels"):
         registers()
 
@@ -254,5 +254,5 @@ def test_pieces_cover_the_columns_and_never_cross_the_border(lanes: int, base: i
             assert (base + piece.first) % piece.lanes == piece.first % piece.lanes == 0
 
 
-def test_a_tile_of_four_columns_is_a_vector_and_its_neighbours() -> None:
+def test_a_tile_of_four_columns_is_a_vector_and_its_neighbors() -> None:
     assert pieces([-1, 0, 1, 2, 3, 4], 4, 4) == (Piece(-1, 1), Piece(0, 4), Piece(4, 1))

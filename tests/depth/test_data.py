@@ -93,7 +93,7 @@ def test_eight_bits_are_refused_with_advice(tmp_path):
     file = write(tmp_path / "a.png", np.full((2, 2), 9, np.uint8))
     assert "256 depths" in said(read_depth, file)
     assert read_depth(file, allow_8bit=True).tolist() == [[[9.0, 9.0], [9.0, 9.0]]]
-    assert "in colour" in said(read_depth, write(tmp_path / "b.png", photo()))
+    assert "in color" in said(read_depth, write(tmp_path / "b.png", photo()))
 
 
 def test_files_that_cannot_be_read(tmp_path):

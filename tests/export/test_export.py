@@ -30,7 +30,6 @@ from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.export import checking, onnx_file, onnx_operators, standard, torch_file
 from ddf_convert.export.sizes import rename
 from ddf_convert.layers import DDF2d, DDFUp2d
-from ddf_convert.layers.filter_norm import SpatialFilterNorm
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -61,18 +60,6 @@ class Everything(nn.Module):
         double = self.up or (lambda x, output_size: F.interpolate(x, output_size))
         x = double(x, output_size=skip.shape[-2:])
         return {"map": self.head(torch.cat([skip, x], 1)), "pooled": x.mean((2, 3))}
-
-
-class Plain(nn.Module):
-    """One call of FilterNorm, which is quickly exported."""
-
-    def __init__(self):
-        super().__init__()
-        self.conv = nn.Conv2d(4, 18, 1)
-        self.norm = SpatialFilterNorm(3, heads=2)
-
-    def forward(self, image):
-        return self.norm(self.conv(image))
 
 
 def image(size=20, batch=1, channels=3):
@@ -134,7 +121,7 @@ def test_torch_export_needs_torch_alone_unless_asked(tmp_path):
     kept = export.to_torch_export(model, image(), tmp_path / "kept.pt2", keep_operator=True)
     assert {name for name in kept.operators if not name.startswith("aten.")} == {
         "ddf_convert.ddf.default",
-        "ddf_convert.ops.filter_norm.default",
+        "ddf_convert.filter_norm.default",
     }
     assert_equal(loaded(tmp_path / "kept.pt2")(inputs), model(inputs))  # the same kernels
     torch.save(inputs, tmp_path / "inputs.pt")
@@ -171,7 +158,7 @@ OPERATORS = {
     "no padding": {"padding": 0},
     "heads": {"heads": 2},
     "up, heads": {"factor": 2, "heads": 2},
-    "normalised": {"heads": 2},
+    "normalized": {"heads": 2},
 }
 
 
@@ -185,7 +172,7 @@ class Calls(nn.Module):
     def forward(self, tensors):
         outputs = []
         for (name, options), each in zip(self.cases.items(), tensors, strict=True):
-            call = partial(ddf.ops.ddf_normalised, scale=0.5) if "normalised" in name else ddf.ops.ddf
+            call = partial(ddf.ops.ddf_normalized, scale=0.5) if "normalized" in name else ddf.ops.ddf
             outputs.append(call(*each, **options))
         return outputs
 
@@ -209,7 +196,7 @@ def test_translations_are_the_operators(tmp_path):
     assert_near(outputs, model(tensors))
     plain = standard.decompositions()
     for name, (options, each) in made.items():
-        operator, scale = ("ddf_normalised", [0.5]) if "normalised" in name else ("ddf", [])
+        operator, scale = ("ddf_normalized", [0.5]) if "normalized" in name else ("ddf", [])
         decomposed = plain[getattr(torch.ops.ddf_convert, operator).default](*each, *scale, *options.values())
         assert_near(decomposed, outputs[list(made).index(name)])
 
@@ -305,7 +292,7 @@ def test_a_group_for_every_image_fixes_the_batch_in_onnx(tmp_path):
 
 
 def test_static_is_static(tmp_path):
-    done = export.to_onnx(Plain(), image(channels=4), tmp_path / "model.onnx", dynamic=False)
+    done = export.to_onnx(networks.Normalized(), image(channels=4), tmp_path / "model.onnx", dynamic=False)
     assert done.inputs == {"image": (1, 4, 20, 24)}
     assert {str(size) for size in done.sizes} == {f"fixed at {size}: as asked" for size in (1, 20, 24)}
     assert len(done.checks) == 1
@@ -327,19 +314,19 @@ def test_a_difference_is_an_error_and_leaves_the_old_file(tmp_path, monkeypatch)
         (tmp_path / name).write_text("old")
     monkeypatch.setattr(onnx_operators, "EPSILON", 0.5)
     with pytest.raises(DDFError, match=r"onnxruntime differs from PyTorch by .* nothing was written"):
-        export.to_onnx(Plain(), image(channels=4), tmp_path / "model.onnx")
+        export.to_onnx(networks.Normalized(), image(channels=4), tmp_path / "model.onnx")
     table = standard.decompositions()
     monkeypatch.setattr(
         torch_file, "decompositions", lambda: {**table, torch.ops.ddf_convert.filter_norm.default: wrong_operator}
     )
     with pytest.raises(DDFError, match=r"the exported program differs from PyTorch by .* nothing was written"):
-        export.to_torch_export(Plain(), image(channels=4), tmp_path / "model.pt2")
+        export.to_torch_export(networks.Normalized(), image(channels=4), tmp_path / "model.pt2")
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"model.onnx": "old", "model.pt2": "old"}
 
 
 def test_what_rounding_alone_makes_is_no_error(tmp_path, monkeypatch):
     monkeypatch.setattr(checking, "_TOLERANCE", 0.0)
-    done = export.to_onnx(Plain(), image(channels=4), tmp_path / "model.onnx")
+    done = export.to_onnx(networks.Normalized(), image(channels=4), tmp_path / "model.onnx")
     assert max(check.rounding or 0 for check in done.checks) > 0
     assert all(check.difference <= 4 * (check.rounding or 0) for check in done.checks)
 
@@ -350,12 +337,28 @@ class LooksAtValues(nn.Module):
 
 
 REFUSED = {
-    "float64": (partial(export.to_onnx, Plain().double()), UsageError, "float32 or float16, and this one has float64"),
-    "bfloat16": (partial(export.to_onnx, Plain().bfloat16()), UsageError, "has bfloat16: give model.float()"),
-    "opset": (partial(export.to_onnx, Plain(), opset=17), UsageError, "opset 17 is too old: torch writes 18 or later"),
+    "float64": (
+        partial(export.to_onnx, networks.Normalized().double()),
+        UsageError,
+        "float32 or float16, and this one has float64",
+    ),
+    "bfloat16": (
+        partial(export.to_onnx, networks.Normalized().bfloat16()),
+        UsageError,
+        "has bfloat16: give model.float()",
+    ),
+    "opset": (
+        partial(export.to_onnx, networks.Normalized(), opset=17),
+        UsageError,
+        "opset 17 is too old: torch writes 18 or later",
+    ),
     "example": (partial(export.to_onnx, networks.conv()), UsageError, "does not run on an example input of 4x20x24"),
     "values": (partial(export.to_onnx, LooksAtValues()), DDFError, "torch.export cannot follow the forward of Looks"),
-    "folder": (lambda *given: export.to_onnx(Plain(), given[0], given[1].parent), UsageError, "is a folder"),
+    "folder": (
+        lambda *given: export.to_onnx(networks.Normalized(), given[0], given[1].parent),
+        UsageError,
+        "is a folder",
+    ),
 }
 
 
@@ -371,7 +374,7 @@ def test_what_is_refused(name, tmp_path):
 def test_missing_packages_are_named_with_the_extra(tmp_path, monkeypatch):
     monkeypatch.setattr(onnx_file, "_NEEDED", ("onnx", "no_such_runtime"))
     with pytest.raises(UsageError, match=r"needs no_such_runtime: pip install 'ddf-convert\[export\]'"):
-        export.to_onnx(Plain(), image(), tmp_path / "model.onnx")
+        export.to_onnx(networks.Normalized(), image(), tmp_path / "model.onnx")
 
 
 def test_what_it_needs_is_imported_when_it_is_needed():
@@ -388,7 +391,8 @@ def test_what_it_needs_is_imported_when_it_is_needed():
 @pytest.fixture
 def run(tmp_path, monkeypatch, capsys):
     (tmp_path / "net_for_export.py").write_text(
-        "import torch\nfrom test_export import Plain\n\n\ndef made():\n    return Plain(), torch.randn(1, 4, 20, 24)\n"
+        "import torch\nfrom support.networks import Normalized\n\n\n"
+        "def made():\n    return Normalized(), torch.randn(1, 4, 20, 24)\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path, str(TESTS)])
@@ -521,7 +525,7 @@ def functional():
 
 
 def half():
-    return Plain().half()
+    return networks.Normalized().half()
 
 
 FAMILIES = {
@@ -549,11 +553,13 @@ def test_a_graph_module_and_half_numbers(tmp_path):
     done = export.to_onnx(half(), image(channels=4).half(), tmp_path / "model.onnx")
     assert (done.tolerance, len(done.checks)) == (1e-2, 2)
     assert onnx.load(tmp_path / "model.onnx").graph.input[0].type.tensor_type.elem_type == onnx.TensorProto.FLOAT16
-    done = export.to_torch_export(Plain().bfloat16(), image(channels=4).bfloat16(), tmp_path / "model.pt2")
+    done = export.to_torch_export(
+        networks.Normalized().bfloat16(), image(channels=4).bfloat16(), tmp_path / "model.pt2"
+    )
     assert len(done.checks) == 2
 
 
 @pytest.mark.long
 @pytest.mark.parametrize("opset", [20, 23])
 def test_other_opsets(opset, tmp_path):
-    assert export.to_onnx(Plain(), image(channels=4), tmp_path / "model.onnx", opset=opset).opset == opset
+    assert export.to_onnx(networks.Normalized(), image(channels=4), tmp_path / "model.onnx", opset=opset).opset == opset

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddf_convert import ops, reference
 from ddf_convert.layers import DDFUp2d, SpatialFilterNorm
 from ddf_convert.layers import ddf_up as up_module
-from ddf_convert.layers.ddf import normalises_inside
+from ddf_convert.layers.ddf import normalizes_inside
 
 GOLDEN = DATA / "golden"
 CASES = [case for case in json.loads((GOLDEN / "index.json").read_text()) if case["module"] == "DDFUp2d"]
@@ -42,7 +42,7 @@ def by_reference(input: Tensor, channel: Tensor, spatial: Tensor, **options: Any
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets layers decide as they would for CUDA tensors; plain DDF is then an error where FilterNorm goes inside."""
     on_cuda = SimpleNamespace(is_cuda=True)
-    monkeypatch.setattr(up_module, "normalises_inside", lambda branch, input: normalises_inside(branch, on_cuda))
+    monkeypatch.setattr(up_module, "normalizes_inside", lambda branch, input: normalizes_inside(branch, on_cuda))
     monkeypatch.setattr(up_module, "ddf", None)
 
 
@@ -72,7 +72,7 @@ def one_by_one(layer: DDFUp2d, input: Tensor, guide: Tensor | None = None) -> Te
 
 
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("backend", ["kernels", "reference", "normalised inside", "one by one"])
+@pytest.mark.parametrize("backend", ["kernels", "reference", "normalized inside", "one by one"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["file"])
 def test_golden(case: dict, backend: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = load_file(GOLDEN / case["file"])
@@ -81,7 +81,7 @@ def test_golden(case: dict, backend: str, layout: torch.memory_format, monkeypat
     layer.load_state_dict(weights, strict=True)
     if backend == "reference":
         monkeypatch.setattr(up_module, "ddf", by_reference)
-    elif backend == "normalised inside":
+    elif backend == "normalized inside":
         as_on_cuda(monkeypatch)
     elif backend == "one by one":
         layer = watched(layer)

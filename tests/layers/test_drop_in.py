@@ -238,7 +238,7 @@ def test_layers_that_take_over_frozen_weights_follow_only_if_asked(keep_frozen: 
     model = nn.Sequential(net.conv().requires_grad_(False), nn.ReLU(), net.conv())
     recipe = recipes.load("preserve")
     converted = recipe.convert(model, example_input=IMAGE)
-    recipe.initialise(converted, model, keep_frozen=keep_frozen)
+    recipe.initialize(converted, model, keep_frozen=keep_frozen)
     assert {parameter.requires_grad for parameter in converted[0].parameters()} == {not keep_frozen}
     assert all(parameter.requires_grad for parameter in converted[2].parameters())
 

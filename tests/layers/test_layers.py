@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddf_convert import reference
 from ddf_convert.layers import ChannelBranch, ChannelFilterNorm, DDF2d, DDFConv2d, DDFUp2d, SpatialFilterNorm, branches
 from ddf_convert.layers import ddf as ddf_module
-from ddf_convert.layers.ddf import normalises_inside
+from ddf_convert.layers.ddf import normalizes_inside
 
 GOLDEN = DATA / "golden"
 CASES = [case for case in json.loads((GOLDEN / "index.json").read_text()) if case["module"] == "DDF2d"]
@@ -39,17 +39,17 @@ def by_reference(input: Tensor, channel: Tensor, spatial: Tensor, **options: obj
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets layers decide as they would for CUDA tensors; plain DDF is then an error where FilterNorm goes inside."""
     on_cuda = SimpleNamespace(is_cuda=True)
-    monkeypatch.setattr(ddf_module, "normalises_inside", lambda branch, input: normalises_inside(branch, on_cuda))
+    monkeypatch.setattr(ddf_module, "normalizes_inside", lambda branch, input: normalizes_inside(branch, on_cuda))
     monkeypatch.setattr(ddf_module, "ddf", None)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
-@pytest.mark.parametrize("backend", ["kernels", "reference", "normalised inside"])
+@pytest.mark.parametrize("backend", ["kernels", "reference", "normalized inside"])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["file"])
 def test_golden(case: dict, backend: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "reference":
         monkeypatch.setattr(ddf_module, "ddf", by_reference)
-    elif backend == "normalised inside":
+    elif backend == "normalized inside":
         as_on_cuda(monkeypatch)
     tensors = load_file(GOLDEN / case["file"])
     layer = DDF2d(**case["kwargs"], dtype=torch.float64)
@@ -66,10 +66,10 @@ def test_three_golden_cases_are_there() -> None:
 def test_spatial_filter_norm() -> None:
     norm = SpatialFilterNorm(3, "relu")
     filters = torch.randn(2, 18, 4, 5, dtype=torch.float64) * 7 + 3
-    normalised = norm(filters).unflatten(1, (2, 9))
+    normalized = norm(filters).unflatten(1, (2, 9))
     scale = math.sqrt(2) / 3
-    torch.testing.assert_close(normalised.mean(2), torch.zeros(2, 2, 4, 5, dtype=torch.float64))
-    torch.testing.assert_close(normalised.std(2), torch.full((2, 2, 4, 5), scale, dtype=torch.float64))
+    torch.testing.assert_close(normalized.mean(2), torch.zeros(2, 2, 4, 5, dtype=torch.float64))
+    torch.testing.assert_close(normalized.std(2), torch.full((2, 2, 4, 5), scale, dtype=torch.float64))
     assert not list(norm.state_dict())
 
 
@@ -91,7 +91,7 @@ def test_the_learned_scale_starts_at_the_base_scale() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_filters_are_normalised_in_float32(dtype: torch.dtype) -> None:
+def test_filters_are_normalized_in_float32(dtype: torch.dtype) -> None:
     constant = torch.full((1, 9, 2, 2), 3.0, dtype=dtype)  # deviation 0: in half precision the epsilon would be 0 too
     assert torch.equal(SpatialFilterNorm(3)(constant), torch.zeros_like(constant))
     assert SpatialFilterNorm(3)(torch.randn(1, 9, 2, 2).to(dtype)).dtype == dtype
@@ -285,13 +285,13 @@ def test_a_changed_spatial_branch_runs_as_it_is(change: str, monkeypatch: pytest
     layer = DDF2d(4)
     input = torch.randn(2, 4, 6, 5)
     on_cuda = SimpleNamespace(is_cuda=True)
-    assert normalises_inside(layer.spatial_branch, on_cuda)
-    assert not normalises_inside(layer.spatial_branch, input)
+    assert normalizes_inside(layer.spatial_branch, on_cuda)
+    assert not normalizes_inside(layer.spatial_branch, input)
     if change == "subclass":
         layer.spatial_branch[1] = Doubled(3, "relu")
     else:
         TAMPERINGS[change](layer.spatial_branch)
-    assert not normalises_inside(layer.spatial_branch, on_cuda)
+    assert not normalizes_inside(layer.spatial_branch, on_cuda)
     expected = layer(input)
     ddf = ddf_module.ddf
     as_on_cuda(monkeypatch)
@@ -310,7 +310,7 @@ def test_hooks_of_the_spatial_branch_are_called(kind: str, place: int, monkeypat
     getattr(layer.spatial_branch[place], f"register_{kind}_hook")(lambda module, *arguments: calls.append(module))
     layer(torch.randn(2, 4, 6, 5, requires_grad=True)).sum().backward()
     assert calls == [layer.spatial_branch[place]]
-    assert normalises_inside(layer.spatial_branch, SimpleNamespace(is_cuda=True)) == (place == 0)
+    assert normalizes_inside(layer.spatial_branch, SimpleNamespace(is_cuda=True)) == (place == 0)
 
 
 @pytest.mark.parametrize("place", range(5))
@@ -329,7 +329,7 @@ def test_hooks_of_all_modules_are_called() -> None:
     seen: list[nn.Module] = []
     hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(module))
     try:
-        assert not normalises_inside(layer.spatial_branch, SimpleNamespace(is_cuda=True))
+        assert not normalizes_inside(layer.spatial_branch, SimpleNamespace(is_cuda=True))
         layer(torch.randn(2, 4, 6, 5))
     finally:
         hook.remove()
@@ -412,7 +412,7 @@ def test_compiles_and_exports_with_the_shortcuts(monkeypatch: pytest.MonkeyPatch
     ):
         torch.testing.assert_close(ours, eager)
     exported = torch.export.export(layer, (input,))
-    assert torch.ops.ddf_convert.ddf_normalised.default in [node.target for node in exported.graph.nodes]
+    assert torch.ops.ddf_convert.ddf_normalized.default in [node.target for node in exported.graph.nodes]
     torch.testing.assert_close(exported.module()(input), layer(input))
     layer.spatial_branch[1].register_forward_hook(lambda module, inputs, output: 2 * output)
     monkeypatch.undo()

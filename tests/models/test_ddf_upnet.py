@@ -35,7 +35,7 @@ def test_a_single_pixel_is_enough():
 def test_an_untrained_network_keeps_a_flat_map_flat(network, sampling):
     _, rgb = example(8)
     depth = torch.full((2, 1, 5, 7), 3.0)
-    depth[0, 0, 2, 2] = 3.3  # or there is nothing to normalise by
+    depth[0, 0, 2, 2] = 3.3  # or there is nothing to normalize by
     depth[1, 0, 2, 2] = float("nan")
     found = network(8, sampling=sampling, **SMALL)(depth, rgb)
     torch.testing.assert_close(found[1], torch.full((1, 40, 56), 3.0))
@@ -187,7 +187,7 @@ def test_shapes_that_do_not_fit():
         JointConvUpNet(squeeze=0)
 
 
-def test_likeness_of_colour():
+def test_likeness_of_color():
     rgb = torch.zeros(1, 3, 4, 4)
     rgb[..., 2:] = 1.0
     like = likeness_pyramid(rgb, 1, "mean")[0].view(4, 9, 2, 2)

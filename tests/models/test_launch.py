@@ -12,7 +12,7 @@ SCRIPT = """
 import json
 import sys
 
-import neighbour
+import neighbor
 import timm
 import torch
 
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     print(json.dumps({
         "arguments": sys.argv,
         "parameters": sum(p.numel() for p in model.parameters()),
-        "neighbour": neighbour.VALUE,
+        "neighbor": neighbor.VALUE,
         "is_main": __main__.Picklable is Picklable,
     }))
     sys.exit(int(sys.argv[1]))
@@ -38,7 +38,7 @@ def test_a_script_runs_as_python_would_run_it(tmp_path):
     scripts = tmp_path / "scripts"
     scripts.mkdir()
     (scripts / "train.py").write_text(SCRIPT)
-    (scripts / "neighbour.py").write_text("VALUE = 7\n")
+    (scripts / "neighbor.py").write_text("VALUE = 7\n")
     arguments = ["scripts/train.py", "3", "--model", "ddf_mul_resnet18", "-h"]
     command = [sys.executable, "-m", "ddf_convert.models.launch", *arguments]
     ran = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
@@ -46,7 +46,7 @@ def test_a_script_runs_as_python_would_run_it(tmp_path):
     assert json.loads(ran.stdout) == {
         "arguments": arguments,
         "parameters": 7_691_032,
-        "neighbour": 7,
+        "neighbor": 7,
         "is_main": True,
     }
 

@@ -14,8 +14,8 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
 import ddf_convert
-from ddf_convert import ops
-from ddf_convert.ops import filter_norm, reference
+from ddf_convert import ops, reference
+from ddf_convert.ops import filter_norm
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -141,10 +141,10 @@ def test_upscaling_has_gradients_to_any_order(combine: str, layout: str) -> None
     assert gradcheck(call, made)
     assert gradgradcheck(call, made)
 
-    def normalised(*tensors: Tensor) -> Tensor:
-        return ops.ddf_normalised(*tensors, scale=0.7, padding=1, combine=combine, upscale_factor=2)
+    def normalized(*tensors: Tensor) -> Tensor:
+        return ops.ddf_normalized(*tensors, scale=0.7, padding=1, combine=combine, upscale_factor=2)
 
-    assert gradcheck(normalised, made, fast_mode=True)
+    assert gradcheck(normalized, made, fast_mode=True)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -155,7 +155,7 @@ def test_upscaling_passes_opcheck(dtype: torch.dtype, layout: str) -> None:
     options = (1, 1, 1, "mul")
     for operator, arguments in (
         (torch.ops.ddf_convert.ddf, (*made, *options, 2)),
-        (torch.ops.ddf_convert.ddf_normalised, (*made, 0.7, *options, 2)),
+        (torch.ops.ddf_convert.ddf_normalized, (*made, 0.7, *options, 2)),
     ):
         assert set(torch.library.opcheck(operator, arguments, **tolerance).values()) == {"SUCCESS"}
     grad = torch.randn_like(torch.ops.ddf_convert.ddf(*made, *options, 2).detach()).requires_grad_()
@@ -239,12 +239,12 @@ def test_autocast_follows_the_current_dtype(dtype: torch.dtype) -> None:
     assert all(tensor.grad is not None and tensor.grad.dtype == torch.float32 for tensor in made)
 
 
-@pytest.mark.parametrize("normalised", [False, True])
-def test_flop_counter_counts_the_taps(normalised: bool) -> None:
+@pytest.mark.parametrize("normalized", [False, True])
+def test_flop_counter_counts_the_taps(normalized: bool) -> None:
     made = tensors(5, 2, 2, 1, 2, (2, 8, 9, 11), grad=True)
     with FlopCounterMode(display=False) as counter:
-        if normalised:
-            output = torch.ops.ddf_convert.ddf_normalised(*made, 0.5, 2, 2, 1, "mul")
+        if normalized:
+            output = torch.ops.ddf_convert.ddf_normalized(*made, 0.5, 2, 2, 1, "mul")
         else:
             output = torch.ops.ddf_convert.ddf(*made, 2, 2, 1, "mul")
     assert counter.get_total_flops() == 2 * 25 * output.numel()
@@ -310,7 +310,7 @@ def test_gradients_only_where_needed(needed: int) -> None:
     assert [tensor.grad is not None for tensor in made] == calls[0]
 
 
-@pytest.mark.parametrize("operator", ["ddf", "ddf_backward", "ddf_normalised", "filter_norm", "filter_norm_backward"])
+@pytest.mark.parametrize("operator", ["ddf", "ddf_backward", "ddf_normalized", "filter_norm", "filter_norm_backward"])
 def test_other_devices_take_the_reference(operator: str) -> None:
     table = torch._C._dispatch_dump_table(f"ddf_convert::{operator}")
     kinds = dict(line.split(":", 1) for line in table.splitlines())
@@ -363,38 +363,38 @@ def test_wrong_gradient_is_refused() -> None:
 # --- FilterNorm, and DDF with FilterNorm inside -----------------------------------------------------------------------
 
 
-def assert_normalised_like_its_parts(made: list[Tensor], options: tuple[Any, ...]) -> None:
+def assert_normalized_like_its_parts(made: list[Tensor], options: tuple[Any, ...]) -> None:
     """Forward and backward against FilterNorm and DDF in float64."""
     made = [tensor.detach().requires_grad_() for tensor in made]
-    output = torch.ops.ddf_convert.ddf_normalised(*made, 0.7, *options)
+    output = torch.ops.ddf_convert.ddf_normalized(*made, 0.7, *options)
     grad = torch.randn(output.shape).to(output.dtype)
     gradients = torch.autograd.grad(output, made, grad)
     exact = [tensor.detach().double().requires_grad_() for tensor in made]
-    normalised = reference.filter_norm(exact[2], made[1].shape[-1] ** 2, 0.7)
-    whole = reference.forward(*exact[:2], normalised, *options)
+    normalized = reference.filter_norm(exact[2], made[1].shape[-1] ** 2, 0.7)
+    whole = reference.forward(*exact[:2], normalized, *options)
     expected = (whole, *torch.autograd.grad(whole, exact, grad.double()))
     for ours, theirs in zip((output, *gradients), expected, strict=True):
         assert ours.dtype == made[0].dtype
         error = (ours.double() - theirs).norm() / theirs.norm()
-        assert error <= 2 * TOLERANCES[ours.dtype], float(error)  # half types: the normalised filter is rounded too
+        assert error <= 2 * TOLERANCES[ours.dtype], float(error)  # half types: the normalized filter is rounded too
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("size", [3, 5])
-def test_normalised_is_filter_norm_and_ddf(size: int, dtype: torch.dtype, layout: str) -> None:
+def test_normalized_is_filter_norm_and_ddf(size: int, dtype: torch.dtype, layout: str) -> None:
     for combine, stride, dilation, heads in (("mul", 1, 1, 1), ("add", 2, 1, 2), ("mul", 1, 2, 4)):
         padding = dilation * (size - 1) // 2
         made = tensors(size, stride, padding, dilation, heads, (2, 8, 9, 11), dtype, layout)
-        assert_normalised_like_its_parts(made, (stride, padding, dilation, combine))
+        assert_normalized_like_its_parts(made, (stride, padding, dilation, combine))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_the_reference_does_not_round_normalised_filters(dtype: torch.dtype) -> None:
+def test_the_reference_does_not_round_normalized_filters(dtype: torch.dtype) -> None:
     made = tensors(dtype=dtype)
     exact = [tensor.double() for tensor in made]
     expected = reference.forward(*exact[:2], reference.filter_norm(exact[2], 9, 0.7), 1, 1, 1, "mul")
-    output = ops._normalised_reference(*made, 0.7, 1, 1, 1, "mul")
+    output = ops._normalized_reference(*made, 0.7, 1, 1, 1, "mul")
     assert output.dtype == dtype
     assert torch.equal(output, expected.to(dtype))
 
@@ -402,11 +402,11 @@ def test_the_reference_does_not_round_normalised_filters(dtype: torch.dtype) -> 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("combine", ["mul", "add"])
 @pytest.mark.parametrize("size", [3, 5])
-def test_normalised_gradients(size: int, combine: str, layout: str) -> None:
+def test_normalized_gradients(size: int, combine: str, layout: str) -> None:
     made = tensors(size, 1, size // 2, 1, 2, (1, 4, 3, 4), layout=layout, grad=True)
 
     def call(*tensors: Tensor) -> Tensor:
-        return ops.ddf_normalised(*tensors, scale=0.7, padding=size // 2, combine=combine)
+        return ops.ddf_normalized(*tensors, scale=0.7, padding=size // 2, combine=combine)
 
     assert gradcheck(call, made)
     assert gradgradcheck(call, made, fast_mode=size == 5)
@@ -444,21 +444,21 @@ def test_filter_norm_keeps_dtype_and_memory_format(dtype: torch.dtype, layout: s
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
-def test_opcheck_of_filter_norm_and_normalised(dtype: torch.dtype, layout: str) -> None:
+def test_opcheck_of_filter_norm_and_normalized(dtype: torch.dtype, layout: str) -> None:
     made = tensors(3, 1, 1, 1, 2, dtype=dtype, layout=layout, grad=True)
     tolerance = {"atol": 2e-2, "rtol": 2e-2} if dtype in (torch.float16, torch.bfloat16) else {}
     grad = torch.randn_like(made[2]).requires_grad_()
     for operator, arguments in (
         (torch.ops.ddf_convert.filter_norm, (made[2], 9, 0.7)),
         (torch.ops.ddf_convert.filter_norm_backward, (grad, made[2], 9, 0.7)),
-        (torch.ops.ddf_convert.ddf_normalised, (*made, 0.7, 1, 1, 1, "add")),
+        (torch.ops.ddf_convert.ddf_normalized, (*made, 0.7, 1, 1, 1, "add")),
     ):
         assert set(torch.library.opcheck(operator, arguments, **tolerance).values()) == {"SUCCESS"}
 
 
-def test_normalised_compiles_whole() -> None:
+def test_normalized_compiles_whole() -> None:
     def call(input: Tensor, channel: Tensor, spatial: Tensor) -> Tensor:
-        return ops.ddf_normalised(input.relu(), channel, spatial * 3, scale=0.7, padding=1) * 2
+        return ops.ddf_normalized(input.relu(), channel, spatial * 3, scale=0.7, padding=1) * 2
 
     made = tensors(dtype=torch.float32, layout="channels_last", grad=True)
     eager, ours = call(*made), torch.compile(call, fullgraph=True)(*made)
@@ -470,11 +470,11 @@ def test_normalised_compiles_whole() -> None:
         torch.testing.assert_close(gradient, expected)
 
 
-def test_normalised_under_autocast() -> None:
+def test_normalized_under_autocast() -> None:
     made = tensors(dtype=torch.float32, grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        output = ops.ddf_normalised(made[0], made[1], made[2].bfloat16(), scale=0.7, padding=1)
-        exact = ops.ddf_normalised(*(tensor.double() for tensor in made), scale=0.7, padding=1)
+        output = ops.ddf_normalized(made[0], made[1], made[2].bfloat16(), scale=0.7, padding=1)
+        exact = ops.ddf_normalized(*(tensor.double() for tensor in made), scale=0.7, padding=1)
     assert (output.dtype, exact.dtype) == (torch.bfloat16, torch.float64)
     assert (output.double() - exact).norm() <= 4 * torch.finfo(
         torch.bfloat16
@@ -483,10 +483,10 @@ def test_normalised_under_autocast() -> None:
     assert all(tensor.grad is not None and tensor.grad.dtype == torch.float32 for tensor in made)
 
 
-def test_normalised_gradients_only_where_needed() -> None:
+def test_normalized_gradients_only_where_needed() -> None:
     made = tensors()
     made[0].requires_grad_()
-    ops.ddf_normalised(*made, scale=0.7, padding=1).sum().backward()
+    ops.ddf_normalized(*made, scale=0.7, padding=1).sum().backward()
     assert [tensor.grad is not None for tensor in made] == [True, False, False]
 
 
@@ -504,11 +504,11 @@ def test_wrong_filters_are_refused(filters: Tensor, taps: int, error: type[Excep
         ops.filter_norm(filters, taps)
 
 
-def test_normalised_refuses_what_its_parts_refuse() -> None:
+def test_normalized_refuses_what_its_parts_refuse() -> None:
     with pytest.raises(ValueError, match="2 taps or more"):
-        ops.ddf_normalised(*tensors(1, padding=0), scale=1.0)
+        ops.ddf_normalized(*tensors(1, padding=0), scale=1.0)
     with pytest.raises(ValueError, match="combine must be"):
-        ops.ddf_normalised(*tensors(), scale=1.0, padding=1, combine="max")
+        ops.ddf_normalized(*tensors(), scale=1.0, padding=1, combine="max")
     with pytest.raises(ValueError, match="grad_output must be"):
         torch.ops.ddf_convert.filter_norm_backward(torch.randn(2, 9, 3, 4), torch.randn(2, 9, 3, 3), 9, 1.0)
 
@@ -536,7 +536,7 @@ def the_operators(combine: str, upscale: int) -> dict[str, Any]:
 
     return {
         "ddf": lambda *made: torch.ops.ddf_convert.ddf(*made[:3], *options, upscale),
-        "ddf_normalised": lambda *made: torch.ops.ddf_convert.ddf_normalised(*made[:3], 0.7, *options, upscale),
+        "ddf_normalized": lambda *made: torch.ops.ddf_convert.ddf_normalized(*made[:3], 0.7, *options, upscale),
         "ddf_backward": backward([True] * 3),
         "ddf_backward, of some": backward([False, True, False]),
         "filter_norm": lambda *made: ops.filter_norm(made[2], 9, 0.7),
@@ -589,7 +589,7 @@ def test_vmap_of_vmap(layout: str) -> None:
     assert empty.shape == (3, 0, 4, 4, 5)
 
 
-@pytest.mark.parametrize("name", ["ddf", "ddf_normalised", "filter_norm"])
+@pytest.mark.parametrize("name", ["ddf", "ddf_normalized", "filter_norm"])
 @pytest.mark.parametrize(("combine", "upscale"), [("mul", 1), ("add", 2)])
 def test_gradients_of_samples_are_those_of_a_loop(combine: str, upscale: int, name: str) -> None:
     call, made = the_operators(combine, upscale)[name], samples(upscale)
@@ -621,7 +621,7 @@ def test_jacobians_by_torch_func() -> None:
         torch.testing.assert_close(torch.func.jacrev(call, place)(*made), expected)
 
 
-@pytest.mark.parametrize("name", ["ddf", "ddf_normalised", "filter_norm"])
+@pytest.mark.parametrize("name", ["ddf", "ddf_normalized", "filter_norm"])
 def test_forward_mode_is_refused_and_not_zero(name: str) -> None:
     made = [*tensors(heads=2, shape=(2, 4, 4, 5)), torch.empty(0)]
     call = the_operators("mul", 1)[name]
@@ -690,18 +690,18 @@ def test_cuda_tensors_go_to_the_kernels_that_can_run(runs: bool, monkeypatch: py
     made = tensors(3, 2, 1, 1, 2, layout="channels_last")
     options, layout = (2, 1, 1, "add"), torch.channels_last
     grad, needs = torch.randn(2, 8, 4, 5).double(), [True, False, True]
-    normalised = reference.filter_norm(made[2], 9, 0.7)
+    normalized = reference.filter_norm(made[2], 9, 0.7)
     torch.testing.assert_close(ops._forward_cuda(*made, *options), reference.forward(*made, *options))
     torch.testing.assert_close(
-        ops._normalised_cuda(*made, 0.7, *options), reference.forward(*made[:2], normalised, *options)
+        ops._normalized_cuda(*made, 0.7, *options), reference.forward(*made[:2], normalized, *options)
     )
     gradients = ops._backward_cuda(grad, *made, *options, needs)
     for ours, theirs in zip(gradients, reference.backward(grad, *made, *options, tuple(needs)), strict=True):
         torch.testing.assert_close(ours, torch.empty(0, dtype=ours.dtype) if theirs is None else theirs)
-    torch.testing.assert_close(filter_norm._forward_cuda(made[2], 9, 0.7), normalised)
+    torch.testing.assert_close(filter_norm._forward_cuda(made[2], 9, 0.7), normalized)
     torch.testing.assert_close(
-        filter_norm._backward_cuda(normalised, made[2], 9, 0.7),
-        reference.filter_norm_backward(normalised, made[2], 9, 0.7),
+        filter_norm._backward_cuda(normalized, made[2], 9, 0.7),
+        reference.filter_norm_backward(normalized, made[2], 9, 0.7),
     )
     expected = [
         ("forward", *options, layout, None),
@@ -720,7 +720,7 @@ def test_arguments_are_checked_before_the_kernels(monkeypatch: pytest.MonkeyPatc
     made = tensors()
     for call in (
         lambda: ops._forward_cuda(*made, 0, 1, 1, "mul"),
-        lambda: ops._normalised_cuda(*made, 0.7, 0, 1, 1, "mul"),
+        lambda: ops._normalized_cuda(*made, 0.7, 0, 1, 1, "mul"),
         lambda: ops._backward_cuda(made[0][:1], *made, 1, 1, 1, "mul", [True] * 3),
         lambda: filter_norm._forward_cuda(made[2], 7, 0.7),
         lambda: filter_norm._backward_cuda(made[0], made[2], 9, 0.7),

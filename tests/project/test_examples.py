@@ -116,7 +116,7 @@ def test_scripts_of_timm_train_a_converted_folder(data, tmp_path, monkeypatch, c
     original = timm.create_model(MODEL)
     recipe = ddf.recipes.load("preserve")
     model = recipe.convert(original, torch.zeros(1, 3, 32, 32))
-    recipe.initialise(model, original)
+    recipe.initialize(model, original)
     ddf.save(model, "converted")
     script = importlib.import_module("timm_script")
     options = ("--model", "converted", "--data-dir", str(data), "--num-classes", "2", "--img-size", "32")

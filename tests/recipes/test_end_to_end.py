@@ -38,10 +38,10 @@ def test_a_built_in_recipe_from_end_to_end(name, photos, tmp_path, monkeypatch, 
     torch.set_num_threads(1)  # of many small steps, threads make slow ones
     try:
         recipe = ddf.recipes.load(name)
-        images = ["--images", photos] if recipe.initialise_with.method == "calibrate" else []
+        images = ["--images", photos] if recipe.initialize_with.method == "calibrate" else []
         assert cli.run(["convert", MODEL, "-o", "converted", "--recipe", name, *images, *SIZE, "--json"]) == 0
         layers = json.loads(capsys.readouterr().out)["initialised"]["layers"]
-        assert bool(layers) == (recipe.initialise_with.method != "paper")
+        assert bool(layers) == (recipe.initialize_with.method != "paper")
 
         short = ["--steps", "3"] if all(stage.steps for stage in recipe.stages) else ["--epochs", "1"]
         options = ["--batch-size", "4", "--workers", "0", "--device", "cpu", *SIZE]
@@ -49,7 +49,7 @@ def test_a_built_in_recipe_from_end_to_end(name, photos, tmp_path, monkeypatch, 
         training = ["finetune", "converted", "--data", photos, "-o", "run", *short, *classes, *options, "--json"]
         code = cli.run(training if recipe.stages else [*training, "--recipe", name])
         out, err = capsys.readouterr()
-        if not recipe.stages:  # it ends with the initialisation: what was converted is what there is
+        if not recipe.stages:  # it ends with the initialization: what was converted is what there is
             assert code == 2
             assert "nothing to train" in err
             folder = "converted"

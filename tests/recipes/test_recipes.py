@@ -1,4 +1,4 @@
-"""Recipes: files and their errors, what a stage trains, what it minimises, and what new layers start from."""
+"""Recipes: files and their errors, what a stage trains, what it minimizes, and what new layers start from."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from ddf_convert.recipes.calibrate import sample
 from ddf_convert.recipes.losses import Objective, divergence, relative_error
 from ddf_convert.recipes.pairs import Pair, pairs
 from ddf_convert.recipes.parameters import learning_rate, trainable_names
-from ddf_convert.recipes.schema import Initialise, Losses, Stage
+from ddf_convert.recipes.schema import Initialize, Losses, Stage
 
 PRESERVE = ddf.recipes.load("preserve")
 ANY = {"stem": True, "depthwise": True, "allow_growth": True}
@@ -72,15 +72,15 @@ def test_built_in_recipes_are_right_and_survive_being_written_out(name):
 
 HEAD = "name: mine\nconversion: {affine: true}\nstages:\n  - name: one\n    optimizer: {lr: 0.1}\n"
 BAD = {
-    "unknown key": ("name: mine\ninitialise:\n  methode: paper\n", 3, "initialise.methode", "did you mean method"),
-    "key of a stage": (HEAD + "    epochs: 1\n    optimiser: {lr: 1}\n", 7, "stages.0.optimiser", "optimizer"),
+    "unknown key": ("name: mine\ninitialize:\n  methode: paper\n", 3, "initialize.methode", "did you mean method"),
+    "key of a stage": (HEAD + "    epochs: 1\n    optimizer: {lr: 1}\n", 7, "stages.0.optimizer", "optimizer"),
     "twice": ("name: mine\nname: yours\n", 2, "name", "twice"),
     "type": (HEAD + "    epochs: many\n", 6, "stages.0.epochs", "integer"),
     "range": (HEAD + "    epochs: 0\n", 6, "stages.0.epochs", "greater"),
     "optimizer": (HEAD.replace("lr: 0.1", "lr: 0.1, opt: adamx") + "    epochs: 1\n", 5, "opt", "did you mean"),
     "epochs and steps": (HEAD + "    epochs: 1\n    steps: 1\n", 4, "stages.0", "one of the two"),
     "neither": (HEAD, 4, "stages.0", "one of the two"),
-    "nothing to minimise": (HEAD + "    epochs: 1\n    losses: {task: 0}\n", 7, "losses", "every weight is 0"),
+    "nothing to minimize": (HEAD + "    epochs: 1\n    losses: {task: 0}\n", 7, "losses", "every weight is 0"),
     "smoothing without labels": (
         HEAD + "    epochs: 1\n    losses: {task: 0, logits: 1, label_smoothing: 0.1}\n",
         7,
@@ -101,7 +101,7 @@ BAD = {
     ),
     "all warm-up": (HEAD + "    epochs: 2\n    schedule: {warmup_epochs: 2}\n", 4, "stages.0", "leaves nothing"),
     "step schedule in steps": (HEAD + "    steps: 9\n    schedule: {sched: step}\n", 4, "stages.0", "counts epochs"),
-    "preserve without shifts": ("name: mine\ninitialise: {method: preserve}\n", None, "recipe", "affine: true"),
+    "preserve without shifts": ("name: mine\ninitialize: {method: preserve}\n", None, "recipe", "affine: true"),
     "two stages of a name": (
         HEAD + "    epochs: 1\n  - name: one\n    epochs: 1\n    optimizer: {lr: 1}\n",
         None,
@@ -196,7 +196,7 @@ def test_new_needs_new_layers():
 def test_a_network_without_norms_has_none_to_train():
     model = ddf.convert(net.Residual(), example_input=torch.randn(1, 3, 8, 8))
     assert trainable_names(model, ["new", "norms"]) == trainable_names(model, ["new"])
-    with pytest.raises(UsageError, match="no normalisations"):
+    with pytest.raises(UsageError, match="no normalizations"):
         trainable_names(model, ["norms"])
 
 
@@ -234,11 +234,11 @@ def test_stages_by_name_and_number():
     assert recipe.stage(1) == recipe.stage("everything") == recipe.stage(recipe.stages[1])
     with pytest.raises(UsageError, match="'everything'"):
         recipe.stage("nothing")
-    with pytest.raises(UsageError, match="ends with the initialisation"):
+    with pytest.raises(UsageError, match="ends with the initialization"):
         PRESERVE.stage(0)
 
 
-# --- what a stage minimises ---
+# --- what a stage minimizes ---
 
 
 def test_losses_are_the_weighted_sum_of_their_parts():
@@ -263,7 +263,7 @@ def test_losses_are_the_weighted_sum_of_their_parts():
 
 def test_a_model_is_at_no_distance_from_itself():
     original, model = converted(exclude=["stem", "wide"])
-    PRESERVE.initialise(model, original)
+    PRESERVE.initialize(model, original)
     objective = Objective(model.eval(), Losses(task=0, logits=1.0, features=1.0), original).eval()
     result = objective(torch.randn(2, 3, 16, 16))
     assert result["features_loss"].item() < 1e-12
@@ -324,7 +324,7 @@ def test_depthwise_convolutions_are_preserved_exactly(case, combine):
     image = torch.randn(2, 3, 13, 17)
     model = PRESERVE.convert(original, image, **ANY, kernel_size=(3, 5), combine=combine, heads=2)
     assert isinstance(model[1], DDF2d)
-    done = PRESERVE.initialise(model, original)
+    done = PRESERVE.initialize(model, original)
     assert [layer.weight_error for layer in done.layers] == [0.0]
     with torch.no_grad():
         torch.testing.assert_close(model(image), original(image), **near(torch.float32, original(image), terms=9 * 32))
@@ -338,7 +338,7 @@ def test_standardised_weights_are_taken_as_the_convolution_uses_them(kind):
     original = net.around(conv)
     image = torch.randn(1, 3, 9, 9)
     model = PRESERVE.convert(original, image, **ANY)
-    PRESERVE.initialise(model, original)
+    PRESERVE.initialize(model, original)
     with torch.no_grad():
         torch.testing.assert_close(model(image), original(image), **near(torch.float32, original(image), terms=9 * 32))
 
@@ -354,7 +354,7 @@ def test_functional_convolutions_are_preserved():
 
     original, image = Depthwise(), torch.randn(1, 3, 8, 8)
     model = PRESERVE.convert(original, image, **ANY, functional=True)
-    assert PRESERVE.initialise(model, original).layers[0].weight_error == 0
+    assert PRESERVE.initialize(model, original).layers[0].weight_error == 0
     with torch.no_grad():
         torch.testing.assert_close(model(image), original(image), **near(torch.float32, original(image), terms=9 * 32))
 
@@ -376,7 +376,7 @@ def test_dense_convolutions_get_the_best_factors(case):
     conv = nn.Conv2d(kernel_size=3, padding=1, **conv_options)
     original, image = net.around(conv), torch.randn(1, 3, 8, 8)
     model = PRESERVE.convert(original, image, **ANY, **options)
-    (layer,) = PRESERVE.initialise(model, original).layers
+    (layer,) = PRESERVE.initialize(model, original).layers
     pair = pairs(model, original)[0]
     weight = pair.weight()
     if pair.mix is None:
@@ -395,7 +395,7 @@ def test_gradients_reach_the_scales_at_once_and_all_else_after_a_step(combine):
     original = net.around(net.conv(groups=32))
     image = torch.randn(2, 3, 8, 8)
     model = PRESERVE.convert(original, image, **ANY, combine=combine).train()
-    PRESERVE.initialise(model, original)
+    PRESERVE.initialize(model, original)
     layer = model[1]
     optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
 
@@ -411,31 +411,31 @@ def test_gradients_reach_the_scales_at_once_and_all_else_after_a_step(combine):
 
 def test_paper_draws_anew_and_leaves_the_rest():
     original, model = converted()
-    ddf.recipes.load("preserve").initialise(model, original)
+    ddf.recipes.load("preserve").initialize(model, original)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    assert ddf.recipes.load("paper").initialise(model).layers == ()
+    assert ddf.recipes.load("paper").initialize(model).layers == ()
     changed = {name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])}
     assert {name.partition(".")[0] for name in changed} == {"stem", "wide", "deep"}
     assert model.deep.channel_branch[4].std.std().item() == pytest.approx(2**0.5 / 3, rel=0.3)
     assert not model.deep.channel_branch[4].mean.any()
 
 
-INITIALISE_WRONG = {
-    "no original": (lambda m, o: PRESERVE.initialise(m), "give the original"),
-    "not converted": (lambda m, o: PRESERVE.initialise(o, o), "was not converted"),
-    "the converted one twice": (lambda m, o: PRESERVE.initialise(m, m), "before conversion"),
-    "another": (lambda m, o: PRESERVE.initialise(m, net.around(net.conv())), "does not fit"),
-    "no images": (lambda m, o: ddf.recipes.load("calibrate").initialise(m, o), "looks at images"),
-    "none": (lambda m, o: ddf.recipes.load("calibrate").initialise(m, o, []), "no images"),
-    "not batches": (lambda m, o: ddf.recipes.load("calibrate").initialise(m, o, [torch.ones(3, 8, 8)]), "batches"),
+INITIALIZE_WRONG = {
+    "no original": (lambda m, o: PRESERVE.initialize(m), "give the original"),
+    "not converted": (lambda m, o: PRESERVE.initialize(o, o), "was not converted"),
+    "the converted one twice": (lambda m, o: PRESERVE.initialize(m, m), "before conversion"),
+    "another": (lambda m, o: PRESERVE.initialize(m, net.around(net.conv())), "does not fit"),
+    "no images": (lambda m, o: ddf.recipes.load("calibrate").initialize(m, o), "looks at images"),
+    "none": (lambda m, o: ddf.recipes.load("calibrate").initialize(m, o, []), "no images"),
+    "not batches": (lambda m, o: ddf.recipes.load("calibrate").initialize(m, o, [torch.ones(3, 8, 8)]), "batches"),
 }
 
 
-@pytest.mark.parametrize("case", INITIALISE_WRONG)
-def test_what_cannot_be_initialised_stays_as_it_is(case):
+@pytest.mark.parametrize("case", INITIALIZE_WRONG)
+def test_what_cannot_be_initialized_stays_as_it_is(case):
     original, model = converted()
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    call, words = INITIALISE_WRONG[case]
+    call, words = INITIALIZE_WRONG[case]
     with pytest.raises(UsageError, match=words):
         call(model, original)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
@@ -445,7 +445,7 @@ def test_layers_without_shifts_say_how_to_get_them():
     original = net.Residual()
     model = ddf.convert(original, example_input=torch.randn(1, 3, 8, 8))
     with pytest.raises(UsageError, match="affine=True"):
-        PRESERVE.initialise(model, original)
+        PRESERVE.initialize(model, original)
 
 
 # --- calibrate ---
@@ -497,10 +497,10 @@ def test_calibration_brings_every_layer_nearer_to_the_original(mixing):
     options = {"mixing": mixing, "allow_growth": True}
     preserved = recipe.convert(original, images[0], **options).eval()
     calibrated = recipe.convert(original, images[0], **options).eval()
-    PRESERVE.initialise(preserved, original)
+    PRESERVE.initialize(preserved, original)
     state = {name: tensor.clone() for name, tensor in original.state_dict().items()}
     said = []
-    done = recipe.initialise(calibrated, original, iter(images), num_images=20, steps=6, say=said.append)
+    done = recipe.initialize(calibrated, original, iter(images), num_images=20, steps=6, say=said.append)
     assert done.images == 20
     assert [layer.name for layer in done.layers] == ["2", "5"]
     assert all(layer.fitted_error < layer.output_error for layer in done.layers)
@@ -518,7 +518,7 @@ def test_calibration_keeps_what_is_exact():
     images = [torch.randn(4, 3, 12, 12)]
     recipe = ddf.recipes.load("calibrate")
     model = recipe.convert(original, images[0], **ANY)
-    (layer,) = recipe.initialise(model, original, images, steps=3).layers
+    (layer,) = recipe.initialize(model, original, images, steps=3).layers
     assert layer.fitted_error < 1e-5
 
 
@@ -550,9 +550,9 @@ def test_batch_norms_put_out_what_the_original_puts_out(own_statistics):
     assert torch.equal(original[1].running_mean, before)
 
 
-def test_initialise_checks_its_settings():
+def test_initialize_checks_its_settings():
     with pytest.raises(ValueError, match="steps"):
-        Initialise(steps=-1)
+        Initialize(steps=-1)
 
 
 # --- with the rest of the house ---
@@ -563,7 +563,7 @@ def test_the_record_and_the_original_travel_with_the_model(tmp_path):
     image = torch.randn(1, 3, 32, 32)
     recipe = ddf.recipes.load("quick")
     model = recipe.convert(original, image).eval()
-    recipe.initialise(model, original)
+    recipe.initialize(model, original)
     ddf.save(model, tmp_path / "kept", original=original)
     manifest = json.loads((tmp_path / "kept" / "manifest.json").read_text())
     assert manifest["conversion"]["recipe"]["name"] == "quick"
@@ -618,7 +618,7 @@ def test_recipes_are_listed_and_shown(run):
     assert run("recipes", "show", "destill")[2].endswith("did you mean distill?\n")
 
 
-def test_convert_initialises_as_the_recipe_says(run, caplog):
+def test_convert_initializes_as_the_recipe_says(run, caplog):
     code, out, err = run("convert", "resnet10t", "-o", "out", "--recipe", "quick", *SMALL, "--json")
     assert code == 0, err
     assert "random here" in caplog.text  # resnet10t without weights has nothing worth preserving
@@ -639,7 +639,7 @@ def test_convert_initialises_as_the_recipe_says(run, caplog):
 
 def test_the_command_lines_options_win_over_the_recipes(run, tmp_path):
     text = "name: mine\nconversion: {affine: true, mixing: always, heads: 2, exclude: ['layer1*']}\n"
-    (tmp_path / "mine.yaml").write_text(text + "initialise: {method: preserve}\n")
+    (tmp_path / "mine.yaml").write_text(text + "initialize: {method: preserve}\n")
     arguments = ["inspect", "resnet10t", *SMALL, "--json", "--recipe", "mine.yaml"]
     report = json.loads(run(*arguments, "--mixing", "auto", "--exclude", "layer2*")[1])
     assert (report["config"]["mixing"], report["config"]["heads"], report["config"]["affine"]) == ("auto", 2, True)
@@ -677,7 +677,7 @@ WRONG = {
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_wrong_with_a_recipe_is_said_in_one_line_and_nothing_is_written(case, run, tmp_path):
     options, words = WRONG[case]
-    (tmp_path / "bad.yaml").write_text("name: bad\ninitialise: {method: preserve}\n")
+    (tmp_path / "bad.yaml").write_text("name: bad\ninitialize: {method: preserve}\n")
     code, out, err = run("convert", "resnet10t", "-o", "out", *SMALL, *options)
     assert code == 2
     assert words in err

@@ -72,8 +72,8 @@ def test_filters_of_equal_taps_are_zeros(value: float, dtype: torch.dtype) -> No
     grad, cotangent = torch.randn(2, 1, 9, 2, 2, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert torch.equal(reference.filter_norm(filters, 9, 1.0), torch.zeros(1, 9, 2, 2).to(reference_dtype(dtype)))
     gradient = reference.filter_norm_backward(grad, filters, 9, 1.0)
-    centred = grad.to(gradient.dtype) - grad.to(gradient.dtype).mean(1, keepdim=True)
-    torch.testing.assert_close(gradient, centred * 1e10)
+    centered = grad.to(gradient.dtype) - grad.to(gradient.dtype).mean(1, keepdim=True)
+    torch.testing.assert_close(gradient, centered * 1e10)
     assert reference.filter_norm_second_backward(cotangent, grad, filters, 9, 1.0).isfinite().all()
 
 

@@ -129,7 +129,7 @@ GROUPS: dict[str, tuple[Case | Norm, ...]] = {
         Case(size=7, padding=3, channels=3, height=5, width=4, dtype="float64"),
         Case(stride=3, scale=0.3, batch=2, heads=2),
     ),
-    "normalised": (
+    "normalized": (
         Case(scale=0.47),
         Case(scale=0.47, stride=2, heads=2),
         Case(scale=1.5, size=5, padding=2, channels=4, height=4),
@@ -312,10 +312,10 @@ def _call(case: Case, layout: torch.memory_format) -> Iterator[Result]:
     spatial = draw(case.batch, filters * case.heads * case.size**2, rows, columns)
     grad = draw(case.batch, case.channels, upscale * rows, upscale * columns)
     exact = [tensor.double() for tensor in (input, channel, spatial)]
-    normalised = exact[2] if case.scale is None else reference.filter_norm(exact[2], case.size**2, case.scale)
+    normalized = exact[2] if case.scale is None else reference.filter_norm(exact[2], case.size**2, case.scale)
 
     output = dispatch.forward(input, channel, spatial, *options, layout, case.scale, upscale)
-    yield "output", output, reference.forward(*exact[:2], normalised, *options, upscale), dtype, True
+    yield "output", output, reference.forward(*exact[:2], normalized, *options, upscale), dtype, True
     gradients = dispatch.backward(grad, input, channel, spatial, *options, case.needs, layout, upscale)
     expected = reference.backward(grad.double(), *exact, *options, case.needs, upscale)
     for name, made, wanted in zip(("grad_input", "grad_channel", "grad_spatial"), gradients, expected, strict=True):
@@ -332,7 +332,7 @@ def _norm(case: Norm, layout: torch.memory_format) -> Iterator[Result]:
         filters = filters[:, :1].expand(case.shape)
     filters, grad = (each.to(dtype, memory_format=layout) for each in (filters, torch.randn(case.shape)))
     made = dispatch.filter_norm(filters, case.taps, 0.7, layout)
-    yield "normalised", made, reference.filter_norm(filters.double(), case.taps, 0.7), dtype, True
+    yield "normalized", made, reference.filter_norm(filters.double(), case.taps, 0.7), dtype, True
     if case.equal:
         return  # the gradient is 1e10 times that of the result: more than halves hold
     made = dispatch.filter_norm_backward(grad, filters, case.taps, 0.7, layout)

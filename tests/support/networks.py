@@ -11,8 +11,10 @@ import numpy
 import timm.layers
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.utils import prune
+
+from ddf_convert.layers import SpatialFilterNorm
 
 
 def conv(inputs=32, outputs=32, **options):
@@ -774,3 +776,15 @@ class Routed(nn.Module):
             x = layer(x)
             outputs.append(x if layer.i in self.save else None)
         return x
+
+
+class Normalized(nn.Module):
+    """One call of FilterNorm, which is quickly exported."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(4, 18, 1)
+        self.norm = SpatialFilterNorm(3, heads=2)
+
+    def forward(self, image: Tensor) -> Tensor:
+        return self.norm(self.conv(image))

@@ -163,7 +163,7 @@ def strange(split):
 RECIPE = """
 name: test
 conversion: {affine: true, mixing: always}
-initialise: {method: preserve}
+initialize: {method: preserve}
 stages:
   - name: features
     trainable: new
@@ -204,7 +204,7 @@ def prepare(folder: Path) -> Path:
     for name in ("plain", "normed"):
         original = getattr(module, name)()
         model = recipe.convert(original, torch.zeros(1, *SIZE))
-        recipe.initialise(model, original)
+        recipe.initialize(model, original)
         ddf.artifact.save(model, folder / name, original=original)
     return folder
 

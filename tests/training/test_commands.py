@@ -28,7 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     original = timm.create_model("test_resnet")
     recipe = recipes.load("quick")
     model = recipe.convert(original, torch.zeros(1, 3, 32, 32))
-    recipe.initialise(model, original)
+    recipe.initialize(model, original)
     artifact.save(model, folder / "timm", original=original)
     artifact.save(model, folder / "alone")
     safetensors.torch.save_file(original.state_dict(), folder / "original.safetensors")

@@ -38,7 +38,7 @@ from ddf_convert.utils import logging
 from ddf_convert.utils.imports import call, find_callable
 
 SMALL = ImageSettings((3, 16, 16), crop_pct=1.0)
-GREY = ImageSettings((1, 12, 20), crop_pct=1.0)
+GRAY = ImageSettings((1, 12, 20), crop_pct=1.0)
 FORK = multiprocessing.get_context("fork")
 SEEDS = [7896617691693857887, 4334430513956379144, 3717377837946358015, 637987770806161565, 1127598636391001540]
 PERMUTATION = [0, 5, 2, 3, 4, 1]
@@ -50,7 +50,7 @@ def fresh_notices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logging, "_told", set())
 
 
-def colour(number: int) -> tuple[int, int, int]:
+def color(number: int) -> tuple[int, int, int]:
     return (number * 37 % 256, number * 91 % 256, number * 53 % 256)
 
 
@@ -59,7 +59,7 @@ def write_images(folder: Path, count: int, first: int = 0, size: tuple[int, int]
     folder.mkdir(parents=True, exist_ok=True)
     for number in range(first, first + count):
         noise = np.random.RandomState(number).randint(0, 256, (size[1], size[0], 3), dtype=np.uint8)
-        noise[: size[1] // 2] = colour(number)
+        noise[: size[1] // 2] = color(number)
         PIL.Image.fromarray(noise).save(folder / f"{number}.png")
 
 
@@ -126,7 +126,7 @@ def test_a_folder_of_classes(classes):
     assert images.classes == ("c1", "c2", "c10")  # in timm's order
     assert images.has_labels
     assert [images[index][1] for index in range(24)] == [0] * 8 + [1] * 8 + [2] * 8
-    assert images[9][0].getpixel((0, 0)) == colour(9)
+    assert images[9][0].getpixel((0, 0)) == color(9)
     assert images.name(9).endswith("9.png")
     assert len(open_images(str(classes), "validation", labelled=True, whole=True)) == 24
     with pytest.raises(NoSuchSplit, match="no val/"):
@@ -262,11 +262,11 @@ def _see_through() -> PIL.Image.Image:
 RAMP = np.array([[0, 25700], [40000, 65535]], dtype=np.uint16)
 PIXELS: list[tuple[str, Callable[[], Any], Any]] = [
     ("RGB", lambda: PIL.Image.new("RGB", (2, 2), (10, 20, 30)), (10, 20, 30)),
-    ("grey", lambda: PIL.Image.new("L", (2, 2), 77), (77, 77, 77)),
+    ("gray", lambda: PIL.Image.new("L", (2, 2), 77), (77, 77, 77)),
     ("bilevel", lambda: PIL.Image.new("1", (2, 2), 1), (255, 255, 255)),
     ("opaque", lambda: PIL.Image.new("RGBA", (2, 2), (10, 20, 30, 255)), (10, 20, 30)),
     ("transparent", lambda: PIL.Image.new("RGBA", (2, 2), (10, 20, 30, 0)), (255, 255, 255)),
-    ("grey, transparent", lambda: PIL.Image.new("LA", (2, 2), (0, 0)), (255, 255, 255)),
+    ("gray, transparent", lambda: PIL.Image.new("LA", (2, 2), (0, 0)), (255, 255, 255)),
     ("palette", _palette, (10, 20, 30)),
     ("palette, transparent", _see_through, (255, 255, 255)),
     ("palette, GIF", lambda: _encoded(_palette(), "GIF"), (10, 20, 30)),
@@ -280,12 +280,12 @@ PIXELS: list[tuple[str, Callable[[], Any], Any]] = [
     ("float to 255", lambda: PIL.Image.fromarray(np.float32([[0, 40], [300, np.nan]])), [[0, 40], [255, 0]]),
     ("array", lambda: np.full((2, 2), 77, np.uint8), (77, 77, 77)),
     ("array, one channel", lambda: np.full((2, 2, 1), 77, np.uint8), (77, 77, 77)),
-    ("array, colours", lambda: np.full((2, 2, 3), (10, 20, 30), np.uint8), (10, 20, 30)),
+    ("array, colors", lambda: np.full((2, 2, 3), (10, 20, 30), np.uint8), (10, 20, 30)),
     ("array, float", lambda: np.full((2, 2, 3), (0.2, 0.4, 1.0)), (51, 102, 255)),
     ("tensor", lambda: torch.full((2, 2), 77, dtype=torch.uint8), (77, 77, 77)),
     ("tensor, one channel", lambda: torch.full((1, 2, 2), 0.2), (51, 51, 51)),
     ("tensor, half", lambda: torch.full((1, 2, 2), 1.0, dtype=torch.bfloat16), (255, 255, 255)),
-    ("tensor, colours", lambda: torch.tensor([51, 102, 255]).div(255).view(3, 1, 1).expand(3, 2, 2), (51, 102, 255)),
+    ("tensor, colors", lambda: torch.tensor([51, 102, 255]).div(255).view(3, 1, 1).expand(3, 2, 2), (51, 102, 255)),
 ]  # fmt: skip
 
 
@@ -436,7 +436,7 @@ def test_a_data_set_of_torchvision(tmp_path, monkeypatch):
         assert np.asarray(images[1][0])[0, :3, 1].tolist() == [16, 17, 18]
         assert images.classes is not None
         assert images.classes[2] == "Pullover"
-    batch, labels = next(iter(evaluation_loader(images, GREY, 8)))
+    batch, labels = next(iter(evaluation_loader(images, GRAY, 8)))
     assert batch.shape == (3, 1, 12, 20)
     assert labels.tolist() == [0, 1, 2]
 
@@ -612,9 +612,9 @@ def test_settings():
     assert image_settings(known, (3, 96, 64)) == ImageSettings((3, 96, 64), crop_pct=1.0)
     other = image_settings(timm.create_model("test_vit"))
     assert (other.input_size, other.mean, other.crop_pct) == ((3, 160, 160), (0.5, 0.5, 0.5), 0.95)
-    grey = image_settings(timm.create_model("resnet18", in_chans=1))
-    assert grey.input_size == (1, 224, 224)
-    assert grey.mean == pytest.approx((0.449,), abs=1e-3)
+    gray = image_settings(timm.create_model("resnet18", in_chans=1))
+    assert gray.input_size == (1, 224, 224)
+    assert gray.mean == pytest.approx((0.449,), abs=1e-3)
     unknown = nn.Sequential(nn.Conv2d(1, 4, 3))
     assert image_settings(unknown).input_size == (1, 224, 224)
     assert image_settings(unknown, (1, 28, 28)).crop_pct == 1.0
@@ -622,7 +622,7 @@ def test_settings():
         image_settings(unknown, (4, 28, 28))
 
 
-@pytest.mark.parametrize("settings", [SMALL, GREY, ImageSettings((3, 40, 24))], ids=["RGB", "grey", "oblong"])
+@pytest.mark.parametrize("settings", [SMALL, GRAY, ImageSettings((3, 40, 24))], ids=["RGB", "gray", "oblong"])
 @pytest.mark.parametrize("size", [(28, 28), (5, 90), (90, 5), (1, 1)])
 @pytest.mark.parametrize("augmentation", [None, Augmentation(), STRONG, Augmentation(color_jitter=0.4, hflip=0)])
 def test_transforms(settings, size, augmentation):

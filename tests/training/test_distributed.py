@@ -72,7 +72,7 @@ def test_two_processes_train_as_one_and_stop_and_go_on_together(place: Path) -> 
     images = open_images("data", "validation", True)
     loader = evaluation_loader(images, image_settings(model, runs.SIZE), 15)
     assert evaluate(model, loader, Settings(ALONE)).loss == pytest.approx(two["last"]["loss"], rel=1e-5)
-    # Until the end of an epoch each process has its own statistics of batch normalisation: the checkpoint has them all.
+    # Until the end of an epoch each process has its own statistics of batch normalization: the checkpoint has them all.
     whole = runs.start(*[each if each != "two" else "whole" for each in arguments], processes=2)
     assert whole.codes == [0, 0], whole.stderr
     assert equal(weights("two/last"), weights("whole/last"))
@@ -98,7 +98,7 @@ def test_what_all_find_wrong_is_told_by_the_first(monkeypatch: pytest.MonkeyPatc
     assert [first_to_say(words) for words in ("a", "b", "a", "b")] == [True, True, False, False]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # another attempt, with the same store
     assert first_to_say("a")
-    monkeypatch.setattr(distributed, "_PATIENCE", timedelta(seconds=0.1))
+    monkeypatch.setattr(distributed, "_TIMEOUT_S", timedelta(seconds=0.1))
     monkeypatch.setenv("MASTER_PORT", "1")  # without a store it is better told twice than never
     assert first_to_say("a")
 

@@ -273,8 +273,8 @@ def drawn(rows: list[Row]) -> np.ndarray:
     return np.asarray(PIL.Image.open(io.BytesIO(content)).convert("RGB")).astype(int)
 
 
-def share(picture: np.ndarray, colour: tuple[int, int, int], tolerance: int = 40) -> float:
-    return float((np.abs(picture - np.array(colour)).max(axis=2) < tolerance).mean())
+def share(picture: np.ndarray, color: tuple[int, int, int], tolerance: int = 40) -> float:
+    return float((np.abs(picture - np.array(color)).max(axis=2) < tolerance).mean())
 
 
 BLUE, RED = (0x1F, 0x77, 0xB4), (0xD6, 0x27, 0x28)

@@ -225,13 +225,13 @@ def test_components_of_filters_that_have_three():
     assert list(found.shares) == sorted(found.shares, reverse=True)
     taps = found.filters.flatten(1)
     torch.testing.assert_close(taps @ taps.T, torch.eye(3, dtype=taps.dtype))
-    centred = layer.by_branch()[0, :, 0].double()
-    centred -= centred.mean(-1, keepdim=True)
+    centered = layer.by_branch()[0, :, 0].double()
+    centered -= centered.mean(-1, keepdim=True)
     again = torch.nn.functional.pixel_unshuffle(found.scores[:, None], 2).squeeze(1).flatten(2)  # (3, N, P)
-    torch.testing.assert_close(torch.einsum("cnp,ct->ntp", again, taps), centred, atol=1e-6, rtol=1e-6)
-    colours = found.colours()
-    assert colours.shape == (6, 8, 3)
-    assert 0 <= colours.min() < colours.max() <= 1
+    torch.testing.assert_close(torch.einsum("cnp,ct->ntp", again, taps), centered, atol=1e-6, rtol=1e-6)
+    colors = found.colors()
+    assert colors.shape == (6, 8, 3)
+    assert 0 <= colors.min() < colors.max() <= 1
 
 
 # --- pictures ---
@@ -283,14 +283,14 @@ def place(tmp_path_factory):
     original = timm.create_model(MODEL)
     recipe = ddf.recipes.load("preserve")
     fresh = recipe.convert(original, torch.zeros(1, 3, 32, 32))
-    recipe.initialise(fresh, original)
+    recipe.initialize(fresh, original)
     ddf.save(fresh, folder / "fresh")
     names = [name for name, module in fresh.named_modules() if isinstance(module, DDFConv2d)]
     with torch.no_grad():
         fresh.get_submodule(names[1]).ddf.spatial_branch[1].std.fill_(0.2)  # as if one layer had learned something
     ddf.save(fresh, folder / "converted")
     random = numpy.random.default_rng(0)
-    for name, mode, size in (("photo.png", "RGB", (40, 30)), ("grey.png", "L", (30, 50))):
+    for name, mode, size in (("photo.png", "RGB", (40, 30)), ("gray.png", "L", (30, 50))):
         shape = (*size[::-1], 3) if mode == "RGB" else size[::-1]
         PIL.Image.fromarray(random.integers(0, 255, shape, dtype=numpy.uint8), mode=None).save(folder / name)
     (folder / "text.png").write_text("no image")
@@ -343,10 +343,10 @@ def test_a_layer_with_brackets_in_its_name_is_found_by_it(place, capsys):
 
 def test_json_is_json_alone(place, capsys):
     names = place[1]
-    code, out, err = ran(capsys, "fresh", "photo.png", "grey.png", "--json", *SIZE)
+    code, out, err = ran(capsys, "fresh", "photo.png", "gray.png", "--json", *SIZE)
     assert code == 0, err
     document = json.loads(out)
-    assert document["images"] == ["photo.png", "grey.png"]
+    assert document["images"] == ["photo.png", "gray.png"]
     assert document["picture"] is None
     assert sorted(layer["name"] for layer in document["layers"]) == sorted(names)
     assert all(layer["untouched"] and layer["dynamic"]["total"] == 0 for layer in document["layers"])
@@ -356,7 +356,7 @@ def test_json_is_json_alone(place, capsys):
 
 
 def test_models_of_ones_own_and_plain_images(place, capsys):
-    code, out, err = ran(capsys, "own:net", "grey.png", "--plain", "--json", "--head", "1", *SIZE)
+    code, out, err = ran(capsys, "own:net", "gray.png", "--plain", "--json", "--head", "1", *SIZE)
     assert code == 0, err
     (layer,) = json.loads(out)["layers"]
     assert layer["heads"] == 2
@@ -375,7 +375,7 @@ def test_models_of_ones_own_and_plain_images(place, capsys):
         (("converted", "photo.png", "--layer", "re:("), "not a regular expression"),
         (("converted", "photo.png", "--head", "1"), "has 1 head, number 0"),
         (("converted", "photo.png", "--tap", "3,0"), "taps from 0,0 to 2,2"),
-        (("converted", "photo.png", "--tap", "centre"), "give a row and a column"),
+        (("converted", "photo.png", "--tap", "center"), "give a row and a column"),
         (("converted", "photo.png", "--checkpoint", "photo.png"), "converted holds its weights"),
         (("own:net", "photo.png", "--checkpoint", "none.pth"), "no such file"),
         (("own:net", "photo.png", "--model", "own:net"), "--model is for a converted folder"),

@@ -206,7 +206,7 @@ def sync_warp(typing: Any) -> Any:
 
 @intrinsic
 def anew(typing: Any, index: Any) -> Any:
-    """The index itself, which the compiler cannot recognise from one turn of a loop to the next.
+    """The index itself, which the compiler cannot recognize from one turn of a loop to the next.
 
     What is read there is then read again in each turn, and not kept in registers that the loop needs.
     """

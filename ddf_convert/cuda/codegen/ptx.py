@@ -21,7 +21,7 @@ import numpy as np
 
 from ddf_convert.cuda.kernel_spec import Variant
 from ddf_convert.reference import EPSILON, LEAST_SQUARE
-from ddf_convert.utils.logging import tell_once, told_if_slow
+from ddf_convert.utils.logging import warn_if_slow, warn_once
 
 _BFLOAT16 = (8, 0)  # the first architecture that rounds to bfloat16 itself
 _lock = threading.Lock()  # Numba's compiler is not safe to enter twice
@@ -42,7 +42,7 @@ def ptx(variant: Variant, capability: Capability) -> str:
     """
     folder = cache_folder()
     if folder is None:
-        tell_once(
+        warn_once(
             "no folder to keep compiled CUDA kernels in: every process compiles them, which takes seconds each;"
             " set NUMBA_CACHE_DIR to a folder that can be written to"
         )
@@ -53,7 +53,7 @@ def ptx(variant: Variant, capability: Capability) -> str:
     if kept is not None:
         return kept
     words = f"compiling the CUDA kernel {variant.name.replace('_', ' ')} (once; kept in {folder})"
-    with told_if_slow(words), _lock:
+    with warn_if_slow(words), _lock:
         made = compile_ptx(variant, capability)
     _write(file, made)
     return made
@@ -190,7 +190,7 @@ def _write(file: Path, text: str) -> None:
     except OSError as error:
         with contextlib.suppress(OSError):  # where there is a file in the folder's place
             part.unlink()
-        tell_once(
+        warn_once(
             f"cannot keep compiled CUDA kernels in {file.parent} ({error.strerror});"
             " set NUMBA_CACHE_DIR to a folder that can be written to"
         )

@@ -9,7 +9,7 @@ A kernel is a plain Python function that says what is known when it is compiled:
 * ``tuple(... for x in static(...))`` is a tuple written out;
 * ``acc = registers()`` makes ``acc[i, j]``, whose indices are known, a variable of its own.
 
-The same text, specialised in the same way, runs in Numba's CUDA simulator.
+The same text, specialized in the same way, runs in Numba's CUDA simulator.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def static(values: Any) -> Any:
 
 def registers() -> Any:
     """Marks a variable as a set of registers with known indices."""
-    raise NotImplementedError("registers() stands only in kernels, which are specialised first")
+    raise NotImplementedError("registers() stands only in kernels, which are specialized first")
 
 
-def specialise(function: Callable[..., None], name: str, constants: dict[str, Any]) -> Callable[..., None]:
+def specialize(function: Callable[..., None], name: str, constants: dict[str, Any]) -> Callable[..., None]:
     """The function with its constants worked in.
 
     Args:
@@ -73,8 +73,8 @@ def specialise(function: Callable[..., None], name: str, constants: dict[str, An
     linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
     scope = {**inspect.unwrap(function).__globals__, **unroller.objects}
     exec(compile(source, file, "exec"), scope)
-    specialised: Callable[..., None] = scope[name]
-    return specialised
+    specialized: Callable[..., None] = scope[name]
+    return specialized
 
 
 def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:

@@ -28,18 +28,18 @@ def filter_norm(result, filters, scale, count, pixels, heads, taps, image_step, 
     mean = total / COMPUTE(taps)
     squares = COMPUTE(0)
     for tap in range(taps):
-        centred = (load[1](filters, at + tap * tap_step, True, True)[0] - first) - mean
-        squares = squares + centred * centred
+        centered = (load[1](filters, at + tap * tap_step, True, True)[0] - first) - mean
+        squares = squares + centered * centered
     factor = scale / (math.sqrt(squares / COMPUTE(taps - 1)) + COMPUTE(EPSILON))
     for tap in range(taps):
-        centred = (load[1](filters, at + tap * tap_step, True, True)[0] - first) - mean
-        store[1](result, at + tap * tap_step, (centred * factor,))
+        centered = (load[1](filters, at + tap * tap_step, True, True)[0] - first) - mean
+        store[1](result, at + tap * tap_step, (centered * factor,))
 
 
 def filter_norm_backward(result, grad, filters, scale, count, pixels, heads, taps, image_step, tap_step, pixel_step):
-    """``result`` = the gradient of the filters, given that of the normalised ones. Arguments as above.
+    """``result`` = the gradient of the filters, given that of the normalized ones. Arguments as above.
 
-    With x the centred filter and d its deviation: scale / (d + EPSILON) * (g - mean(g) - x * sum(g x) * pull), where
+    With x the centered filter and d its deviation: scale / (d + EPSILON) * (g - mean(g) - x * sum(g x) * pull), where
     pull = 1 / ((d + EPSILON) * d * (taps - 1)); the squares of x, whose sum is d^2 * (taps - 1), are kept above 0.
     """
     item = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
@@ -59,14 +59,14 @@ def filter_norm_backward(result, grad, filters, scale, count, pixels, heads, tap
     squares = COMPUTE(0)
     product = COMPUTE(0)
     for tap in range(taps):
-        centred = (load[1](filters, at + tap * tap_step, True, True)[0] - first) - mean
-        squares = squares + centred * centred
-        product = product + load[1](grad, at + tap * tap_step, True, True)[0] * centred
+        centered = (load[1](filters, at + tap * tap_step, True, True)[0] - first) - mean
+        squares = squares + centered * centered
+        product = product + load[1](grad, at + tap * tap_step, True, True)[0] * centered
     squares = max(squares, COMPUTE(LEAST_SQUARE))
     deviation = math.sqrt(squares / COMPUTE(taps - 1))
     factor = scale / (deviation + COMPUTE(EPSILON))
     pull = product / (deviation + COMPUTE(EPSILON)) * deviation / squares
     for tap in range(taps):
-        centred = (load[1](filters, at + tap * tap_step, True, True)[0] - first) - mean
-        value = factor * ((load[1](grad, at + tap * tap_step, True, True)[0] - mean_grad) - pull * centred)
+        centered = (load[1](filters, at + tap * tap_step, True, True)[0] - first) - mean
+        value = factor * ((load[1](grad, at + tap * tap_step, True, True)[0] - mean_grad) - pull * centered)
         store[1](result, at + tap * tap_step, (value,))

@@ -3,10 +3,10 @@
 A thread makes a tile: ``Q`` channels of ``ROWS`` x ``COLUMNS`` places (see stencil.py). A block is ``TILES`` tiles of
 the map for each of ``GROUPS`` groups of ``Q`` channels; it goes over a chunk of channels of one head in steps of
 ``GROUPS * Q``. What the tiles share is prepared once for the block, in float32 (or float64), in shared memory: the
-spatial filter of its pixels (normalised, if asked for), and the channel filter of its channels. The feature map goes
-straight into registers, row by row of the window; what neighbouring tiles read again they find in L1.
+spatial filter of its pixels (normalized, if asked for), and the channel filter of its channels. The feature map goes
+straight into registers, row by row of the window; what neighboring tiles read again they find in L1.
 
-Neighbouring threads are neighbours in memory: along the row in the contiguous layout, along the channels in
+Neighboring threads are neighbors in memory: along the row in the contiguous layout, along the channels in
 channels_last, where a thread's ``Q`` channels are one wide load.
 """
 
@@ -91,7 +91,7 @@ def window(
                     at = (((image * heads + head) * TAPS + (i * SIZE + j)) * filter_height + y) * filter_width + x
                 value = load[1](spatial, at, y_inside, x_inside)
                 taps[i * SIZE + j] = value[0]
-        if NORMALISE:
+        if NORMALIZE:
             first = taps[0]  # without it, equal taps are 0, and not what rounding leaves of their mean
             mean = COMPUTE(0)
             for tap in static(range(TAPS)):

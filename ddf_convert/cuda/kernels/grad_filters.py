@@ -2,7 +2,7 @@
 
 The product d = grad_output * input, tap by tap, is needed for both: summed over the pixels it is the gradient of the
 channel filter, summed over the channels that of the spatial filter. A thread owns ``LANES`` elements that do not change
-while it works (pixels in the contiguous layout, channels in channels_last: what is neighbours in memory), and goes over
+while it works (pixels in the contiguous layout, channels in channels_last: what is neighbors in memory), and goes over
 the other axis in steps of ``STEPS`` (channels, or pixels). So one gradient, of the filter that belongs to its own
 elements, adds up in registers; the parts of the other are added across the warp, through shared memory, at every step.
 Every sum has one fixed order. What several blocks have parts of, they write side by side, and the caller adds up.

@@ -15,12 +15,12 @@ from ddf_convert.recipes.calibrate import calibrate
 from ddf_convert.recipes.factors import best_for_weights
 from ddf_convert.recipes.pairs import Pair, pairs
 from ddf_convert.recipes.parameters import new_layers
-from ddf_convert.recipes.schema import Initialise, Method
+from ddf_convert.recipes.schema import Initialize, Method
 from ddf_convert.recipes.upsampling import UpPair
 from ddf_convert.utils.modules import bare, evaluating
 
 
-class InitialisedLayer(BaseModel):
+class InitializedLayer(BaseModel):
     """One layer, and what of the old convolution it could not keep.
 
     Attributes:
@@ -44,7 +44,7 @@ class InitialisedLayer(BaseModel):
     fitted_error: float | None = None
 
 
-class Initialised(BaseModel):
+class Initialized(BaseModel):
     """What was done.
 
     Attributes:
@@ -56,18 +56,18 @@ class Initialised(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     method: Method
-    layers: tuple[InitialisedLayer, ...] = ()
+    layers: tuple[InitializedLayer, ...] = ()
     images: int = 0
 
 
-def initialise(
+def initialize(
     model: nn.Module,
-    settings: Initialise,
+    settings: Initialize,
     original: nn.Module | None = None,
     images: Iterable[Any] | None = None,
     say: Callable[[str], None] = lambda words: None,
-) -> Initialised:
-    """Initialises the DDF layers of a converted model, in place; nothing else changes but batch norms' statistics.
+) -> Initialized:
+    """Initializes the DDF layers of a converted model, in place; nothing else changes but batch norms' statistics.
 
     Args:
         model: The converted model.
@@ -85,16 +85,16 @@ def initialise(
             for module in new.modules():
                 if module is not new and hasattr(module, "reset_parameters"):
                     cast(Any, module).reset_parameters()
-        return Initialised(method="paper")
+        return Initialized(method="paper")
     if original is None:
         raise UsageError(f"{settings.method!r} starts from the old weights: give the original model too")
     found = pairs(model, original)
     if settings.keep_frozen:
         _freeze(found)
     if settings.method == "preserve":
-        return Initialised(method="preserve", layers=tuple(_preserve(pair) for pair in found))
+        return Initialized(method="preserve", layers=tuple(_preserve(pair) for pair in found))
     if images is None:
-        raise UsageError("'calibrate' looks at images: give some, or initialise with 'preserve'")
+        raise UsageError("'calibrate' looks at images: give some, or initialize with 'preserve'")
     model, original = bare(model), bare(original)
     batches = _batches(images, settings.num_images, next(model.parameters()))
     layers = []
@@ -114,7 +114,7 @@ def initialise(
             layers.append(layer.model_copy(update={"output_error": fitted.before, "fitted_error": fitted.after}))
         if settings.batch_norm:
             norms.adjust(batches)
-    return Initialised(method="calibrate", layers=tuple(layers), images=sum(map(len, batches)))
+    return Initialized(method="calibrate", layers=tuple(layers), images=sum(map(len, batches)))
 
 
 def _freeze(found: Iterable[Pair | UpPair]) -> None:
@@ -127,14 +127,14 @@ def _freeze(found: Iterable[Pair | UpPair]) -> None:
             pair.layer.bias.requires_grad_(pair.conv.bias.requires_grad)
 
 
-def _preserve(pair: Pair | UpPair) -> InitialisedLayer:
+def _preserve(pair: Pair | UpPair) -> InitializedLayer:
     if isinstance(pair, UpPair):
-        return InitialisedLayer(name=pair.name, kind=pair.kind, weight_error=pair.preserve())
+        return InitializedLayer(name=pair.name, kind=pair.kind, weight_error=pair.preserve())
     weight = pair.weight()
     factors = best_for_weights(weight, pair.mix is not None)
     pair.take(factors, pair.conv.bias)
     error = (factors.product() - weight).norm() / weight.norm().clamp_min(1e-30)
-    return InitialisedLayer(name=pair.name, kind=pair.kind, weight_error=error.item())
+    return InitializedLayer(name=pair.name, kind=pair.kind, weight_error=error.item())
 
 
 def _batches(images: Iterable[Any], limit: int, like: Tensor) -> list[Tensor]:
