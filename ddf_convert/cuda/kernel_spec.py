@@ -195,7 +195,7 @@ class Variant:
         """
         from ddf_convert.cuda.codegen.unroll import specialize
 
-        kernel = getattr(importlib.import_module(f"ddf_convert.cuda.{self.module}"), self.kernel)
+        kernel = getattr(importlib.import_module(f"ddf_convert.cuda.kernels.{self.module}"), self.kernel)
         constants = {
             "COMPUTE": compute,
             "EPSILON": EPSILON,
@@ -261,7 +261,7 @@ class Window(Unrolled):
     whole: bool
     groups: int
 
-    module: ClassVar[str] = "window"
+    module: ClassVar[str] = "forward"
 
     @property
     def arguments(self) -> str:
@@ -359,7 +359,7 @@ class FilterGradients(Unrolled):
     source_lanes: int
     whole: bool
 
-    module: ClassVar[str] = "filter_gradients"
+    module: ClassVar[str] = "grad_filters"
 
     @property
     def arguments(self) -> str:
@@ -424,7 +424,7 @@ class Plain(Variant):
 
     function: str
 
-    module: ClassVar[str] = "plain"
+    module: ClassVar[str] = "generic"
 
     @property
     def kernel(self) -> str:
@@ -452,7 +452,7 @@ class Norm(Variant):
 
     gradient: bool
 
-    module: ClassVar[str] = "normalize"
+    module: ClassVar[str] = "filter_norm"
 
     @property
     def kernel(self) -> str:
