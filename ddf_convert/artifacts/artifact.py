@@ -36,15 +36,13 @@ from ddf_convert.artifacts.checkpoint import describe_difference, load_checkpoin
 from ddf_convert.artifacts.extra_state import extra_state_names, split_state
 from ddf_convert.artifacts.provenance import OwnSource, TimmSource, built_by_timm, find_source
 from ddf_convert.artifacts.rollback import unchanged_on_failure
-from ddf_convert.conversion.convert import Conversion, check_whole, recorded
 from ddf_convert.conversion.eligibility import with_narrow_squeeze
-from ddf_convert.conversion.parts import outstanding
-from ddf_convert.conversion.rewriter import prepare, swap
-from ddf_convert.conversion.tracer import describe
+from ddf_convert.conversion.record import Conversion, check_whole, outstanding, recorded
+from ddf_convert.conversion.rewriter import apply_replacements
 from ddf_convert.errors import ArtifactError, DDFError, UsageError, first_line, in_one_line
 from ddf_convert.utils.fake_copy import check_initialized, meta_copy
 from ddf_convert.utils.logging import warn_once
-from ddf_convert.utils.modules import bare
+from ddf_convert.utils.modules import bare, model_name
 from ddf_convert.version import __version__
 
 __all__ = [
@@ -157,11 +155,11 @@ def save(
     tensors, shared = _unique(state)
     original_state, original_extra_states = split_state(bare(original)) if original is not None else ({}, {})
     originals, original_shared = _unique(original_state)
-    conversion = recorded(model) or Conversion(source=describe(model))
+    conversion = recorded(model) or Conversion(source=model_name(model))
     origin = find_source(model, conversion, source)
     if isinstance(origin, OwnSource) and origin.reason:
         warn_once(
-            f"the model is saved as one of your own, and not as timm's {describe(model)}: {origin.reason}. Only"
+            f"the model is saved as one of your own, and not as timm's {model_name(model)}: {origin.reason}. Only"
             f" restore(fresh_model, folder) will read it; {_WITH_SOURCE}"
         )
     folder = Path(path)
@@ -251,7 +249,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     with _named(folder, inner):
         if any(tensor.device.type == "meta" for tensor in (*inner.parameters(), *inner.buffers())):
             raise UsageError("the model is on the meta device and can hold no weights; build it on a real device")
-        _check_fits(meta_copy(inner), describe(inner), manifest, header)
+        _check_fits(meta_copy(inner), model_name(inner), manifest, header)
         tensors = _tensors(weights, manifest.shared)
         with unchanged_on_failure(inner):
             filled = _filled(inner, manifest, tensors)
@@ -281,7 +279,7 @@ def load_original(path: str | os.PathLike[str], fresh_model: nn.Module | None = 
     with _named(folder, model):
         difference = _difference(model, header, manifest.original_extra_states)
         if difference:
-            raise UsageError(f"the original's weights do not fit {describe(model)}: {difference}")
+            raise UsageError(f"the original's weights do not fit {model_name(model)}: {difference}")
         tensors = _tensors(weights, manifest.original_shared)
         with unchanged_on_failure(model):
             _take(model, tensors, manifest.original_extra_states)
@@ -349,7 +347,7 @@ def _load(folder: Path, manifest: Manifest) -> nn.Module:
     weights, header = _weights(folder, manifest)
     sketch = _built(folder, manifest.source, "meta", header)
     with _named(folder, sketch):
-        _check_fits(meta_copy(sketch), describe(sketch), manifest, header)
+        _check_fits(meta_copy(sketch), model_name(sketch), manifest, header)
         model = _built(folder, manifest.source, "cpu", header)
         return _filled(model, manifest, _tensors(weights, manifest.shared))
 
@@ -387,7 +385,7 @@ def _check_fits(sketch: nn.Module, name: str, manifest: Manifest, header: Header
         UsageError: They do not fit.
     """
     with in_proportion(header, sketch):
-        sketch = swap(sketch, prepare(sketch, outstanding(sketch, manifest.conversion.replaced)))
+        sketch = apply_replacements(sketch, outstanding(sketch, manifest.conversion.replaced))
     if difference := _difference(sketch, header, manifest.extra_states):
         versions = ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
         raise UsageError(f"the weights do not fit {name}: {difference}; they were written with {versions}")
@@ -408,7 +406,7 @@ def _difference(model: nn.Module, header: Header, extra_states: Mapping[str, Any
 
 def _filled(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> nn.Module:
     """Converts a model and gives it weights, in place."""
-    model = swap(model, prepare(model, outstanding(model, manifest.conversion.replaced)))
+    model = apply_replacements(model, outstanding(model, manifest.conversion.replaced))
     _take(model, tensors, manifest.extra_states)
     model.ddf_conversion = manifest.conversion  # type: ignore[assignment]
     return model
@@ -427,7 +425,7 @@ def _named(folder: Path, model: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         words = f"{type(error).__name__}: {first_line(error)}"
-        raise ArtifactError(f"{folder}: what it records cannot be done to {describe(model)}: {words}") from error
+        raise ArtifactError(f"{folder}: what it records cannot be done to {model_name(model)}: {words}") from error
 
 
 def _built(folder: Path, source: TimmSource, device: str, header: Header) -> nn.Module:

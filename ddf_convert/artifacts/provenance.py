@@ -16,12 +16,12 @@ from torch import fx, nn
 
 from ddf_convert.artifacts.checkpoint import describe_difference, state_of
 from ddf_convert.artifacts.module_diff import Difference, Differences, differences
-from ddf_convert.conversion.convert import Conversion
 from ddf_convert.conversion.interpolate_hook import class_of
-from ddf_convert.conversion.rewriter import prepare, swap
-from ddf_convert.conversion.tracer import describe
+from ddf_convert.conversion.record import Conversion
+from ddf_convert.conversion.rewriter import apply_replacements
 from ddf_convert.errors import UsageError, first_line, in_one_line
 from ddf_convert.utils.fake_copy import real_copy
+from ddf_convert.utils.modules import model_name
 
 # Arguments of timm.create_model that make it read or fetch files: an artifact never carries them.
 _READING = {
@@ -128,7 +128,7 @@ def find_source(
     """
     # A GraphModule is a class of its own each time: the name of what it was made of says more.
     graph = isinstance(model, fx.GraphModule)
-    described = conversion.source if graph else describe(model)
+    described = conversion.source if graph else model_name(model)
     given = asked if isinstance(asked, TimmSource) else None
     name = given.name if given else str(asked or described)
     known = timm.is_model(name)
@@ -207,7 +207,7 @@ def _try(model: nn.Module, conversion: Conversion, source: TimmSource) -> _Trial
 
 def _converted(source: TimmSource, conversion: Conversion, device: str) -> nn.Module:
     built = built_by_timm(source, device)
-    return swap(built, prepare(built, conversion.replaced))
+    return apply_replacements(built, conversion.replaced)
 
 
 def _first_in_words(compared: Differences) -> str:

@@ -1,95 +1,19 @@
-"""The plan: what happens to every convolution of a model, and why; read and edited before anything changes."""
+"""The plan: what happens to every convolution of a model, and why. It can be read and edited before it is applied."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ddf_convert.conversion.config import ConvertConfig, Scalar
 from ddf_convert.cost.count import Cost
 from ddf_convert.errors import UsageError, in_one_line, suggestion
 
-Scalar = int | float | bool | str  # what a layer's options are
-
 _UPSAMPLING = ("nearest", "area", "linear", "bilinear", "bicubic", "trilinear", "pixel shuffle")  # kinds begin so
-_MULTIPLES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def _number(value: Any) -> Any:
-    """A count as people write it, "2.5G", as a number; anything else as it is."""
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kKMmGgTt]?)\s*", value)
-        if not found:
-            raise ValueError(f"write a number such as 2.5G, 12M or 300k, not {value!r}")
-        unit = found[2].upper().replace("K", "k")
-        return round(float(found[1]) * _MULTIPLES.get(unit, 1))
-    return round(value) if isinstance(value, float) and math.isfinite(value) else value
-
-
-def _sizes(value: Any) -> Any:
-    return (value,) if isinstance(value, int) else value
-
-
-def _odd(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    if not sizes or any(size < 3 or size % 2 == 0 for size in sizes):
-        raise ValueError("DDF has kernels of odd sizes from 3 on")
-    return tuple(sorted(set(sizes)))
-
-
-class ConvertConfig(BaseModel):
-    """How convolutions are replaced, and which are left alone unless asked for.
-
-    Attributes:
-        filter: What takes a convolution's place: "ddf", a rival of it ("spatial", "channel", "depthwise", "condconv",
-            "dw-condconv", "dw-weightnet"), or the name of a registered one (see ``register_filter``).
-        filter_options: Options that the filter has beside those below, such as ``{"num_experts": 4}``.
-        se_ratio: Width of the channel branch's squeeze as a fraction of the channels (sigma in the paper).
-        combine: "mul" (the paper) or "add" (the authors' second variant).
-        heads: Groups of channels with a spatial filter of their own.
-        affine: Give both FilterNorms a learned scale and shift, so that recipes can start from the old weights.
-        mixing: Whether a 1x1 convolution that mixes channels follows the new layer: "auto" adds one unless 1x1
-            convolutions stand on both sides (a bottleneck); "dense" adds one there too, wherever the convolution mixed
-            channels itself; "always", after depthwise ones too; "never" (what changes the width is skipped).
-        stem: Replace convolutions of few input channels too.
-        depthwise: Replace depthwise convolutions too, though DDF adds parameters to them.
-        allow_growth: Replace convolutions also where that adds parameters or MACs.
-        functional: Replace convolutions that are called as functions with weights of the model's own, too; the
-            converted model is then a torch.fx GraphModule.
-        upsample: Look at upsampling too, and replace it by DDF-Up: interpolations, which adds parameters and MACs,
-            and, where that saves, transposed convolutions and pixel shuffles.
-        kernel_size: Sizes K of the K x K convolutions to look at; one number or several.
-        keep_first: Leave alone so many of the convolutions that would be replaced, the first ones of the forward pass.
-        keep_last: The same for the last ones.
-        target_macs: Replace no more convolutions than bring the model down to so many MACs; a number, or "2.5G".
-        target_params: The same for parameters; "12M".
-        only_faster: Time every convolution and what would take its place on this machine, and leave alone what would
-            not get faster.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    filter: str = "ddf"
-    filter_options: dict[str, Scalar] = {}
-    se_ratio: float = Field(default=0.2, gt=0)
-    combine: Literal["mul", "add"] = "mul"
-    heads: int = Field(default=1, ge=1)
-    affine: bool = False
-    mixing: Literal["auto", "dense", "always", "never"] = "auto"
-    stem: bool = False
-    depthwise: bool = False
-    allow_growth: bool = False
-    functional: bool = False
-    upsample: bool = False
-    kernel_size: Annotated[tuple[int, ...], BeforeValidator(_sizes), AfterValidator(_odd)] = (3,)
-    keep_first: int = Field(default=0, ge=0)
-    keep_last: int = Field(default=0, ge=0)
-    target_macs: Annotated[int, BeforeValidator(_number), Field(gt=0)] | None = None
-    target_params: Annotated[int, BeforeValidator(_number), Field(gt=0)] | None = None
-    only_faster: bool = False
 
 
 class Action(StrEnum):
@@ -417,17 +341,3 @@ def _override_of_reason(reason: str) -> str:
 def is_upsampling(kind: str) -> bool:
     """Whether a site's kind is that of an interpolation or a pixel shuffle."""
     return kind.removeprefix("functional ").startswith(_UPSAMPLING)
-
-
-def make_config(config: ConvertConfig | None, options: dict[str, Any]) -> ConvertConfig:
-    """The configuration with single options changed.
-
-    Raises:
-        UsageError: There is no such option, or its value does not fit.
-    """
-    try:
-        return ConvertConfig.model_validate({**(config or ConvertConfig()).model_dump(), **options})
-    except ValidationError as error:
-        unknown = [str(item["loc"][0]) for item in error.errors() if item["type"] == "extra_forbidden"]
-        hint = suggestion(unknown[0], ConvertConfig.model_fields) if unknown else ""
-        raise UsageError(f"cannot convert with these options: {in_one_line(error)}{hint}") from error

@@ -7,16 +7,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddf_convert.conversion.convert import recorded
 from ddf_convert.conversion.eligibility import effective_weight, kind_of
-from ddf_convert.conversion.functional import functional_convolutions_in
-from ddf_convert.conversion.rewriter import Replaced
-from ddf_convert.conversion.tracer import describe
+from ddf_convert.conversion.record import AppliedReplacement, recorded
+from ddf_convert.conversion.rewriter import functional_convolutions, trace_parts
 from ddf_convert.errors import UsageError
 from ddf_convert.layers import DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d
 from ddf_convert.recipes.factors import Factors
 from ddf_convert.recipes.upsampling import UpPair, fits
-from ddf_convert.utils.modules import bare
+from ddf_convert.utils.modules import bare, model_name
 
 
 @dataclass(frozen=True)
@@ -93,12 +91,15 @@ def pairs(model: nn.Module, original: nn.Module) -> list[Pair | UpPair]:
     model, original = bare(model), bare(original)
     conversion = recorded(model)
     if conversion is None or not conversion.replaced:
-        raise UsageError(f"{describe(model)} was not converted: nothing in it took a convolution's place")
-    functions = functional_convolutions_in(original, (step.graph for step in conversion.replaced if step.functional))
+        raise UsageError(f"{model_name(model)} was not converted: nothing in it took a convolution's place")
+    graphs = trace_parts(original, (step.graph for step in conversion.replaced if step.functional))
+    functions = functional_convolutions(graphs)
     return [_pair(model, original, functions, step) for step in conversion.replaced]
 
 
-def _pair(model: nn.Module, original: nn.Module, functions: dict[str, nn.Conv2d], step: Replaced) -> Pair | UpPair:
+def _pair(
+    model: nn.Module, original: nn.Module, functions: dict[str, nn.Conv2d], step: AppliedReplacement
+) -> Pair | UpPair:
     if not step.replacement.is_ddf:
         raise UsageError(
             f"{step.places[0]} became filter {step.replacement.layer}, which starts from random weights: only DDF takes"
@@ -128,7 +129,7 @@ def _pair(model: nn.Module, original: nn.Module, functions: dict[str, nn.Conv2d]
     return pair
 
 
-def _up_pair(model: nn.Module, original: nn.Module, step: Replaced) -> UpPair:
+def _up_pair(model: nn.Module, original: nn.Module, step: AppliedReplacement) -> UpPair:
     name, interpolation = step.names[0], step.replacement.interpolation
     place = step.places[0]
     try:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from ddf_convert.artifacts import artifact
 from ddf_convert.artifacts.source import open_model
-from ddf_convert.conversion.planner import matching_names, pattern_hint
 from ddf_convert.errors import DDFError, UsageError, first_line
 from ddf_convert.layers import DDFUp2d
 from ddf_convert.training.diagnostics import memory_explained
@@ -20,6 +19,7 @@ from ddf_convert.training.run_dir import BEST, is_run
 from ddf_convert.training.setup import Source
 from ddf_convert.utils.device import choose
 from ddf_convert.utils.figures import require_matplotlib
+from ddf_convert.utils.patterns import matching_names, pattern_hint
 from ddf_convert.visualize import photos
 from ddf_convert.visualize.capture import LayerFilters, Place, ddf_layers, filters
 from ddf_convert.visualize.picture import Tap, encoded, picture, spread
