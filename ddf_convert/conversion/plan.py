@@ -24,7 +24,7 @@ class Action(StrEnum):
 
 
 class FoundBy(StrEnum):
-    """How a convolution was found: what is known of it is less from one to the next."""
+    """How a convolution was found, the best known first."""
 
     FX = "fx"  # in the torch.fx graph of the whole model
     PIECES = "fx, piecewise"  # in the graph of a part of the model
@@ -48,12 +48,7 @@ class Operation(StrEnum):
 
 
 class Interpolation(BaseModel):
-    """How an interpolation found its pixels, in the words of ``F.interpolate``.
-
-    Attributes:
-        mode: Of the interpolation.
-        align_corners: Whether the centers of the corners' pixels, and not their corners, keep their places.
-    """
+    """The arguments of the ``F.interpolate`` that a layer replaces."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -62,13 +57,7 @@ class Interpolation(BaseModel):
 
 
 class Mix(BaseModel):
-    """The 1x1 convolution after a filter that keeps channels apart.
-
-    Attributes:
-        out_channels: Of it.
-        groups: Of it.
-        bias: Whether it has one.
-    """
+    """The 1x1 convolution after a layer that keeps channels apart."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -78,14 +67,14 @@ class Mix(BaseModel):
 
 
 class Replacement(BaseModel):
-    """Everything needed to build what takes a convolution's place, so that loading never decides again.
+    """Everything needed to build the layer that replaces a convolution, so that loading never decides again.
 
     Attributes:
         layer: "DDF2d" (DDF alone), "DDFConv2d" (DDF, then a 1x1 convolution), "DDFUp2d" (DDF-Up) or "DDFUpConv2d" (a
-            1x1 convolution, then DDF-Up); or the name of another filter.
+            1x1 convolution, then DDF-Up); or the name of another layer type.
         options: Keyword arguments of that class.
-        mix: The 1x1 convolution behind another filter; None if there is none.
-        interpolation: What it replaces, if that is an interpolation.
+        mix: The 1x1 convolution after another layer type's layer; None if there is none.
+        interpolation: The arguments of the interpolation that it replaces, if it does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -112,27 +101,27 @@ class Site(BaseModel):
     Attributes:
         name: Path of the module, as in ``model.get_submodule``; for a functional call, the path of the module whose
             forward makes it, and ``conv2d()`` or ``interpolate()``.
-        kind: "dense 3x3", "depthwise 3x3", "grouped 3x3", "pointwise 1x1", "dense 7x7", "functional", ...; of
-            upsampling, "bilinear 2x", "transposed 4x4", "pixel shuffle 2x", "functional nearest 2x", ...
-        in_channels: C of the input.
-        out_channels: C of the output.
-        stride: Of the convolution, in pixels (rows, columns).
-        input_shape: (B, C, H, W) at its first call.
-        output_shape: (B, C, H, W) at its first call.
+        kind: For people: "dense 3x3", "depthwise 3x3", "pointwise 1x1", "bilinear 2x", "transposed 4x4", "pixel shuffle
+            2x", "DDF + 1x1", ...; for a functional call, "functional dense 3x3".
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the convolution, in pixels (rows, columns).
+        input_shape: (B, C, H, W) at the first call.
+        output_shape: (B, C, H, W) at the first call.
         calls: How often one forward pass calls it.
         action: Replace it or leave it alone.
-        reason: Why, in words for a user.
+        reason: Why, for people.
         operation: What it computes.
-        kernel_size: Of a convolution, in pixels (rows, columns); None for anything else.
-        override: The option that replaces it when it is True, "stem" for example; empty where none does.
+        kernel_size: Kernel of the convolution, in pixels (rows, columns); None for anything else.
+        override: The option that would replace it, such as "stem"; empty if there is none.
         found_by: How it was found.
-        caution: What is less certain for it, in words; empty where nothing is.
-        replacement: What takes its place, for every convolution that could be replaced (also while skipped).
-        convolution: Of a pixel shuffle, the name of the convolution that is replaced with it; its cost is then in
+        caution: What is less certain about it, for people; empty if nothing is.
+        replacement: The layer to replace it with; None if nothing can. A skipped site has one too.
+        convolution: For a pixel shuffle, the name of the convolution that is replaced with it, whose cost is then in
             ``before``.
-        before: Cost of the convolution, over all its calls.
-        after: Cost of what takes its place; equal to ``before`` while it is skipped.
-        replacement_cost: What ``after`` is once replaced, wherever there is a replacement.
+        before: Cost over all calls.
+        after: Cost of the replacement; equal to ``before`` while the site is skipped.
+        replacement_cost: What ``after`` is once replaced; None without a replacement.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -169,15 +158,15 @@ class Site(BaseModel):
         return self.name.endswith("()")
 
     def skip(self, reason: str = "left alone by the plan's editor", override: str = "") -> None:
-        """Leaves this convolution alone; ``override`` is the option that would replace it."""
+        """Leaves this site alone; ``override`` is the option that would replace it."""
         self.action, self.after = Action.SKIP, self.before
         self.reason, self.override = f"{reason}{override_hint(override)}", override
 
     def replace(self, reason: str = "replaced by the plan's editor") -> None:
-        """Replaces this convolution after all: undoes :meth:`skip`, or overrules the planner.
+        """Replaces this site after all: undoes :meth:`skip`, or overrules the planner.
 
         Raises:
-            UsageError: Nothing can take its place; the planner's reason stands.
+            UsageError: Nothing can replace it; the message has the planner's reason.
         """
         if self.replacement is None or self.replacement_cost is None:
             raise UsageError(f"{self.name} cannot be replaced: {self.reason}")
@@ -186,10 +175,10 @@ class Site(BaseModel):
 
 
 class Timed(BaseModel):
-    """What a plan's times belong to.
+    """The conditions of a plan's times.
 
     Attributes:
-        machine: What they were measured on, in words.
+        machine: The machine, in words.
         replaced: The names of the sites that were replaced when the converted model was timed.
         after_ms: Milliseconds of one forward pass of it; None if nothing was replaced or it was not timed.
     """
@@ -205,13 +194,13 @@ class Plan(BaseModel):
     """The decisions about every convolution of one model, in the order of its forward pass.
 
     Attributes:
-        model: What was planned, in words: a timm name, or a class.
+        model: The model's timm name, or its class.
         input_size: (C, H, W) of the example input.
         config: The options that led to it.
         before: Cost of the whole model.
-        sites: Every convolution.
-        notes: What there is to say of the plan as a whole: what could not be traced or reached.
-        timed: What was timed, if anything was.
+        sites: Every convolution, and every upsampling if ``config.upsample``.
+        notes: Notes on the plan as a whole, such as what could not be traced or reached.
+        timed: The conditions of the times; None if nothing was timed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -226,30 +215,31 @@ class Plan(BaseModel):
 
     @property
     def after(self) -> Cost:
-        """Cost of the whole model once the plan is applied. Its activations are an estimate; so is its latency, where
-        the plan is no longer as it was when it was timed (``timed_whole``).
+        """Cost of the whole model once the plan is applied.
+
+        Its activations are an estimate; so is its latency, unless ``timed_whole``.
         """
         total = self.before
         for site in self.replaced:
             total = total - site.before + site.after
-        return (
-            total.model_copy(update={"latency_ms": self.timed.after_ms}) if self.timed_whole and self.timed else total
-        )
+        if self.timed is None or not self.timed_whole:
+            return total
+        return total.model_copy(update={"latency_ms": self.timed.after_ms})
 
     @property
     def functional(self) -> bool:
-        """Whether convolutions that are called as functions are replaced, so that the model becomes a GraphModule."""
+        """Whether functional convolutions are replaced, so that the model becomes a GraphModule."""
         return any(site.functional and not site.upsampling for site in self.replaced)
 
     @property
     def timed_whole(self) -> bool:
-        """Whether the converted model was timed as the plan stands now."""
+        """Whether the converted model was timed with the current decisions."""
         timed = self.timed
         return bool(timed and timed.after_ms and timed.replaced == tuple(site.name for site in self.replaced))
 
     @property
     def machine(self) -> str | None:
-        """What the times among the costs were measured on; None where there are none."""
+        """The machine that the times were measured on; None if there are none."""
         return self.timed.machine if self.timed else None
 
     @property
@@ -258,7 +248,7 @@ class Plan(BaseModel):
         return [site for site in self.sites if site.action is Action.REPLACE]
 
     def __getitem__(self, name: str) -> Site:
-        """The site of that name.
+        """Returns the site of that name.
 
         Raises:
             KeyError: There is none; the message names near ones.
@@ -272,11 +262,11 @@ class Plan(BaseModel):
         return len(self.sites)
 
     def __iter__(self) -> Iterator[Site]:  # type: ignore[override]
-        """The sites, as ``len`` counts them (not the fields, as pydantic would)."""
+        """Iterates over the sites (not the fields, as pydantic would)."""
         return iter(self.sites)
 
     def __str__(self) -> str:
-        """A line for each site and one for the model; the report package prints better ones."""
+        """Returns a line for each site and one for the model."""
         lines = [f"{site.name}: {site.kind}: {site.action}: {site.reason}" for site in self.sites]
         before, after = self.before, self.after
         lines.append(
@@ -289,7 +279,7 @@ class Plan(BaseModel):
         return (site.name for site in self.sites)
 
     def to_json(self) -> str:
-        """The plan as JSON text, for :meth:`from_json`."""
+        """Returns the plan as JSON text, for :meth:`from_json`."""
         return self.model_dump_json(indent=2)
 
     @classmethod
@@ -306,7 +296,7 @@ class Plan(BaseModel):
 
 
 def override_hint(option: str) -> str:
-    """How a reason ends that one option overrides; empty for no option."""
+    """Returns the end of a reason that an option overrides; empty for no option."""
     return f" ({option}=True replaces it)" if option else ""
 
 
@@ -339,5 +329,5 @@ def _override_of_reason(reason: str) -> str:
 
 
 def is_upsampling(kind: str) -> bool:
-    """Whether a site's kind is that of an interpolation or a pixel shuffle."""
+    """Whether a kind is that of an interpolation or a pixel shuffle."""
     return kind.removeprefix("functional ").startswith(_UPSAMPLING)
