@@ -24,7 +24,7 @@ from ddf_convert.recipes.recipe import Recipe
 from ddf_convert.recipes.schema import Losses
 from ddf_convert.training import evaluation, fingerprint, resume, setup
 from ddf_convert.training.dataloader import evaluation_loader, image_settings
-from ddf_convert.training.dataset import Images, OnBroken, Split, open_images
+from ddf_convert.training.dataset import ImageDataset, OnBroken, Split, open_images
 from ddf_convert.training.distributed import Processes, joined
 from ddf_convert.training.evaluation import Evaluation, evaluate
 from ddf_convert.training.fingerprint import Entry
@@ -363,7 +363,7 @@ def measure(question: Question) -> tuple[Evaluation, str] | None:
             question.workers,
             processes.device,
         )
-        how = evaluation.Settings(processes, labelled=images.has_labels, batch_size=question.batch_size)
+        how = evaluation.EvaluationSettings(processes, labeled=images.has_labels, batch_size=question.batch_size)
         objective = None
         if teacher is not None and classes is not None:
             objective = Objective(model, Losses(task=0, logits=1.0), teacher)
@@ -380,8 +380,8 @@ def _open(question: Question) -> tuple[str, nn.Module, ConvertedFolder | None]:
     return name, model, folder
 
 
-def _to_evaluate(question: Question, classes: int | None, source: ConvertedFolder | None, say: Say) -> Images:
-    arguments: dict[str, Any] = {"on_broken": question.on_broken, "whole": True}
+def _to_evaluate(question: Question, classes: int | None, source: ConvertedFolder | None, say: Say) -> ImageDataset:
+    arguments: dict[str, Any] = {"on_broken": question.on_broken, "undivided": True}
     try:
         images = open_images(question.data, question.split, True, **arguments)
     except UsageError:

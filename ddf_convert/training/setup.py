@@ -21,7 +21,7 @@ from ddf_convert.recipes import Initialized, Recipe
 from ddf_convert.recipes.parameters import trainable_names
 from ddf_convert.recipes.schema import Stage
 from ddf_convert.training.dataloader import ImageSettings, evaluation_loader, image_settings, make_transform
-from ddf_convert.training.dataset import Images, NoSuchSplit, OnBroken, Split, held_out, open_images
+from ddf_convert.training.dataset import ImageDataset, MissingSplitError, OnBroken, Split, open_images, random_split
 from ddf_convert.training.diagnostics import memory_explained
 from ddf_convert.training.distributed import Processes
 from ddf_convert.training.run_dir import BEST, is_run
@@ -55,7 +55,7 @@ def initialize(
     settings = recipe.initialize_with
     if settings.method != "calibrate" or data is None:
         return recipe.initialize(model, original, say=say)
-    images = open_images(data, "train", labelled=False)
+    images = open_images(data, "train", labeled=False)
     count = min(len(images), settings.num_images)
     chosen = images.subset(
         [index * len(images) // count for index in range(count)]
@@ -216,8 +216,8 @@ def open_data(
         try:
             looked_at = _images(data, "validation", labelled, classes, on_broken)
             where = f"its validation part, {len(looked_at)}"
-        except NoSuchSplit:
-            training, looked_at = held_out(training, seed=seed)
+        except MissingSplitError:
+            training, looked_at = random_split(training, seed=seed)
             where = f"{len(looked_at)} of its images, held out"
     if not training.has_labels:
         labels = "without labels"
@@ -277,7 +277,7 @@ def announce_precision(stages: tuple[Stage, ...], device: torch.device, say: Say
 
 def _images(
     data: str, split: Split, needed: bool, classes: int | None, on_broken: OnBroken, whole: bool = False
-) -> Images:
+) -> ImageDataset:
     if not needed:
         with contextlib.suppress(UsageError):
             found = open_images(data, split, True, on_broken, whole)
@@ -293,7 +293,7 @@ def _images(
     return found
 
 
-def _check_classes_agree(training: Images, validation: Images, name: str) -> None:
+def _check_classes_agree(training: ImageDataset, validation: ImageDataset, name: str) -> None:
     if training.classes and validation.classes and training.classes != validation.classes:
         mine, theirs = (set(each.classes or ()) for each in (training, validation))
         odd = sorted(mine ^ theirs)[:1]
