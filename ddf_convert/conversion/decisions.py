@@ -49,63 +49,39 @@ _NAME_PARAMETERS = {"name", "fqn", "path", "qualname", "module_name", "layer_nam
 _MODULE_PARAMETERS = {"module", "mod", "layer", "conv", "m"}
 
 
-@dataclass(frozen=True)
 class Selection:
-    """What ``include``, ``exclude`` and ``filter_fn`` select among a model's candidates."""
+    """What ``include``, ``exclude`` and ``filter_fn`` select among a model's candidates.
 
-    include: Patterns = None
-    exclude: Patterns = None
-    filter_fn: FilterFunction | None = None
+    Raises:
+        UsageError: A pattern matches no convolution, or is not a regular expression.
+    """
 
-    def check_filter_fn(self) -> None:
-        """Raises UsageError if the signature of ``filter_fn`` shows that it takes ``(name, module)``."""
-        if self.filter_fn is None:
-            return
-        try:
-            first, second, *_ = inspect.signature(self.filter_fn).parameters.values()
-        except (TypeError, ValueError):  # no signature, or not two arguments: the call shows it
-            return
-        name_first = first.name in _NAME_PARAMETERS or first.annotation in (str, "str")
-        module_second = second.name in _MODULE_PARAMETERS or _is_module_class(second.annotation)
-        if (name_first and second.name not in _NAME_PARAMETERS) or (
-            module_second and first.name not in _MODULE_PARAMETERS
-        ):
-            raise UsageError(f"filter_fn takes ({first.name}, {second.name}): {_FILTER_FN_ORDER}")
-
-    def resolve(self, candidates: Sequence[Candidate]) -> ResolvedSelection:
-        """Matches the patterns with the candidates' names.
-
-        Raises:
-            UsageError: A pattern matches no convolution, or is not a regular expression.
-        """
+    def __init__(
+        self,
+        candidates: Sequence[Candidate],
+        include: Patterns = None,
+        exclude: Patterns = None,
+        filter_fn: FilterFunction | None = None,
+    ) -> None:
         names = list(dict.fromkeys(name for candidate in candidates for name in candidate.names))
-        return ResolvedSelection(
-            _match_each("include", self.include, names), _match_each("exclude", self.exclude, names), self.filter_fn
-        )
-
-
-@dataclass(frozen=True)
-class ResolvedSelection:
-    """A selection in which patterns stand with the names that they match."""
-
-    include: dict[str, set[str]]
-    exclude: dict[str, set[str]]
-    filter_fn: FilterFunction | None
+        self._include = _match_each("include", include, names)
+        self._exclude = _match_each("exclude", exclude, names)
+        self._filter_fn = filter_fn
 
     def excluded_by(self, candidate: Candidate) -> str | None:
         """Returns the first pattern that excludes a candidate."""
-        return next((pattern for pattern, names in self.exclude.items() if names.intersection(candidate.names)), None)
+        return next((pattern for pattern, names in self._exclude.items() if names.intersection(candidate.names)), None)
 
     def check(self, candidate: Candidate, module: nn.Module) -> None:
         """Raises Refused if the user leaves a candidate out, and UsageError if ``filter_fn`` fails."""
         if (pattern := self.excluded_by(candidate)) is not None:
             raise Refused(f"excluded by {pattern!r}")
-        if self.include and not any(names.intersection(candidate.names) for names in self.include.values()):
+        if self._include and not any(names.intersection(candidate.names) for names in self._include.values()):
             raise Refused("outside include")
-        if self.filter_fn is None:
+        if self._filter_fn is None:
             return
         try:
-            selected = bool(self.filter_fn(module, candidate.name))
+            selected = bool(self._filter_fn(module, candidate.name))
         except Exception as error:  # it is the user's code: anything can come out of it
             raise UsageError(
                 f"filter_fn failed for {candidate.name} ({type(module).__name__}): {type(error).__name__}:"
@@ -113,6 +89,18 @@ class ResolvedSelection:
             ) from error
         if not selected:
             raise Refused("filter_fn said no")
+
+
+def check_argument_order(filter_fn: FilterFunction) -> None:
+    """Raises UsageError if the signature of ``filter_fn`` shows that it takes ``(name, module)``."""
+    try:
+        first, second, *_ = inspect.signature(filter_fn).parameters.values()
+    except (TypeError, ValueError):  # no signature, or not two arguments: the call shows it
+        return
+    name_first = first.name in _NAME_PARAMETERS or first.annotation in (str, "str")
+    module_second = second.name in _MODULE_PARAMETERS or _is_module_class(second.annotation)
+    if (name_first and second.name not in _NAME_PARAMETERS) or (module_second and first.name not in _MODULE_PARAMETERS):
+        raise UsageError(f"filter_fn takes ({first.name}, {second.name}): {_FILTER_FN_ORDER}")
 
 
 def _match_each(option: str, patterns: Patterns, names: Sequence[str]) -> dict[str, set[str]]:
@@ -139,7 +127,7 @@ class Decider:
 
     config: ConvertConfig
     layer_type: LayerType
-    selection: ResolvedSelection
+    selection: Selection
     costs: CandidateCosts
     replacement_costs: CandidateCosts
     candidates: Mapping[str, Candidate]

@@ -10,7 +10,7 @@ from torch import nn
 from ddf_convert.conversion.analysis import find_candidates
 from ddf_convert.conversion.budget import CandidateCosts, Stopwatch, apply_budgets
 from ddf_convert.conversion.config import ConvertConfig, make_config
-from ddf_convert.conversion.decisions import Decider, FilterFunction, Patterns, Selection
+from ddf_convert.conversion.decisions import Decider, FilterFunction, Patterns, Selection, check_argument_order
 from ddf_convert.conversion.plan import Action, FoundBy, Plan, Site, Timed
 from ddf_convert.conversion.recorder import UPSAMPLING, Recording, record
 from ddf_convert.conversion.registry import DDF, find_layer_type
@@ -61,8 +61,7 @@ def plan(
             wrong, or ``filter_fn`` fails or takes its arguments the other way round.
         DDFError: What is to be timed does not run.
     """
-    selection = Selection(include, exclude, filter_fn)
-    return _plan(model, example_input, make_config(config, options), selection, measure)
+    return _plan(model, example_input, make_config(config, options), include, exclude, filter_fn, measure)
 
 
 def plan_without_replacing(
@@ -76,15 +75,17 @@ def plan_without_replacing(
         measure: Time the model and every convolution, on the model's device.
         upsample: List upsampling too.
     """
-    return _plan(model, example_input, ConvertConfig(upsample=upsample), Selection(), measure, applied=False)
+    return _plan(model, example_input, ConvertConfig(upsample=upsample), measure=measure, applied=False)
 
 
 def _plan(
     model: nn.Module,
     example_input: ExampleInput,
     config: ConvertConfig,
-    selection: Selection,
-    measure: bool | torch.device | str,
+    include: Patterns = None,
+    exclude: Patterns = None,
+    filter_fn: FilterFunction | None = None,
+    measure: bool | torch.device | str = False,
     applied: bool = True,
 ) -> Plan:
     layer_type = find_layer_type(config.filter)
@@ -93,7 +94,8 @@ def _plan(
         raise UsageError(
             f"upsampling is replaced by DDF-Up, and not by filter {layer_type.name}: leave one of the two out"
         )
-    selection.check_filter_fn()
+    if filter_fn is not None:
+        check_argument_order(filter_fn)
     model = bare(model)
     args, kwargs = as_arguments(model, example_input)
     recording = record(model, args, kwargs, model_name(model), config.upsample)
@@ -105,7 +107,7 @@ def _plan(
     decider = Decider(
         config=config,
         layer_type=layer_type,
-        selection=selection.resolve(candidates),
+        selection=Selection(candidates, include, exclude, filter_fn),
         costs=costs,
         replacement_costs=costs if time_replacements else CandidateCosts(None),
         candidates={name: candidate for candidate in candidates for name in candidate.names},
