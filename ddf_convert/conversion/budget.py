@@ -18,8 +18,8 @@ from ddf_convert.conversion.rewriter import apply_replacements
 from ddf_convert.cost import count
 from ddf_convert.cost.count import Cost, count_parameters
 from ddf_convert.cost.timing import device_of, forward_ms
-from ddf_convert.utils.device import called
 from ddf_convert.utils.device import describe as describe_machine
+from ddf_convert.utils.device import describe_short
 from ddf_convert.utils.fake_copy import real_copy
 
 
@@ -38,7 +38,7 @@ class Stopwatch:
         own = device_of(model)
         default = torch.device("cpu") if own.type == "meta" else own
         self.device = default if isinstance(device, bool) else torch.device(device)
-        self.machine = called(describe_machine(self.device))
+        self.machine = describe_short(describe_machine(self.device))
 
     def ms(self, module: nn.Module, *args: Any, **kwargs: Any) -> float:
         """Returns milliseconds of one forward pass."""

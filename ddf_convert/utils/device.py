@@ -68,7 +68,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     return machine
 
 
-def called(machine: dict[str, Any]) -> str:
+def describe_short(machine: dict[str, Any]) -> str:
     """Puts the facts of :func:`describe` in one line."""
     if machine["device"] == "cuda":
         return f"{machine['gpu']} ({machine['sm']}), torch {machine['torch']}, cuDNN {machine['cudnn']}"
