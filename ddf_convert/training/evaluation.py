@@ -23,6 +23,7 @@ from ddf_convert.utils.capture import captured_outputs
 from ddf_convert.utils.modules import evaluating
 
 Batch = tuple[Tensor, Tensor]
+_FIGURES = ("loss", "top1", "top5", "agreement", "divergence")
 _PARTS = ("task_loss", "logits_loss", "features_loss")
 
 
@@ -141,15 +142,11 @@ def evaluate(
             if processes.any(settings.stop()):
                 raise Stopped
             progress.step()
-    figures = sums.over(processes)
+    images, means = sums.means(processes)
     return Evaluation(
-        images=int(figures.pop("images", 0.0)),
-        loss=figures.pop("loss", None),
-        top1=figures.pop("top1", None),
-        top5=figures.pop("top5", None),
-        agreement=figures.pop("agreement", None),
-        divergence=figures.pop("divergence", None),
-        parts=figures,
+        images=images,
+        **{name: means.get(name) for name in _FIGURES},
+        parts={name: means[name] for name in _PARTS if name in means},
         seconds=time.perf_counter() - began,
     )
 
@@ -174,7 +171,7 @@ def check_labels(labels: Tensor, classes: int) -> None:
 class _Sums:
     """Sums over images, on the device until the end."""
 
-    names = ("images", "loss", "top1", "top5", "agreement", "divergence", *_PARTS)
+    names = ("images", *_FIGURES, *_PARTS)
 
     def __init__(self, device: torch.device) -> None:
         self._sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)  # value, number of images
@@ -184,12 +181,11 @@ class _Sums:
         row[0] += torch.as_tensor(value, device=row.device).double() * images
         row[1] += images
 
-    def over(self, processes: Processes) -> dict[str, float]:
-        """Returns the means over all images, and the number of images."""
+    def means(self, processes: Processes) -> tuple[int, dict[str, float]]:
+        """Returns the number of images of all processes, and the means over them."""
         sums = processes.total(self._sums).tolist()
-        figures = {name: value / count for name, (value, count) in zip(self.names, sums, strict=True) if count}
-        figures["images"] = sums[0][1]
-        return figures
+        means = {name: value / count for name, (value, count) in zip(self.names, sums, strict=True) if count}
+        return int(sums[0][1]), means
 
 
 def _measure(

@@ -147,7 +147,7 @@ def test_the_old_key_is_read_and_the_new_one_written():
     assert "\ninitialize:\n" in recipe.to_yaml()
     assert "initialise" not in recipe.to_yaml()
     with pytest.raises(ValueError, match="initialise"):
-        ddf.recipes.Recipe(**old, **new)
+        ddf.recipes.Recipe(**{**old, **new})
 
 
 def test_old_names_in_python_still_work():
