@@ -14,10 +14,11 @@ import timm
 import torch
 from torch import nn
 
-from ddf_convert.artifacts.atomic import check_file, write_file
+from ddf_convert.artifacts.atomic import write_file
+from ddf_convert.artifacts.path_checks import check_file
 from ddf_convert.conversion import Action, Plan, Site, recorded
 from ddf_convert.conversion.eligibility import in_words
-from ddf_convert.conversion.planner import as_it_stands
+from ddf_convert.conversion.planner import plan_without_replacing
 from ddf_convert.cost.count import Cost
 from ddf_convert.cost.timing import device_of
 from ddf_convert.errors import UsageError
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 REPORT_VERSION = COMPARISON_VERSION = 1
+_NOT_REPORTED = {"replacement_cost", "operation", "kernel_size", "override"}  # fields of a site
 _UNMEASURED = "Latency was not measured, and fewer MACs are not by themselves faster:"
 _ESTIMATED = (
     "The latency after is an estimate: the model's, less its replaced convolutions and plus what replaces them,"
@@ -128,7 +130,7 @@ def report(plan: Plan, model: str | None = None) -> dict[str, Any]:
         "machine": plan.machine,
         "before": plan.before.model_dump(),
         "after": plan.after.model_dump(),
-        "sites": [site.model_dump(mode="json", exclude={"replacement_cost"}) for site in plan.sites],
+        "sites": [site.model_dump(mode="json", exclude=_NOT_REPORTED) for site in plan.sites],
         "notes": plan.notes,
     }
 
@@ -157,9 +159,9 @@ def compare(before: nn.Module, after: nn.Module, example_input: ExampleInput, *,
     record = recorded(after)
     upsample = any(config.upsample for made in (record, recorded(before)) if made for config in made.configs)
     with _naming_the_model("before"):
-        first = as_it_stands(before, example_input, obstacle is None, upsample)
+        first = plan_without_replacing(before, example_input, obstacle is None, upsample)
     with _naming_the_model("after"):
-        second = as_it_stands(after, example_input, obstacle is None, upsample)
+        second = plan_without_replacing(after, example_input, obstacle is None, upsample)
     notes = [*first.notes, *second.notes, *([f"{_UNMEASURED} {obstacle}"] if obstacle else [])]
     return Comparison(
         model=" and ".join(dict.fromkeys((first.model, record.source if record else second.model))),

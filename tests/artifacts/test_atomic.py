@@ -23,7 +23,8 @@ from torch import nn
 import ddf_convert as ddf
 from ddf_convert import cli
 from ddf_convert.artifacts import atomic
-from ddf_convert.artifacts.atomic import check_output, write_file
+from ddf_convert.artifacts.atomic import write_file
+from ddf_convert.artifacts.path_checks import check_output
 from ddf_convert.depth import checkpoint as networks
 from ddf_convert.depth.maps import Unit
 from ddf_convert.errors import ArtifactError, DDFError, UsageError
@@ -405,15 +406,13 @@ def test_a_full_disk_behind_stdout(place):
 KILLED = """
     import os, sys, torch
     import ddf_convert as ddf
-    from ddf_convert import artifact, disk
+    from ddf_convert.artifacts import artifact, atomic
     from ddf_convert.artifacts.atomic import write_file
     from pathlib import Path
     def stop(*arguments):
         print("stopped", flush=True)
         sys.stdin.read()
-    artifact.write_tensors = disk.flush = stop
-    import ddf_convert.artifacts.atomic
-    ddf_convert.artifacts.atomic.flush = stop
+    artifact.write_tensors = atomic.flush = stop
     {write}
 """
 
