@@ -18,6 +18,7 @@ from ddf_convert.artifacts.atomic import write_file
 from ddf_convert.artifacts.path_checks import check_file
 from ddf_convert.conversion import Action, Plan, Site, recorded
 from ddf_convert.conversion.eligibility import in_words
+from ddf_convert.conversion.plan import Operation
 from ddf_convert.conversion.planner import plan_without_replacing
 from ddf_convert.cost.count import Cost
 from ddf_convert.cost.timing import device_of
@@ -31,7 +32,14 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 REPORT_VERSION = COMPARISON_VERSION = 1
-_NOT_REPORTED = {"replacement_cost", "operation", "kernel_size", "override"}  # fields of a site
+_NOT_REPORTED = {
+    "replacement_cost",
+    "operation",
+    "kernel_size",
+    "conv_size",
+    "override",
+    "replaced",
+}  # of sites and layers
 _UNMEASURED = "Latency was not measured, and fewer MACs are not by themselves faster:"
 _ESTIMATED = (
     "The latency after is an estimate: the model's, less its replaced convolutions and plus what replaces them,"
@@ -82,7 +90,11 @@ class Comparison(ComparisonData):
     def to_json(self) -> str:
         """Returns the comparison as JSON: its fields, costs as in ``report.json``, and the versions that made it."""
         head = {"format": "ddf_convert comparison", "format_version": COMPARISON_VERSION, "versions": _versions()}
-        return json.dumps({**head, **asdict(self)}, indent=2, default=lambda model: model.model_dump(mode="json"))
+        fields = asdict(self)
+        for layer in fields["layers"]:
+            for name in _NOT_REPORTED & set(layer):
+                del layer[name]
+        return json.dumps({**head, **fields}, indent=2, default=lambda model: model.model_dump(mode="json"))
 
     def to_html(self, path: str | Path) -> None:
         """Writes the comparison as one HTML page that needs no other file, completely or not at all.
@@ -193,8 +205,9 @@ def _obstacle_to_timing(before: nn.Module, after: nn.Module) -> str | None:
 
 
 def _planned_layer(site: Site) -> Layer:
-    kind = in_words(site.replacement) if site.action is Action.REPLACE and site.replacement else site.kind
-    return _layer(site, site.kind, kind, site.reason, site.before, site.after)
+    replaced = site.action is Action.REPLACE and site.replacement is not None
+    kind = in_words(site.replacement) if replaced and site.replacement else site.kind
+    return _layer(site, site.kind, kind, site.reason, site.before, site.after, replaced)
 
 
 def _sites_by_name(plan: Plan, model: nn.Module) -> dict[str, Site]:
@@ -220,10 +233,23 @@ def _matched_layers(first: dict[str, Site], second: dict[str, Site]) -> Iterator
         assert site is not None
         old_kind, new_kind = old.kind if old else None, new.kind if new else None
         reason = site.reason if old_kind == new_kind and site.action is Action.SKIP else ""
-        yield _layer(site, old_kind, new_kind, reason, old.before if old else None, new.before if new else None)
+        replaced = new is not None and (
+            new.operation in (Operation.DDF_UP, Operation.CONVERTED)
+            or (new.kind.startswith("depthwise") and new_kind != old_kind)
+        )
+        before, after = old.before if old else None, new.before if new else None
+        yield _layer(site, old_kind, new_kind, reason, before, after, replaced)
 
 
-def _layer(site: Site, old: str | None, new: str | None, reason: str, before: Cost | None, after: Cost | None) -> Layer:
+def _layer(
+    site: Site,
+    old: str | None,
+    new: str | None,
+    reason: str,
+    before: Cost | None,
+    after: Cost | None,
+    replaced: bool,
+) -> Layer:
     return Layer(
         name=site.name,
         kind_before=old,
@@ -236,6 +262,10 @@ def _layer(site: Site, old: str | None, new: str | None, reason: str, before: Co
         after=after,
         found_by=site.found_by,
         caution=site.caution,
+        operation=site.operation,
+        conv_size=None if site.functional else site.kernel_size,
+        override=site.override,
+        replaced=replaced,
     )
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ddf_convert.conversion import ConvertConfig
-from ddf_convert.conversion.plan import FoundBy, is_upsampling
-from ddf_convert.conversion.registry import is_new
+from ddf_convert.conversion.plan import FoundBy, Operation
 from ddf_convert.cost.count import Cost
 from ddf_convert.report import units
 
@@ -73,6 +71,10 @@ class Layer:
         after: Cost in the model after; None where it has no such layer.
         found_by: How it was found.
         caution: What is less certain for it; empty where nothing is.
+        operation: What it computes, in the model before if it has the layer.
+        conv_size: Kernel of the convolution; None for a functional call and for any other operation.
+        override: The option that would replace it; empty if there is none.
+        replaced: Whether the kind after alone says what happened: a layer that replaces convolutions.
     """
 
     name: str
@@ -86,6 +88,10 @@ class Layer:
     after: Cost | None
     found_by: FoundBy = FoundBy.FX
     caution: str = ""
+    operation: Operation = Operation.CONV
+    conv_size: tuple[int, int] | None = None
+    override: str = ""
+    replaced: bool = False
 
     @property
     def kind(self) -> str:
@@ -98,21 +104,9 @@ class Layer:
         return self.kind_before != self.kind_after or _without_latency(self.before) != _without_latency(self.after)
 
     @property
-    def replaced(self) -> bool:
-        """Whether the kind after alone says what happened: it is one that replaces convolutions."""
-        after = self.kind_after or ""
-        return is_new(after) or (after.startswith("depthwise") and after != self.kind_before)
-
-    @property
     def becomes(self) -> str:
         """What a changed layer has become, in a word or two."""
         return (self.kind_after or "") if self.replaced else f"{self.kind_before} -> {self.kind_after}"
-
-    @property
-    def kernel_size(self) -> str | None:
-        """Kernel size as "3x3"; None where the kind has none."""
-        size = re.fullmatch(r"\w+ (\d+x\d+)", self.kind)
-        return size[1] if size else None
 
     def grew(self, measure: Measure) -> bool:
         """Returns whether the change increased a measure."""
@@ -182,10 +176,11 @@ class ComparisonData:
         return f"More than before: {', '.join(words)}, out of {count_layers(self.changed)} {self.verb}"
 
     def _stays_as_expected(self, layer: Layer) -> bool:
-        sizes = {f"{size}x{size}" for config in self.configs for size in config.kernel_size} or {"3x3"}
-        if layer.kind.startswith("transposed") and any(config.upsample for config in self.configs):
+        sizes = {(size, size) for config in self.configs for size in config.kernel_size} or {(3, 3)}
+        if layer.operation is Operation.CONV_TRANSPOSE and any(config.upsample for config in self.configs):
             return False
-        return is_new(layer.kind) or (layer.kernel_size is not None and layer.kernel_size not in sizes)
+        converted = layer.operation in (Operation.DDF_UP, Operation.CONVERTED)
+        return converted or (layer.conv_size is not None and layer.conv_size not in sizes)
 
 
 def count_layers(layers: Sequence[Layer], other: bool = False) -> str:
@@ -196,13 +191,13 @@ def count_layers(layers: Sequence[Layer], other: bool = False) -> str:
 
 def count_kinds(layers: Sequence[Layer]) -> str:
     """Returns ``"36 of 1x1, 1 of 7x7"``, the most frequent first."""
-    kinds = Counter(f"of {layer.kernel_size}" if layer.kernel_size else layer.kind for layer in layers)
+    kinds = Counter(f"of {'x'.join(map(str, layer.conv_size))}" if layer.conv_size else layer.kind for layer in layers)
     return ", ".join(f"{number} {kind}" for kind, number in kinds.most_common())
 
 
 def noun(layers: Sequence[Layer]) -> str:
     """Returns the word for one of these layers: "convolution", or "layer" if upsampling is among them."""
-    upsampling = (is_upsampling(layer.kind) or layer.kind.startswith("DDF-Up") for layer in layers)
+    upsampling = (layer.operation.upsamples or layer.operation is Operation.DDF_UP for layer in layers)
     return "layer" if any(upsampling) else "convolution"
 
 

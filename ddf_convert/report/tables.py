@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from statistics import median
@@ -14,6 +13,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
+from ddf_convert.conversion.plan import override_hint
 from ddf_convert.report import units
 from ddf_convert.report.data import (
     LATENCY,
@@ -33,8 +33,6 @@ if TYPE_CHECKING:
 
 _COLUMNS = 80
 _MAX_INITIALIZED = 20  # layers that are listed; the rest with --all
-# How the planner ends a reason that one option overrules, in the words of the Python interface.
-_HINT = re.compile(r" \((\w+)=True replaces it\)$")
 
 
 # --- comparisons ------------------------------------------------------------------------------------------------------
@@ -128,15 +126,15 @@ def _reasons(layers: list[Layer]) -> Iterable[Text]:
 def _reason_table(layers: list[Layer]) -> Table:
     table = new_table(Column("name", overflow="fold", style="bold", max_width=32), Column("kind"), Column("reason"))
     for layer in layers:
-        table.add_row(_name(layer), layer.kind, Text(_HINT.sub("", layer.reason)))
+        table.add_row(_name(layer), layer.kind, Text(layer.reason.removesuffix(override_hint(layer.override))))
     return table
 
 
 def _overriding_flags(layers: list[Layer]) -> Iterable[Text]:
     """The options that would replace some of the convolutions, as the command line spells them."""
-    hints = Counter(found[1] for layer in layers if (found := _HINT.search(layer.reason)))
-    if hints:
-        flags = ", ".join(f"--{option.replace('_', '-')} ({number})" for option, number in hints.most_common())
+    options = Counter(layer.override for layer in layers if layer.override)
+    if options:
+        flags = ", ".join(f"--{option.replace('_', '-')} ({number})" for option, number in options.most_common())
         yield Text(f"To replace these too: {flags}", style="dim")
 
 
