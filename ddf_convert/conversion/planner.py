@@ -115,7 +115,7 @@ def _plan(
     sites = [decider.decide(candidate) for candidate in candidates]
     _skip_convolutions_of_shuffles(sites)
     if applied:
-        verify(model, recording, sites)
+        verify(model, recording, traced, sites)
     before, timed = _cost_of_model(recording, sites), None
     if stopwatch:
         before = before.model_copy(update={"latency_ms": stopwatch.ms(model, *args, **kwargs)})

@@ -18,7 +18,7 @@ from ddf_convert.conversion.interpolate_hook import intercept, obstacle_to_inter
 from ddf_convert.conversion.plan import Action, Site
 from ddf_convert.conversion.record import AppliedReplacement, Origin, is_interpolate_call, layer_path, note_origin
 from ddf_convert.conversion.recorder import ARGUMENTS, OPTIONS
-from ddf_convert.conversion.tracer import build_graph, site_nodes
+from ddf_convert.conversion.tracer import Traced, build_graph, site_nodes
 from ddf_convert.errors import DDFError, UsageError, first_line, suggestion
 from ddf_convert.utils.modules import model_name
 
@@ -102,8 +102,16 @@ def _interpolating_modules(sites: Sequence[Site], model: nn.Module) -> list[str]
 # --- from replacements to edits, to the model -------------------------------------------------------------------------
 
 
-def apply_replacements(model: nn.Module, replacements: Sequence[AppliedReplacement]) -> nn.Module:
+def apply_replacements(
+    model: nn.Module, replacements: Sequence[AppliedReplacement], traced: Traced | None = None
+) -> nn.Module:
     """Applies replacements to a model in place; torch's random state stays as it is.
+
+    Args:
+        model: The model.
+        replacements: What to replace.
+        traced: The graphs of the model that this one is a weightless copy of. Without them, the model is traced if
+            functional convolutions are replaced.
 
     Returns:
         The model; or, where functional convolutions are replaced, the GraphModule that takes its place.
@@ -112,7 +120,9 @@ def apply_replacements(model: nn.Module, replacements: Sequence[AppliedReplaceme
         UsageError: A replacement does not fit the model: no such module, another kind of module, other channels. The
             model is then as it was.
     """
-    graphs = trace_parts(model, (each.graph for each in replacements if each.functional))
+    paths = {each.graph for each in replacements if each.functional}
+    graph = traced.graph_over(model) if traced and paths == {""} else None
+    graphs = trace_parts(model, paths) if graph is None else {"": graph}
     edits = make_edits(model, replacements, graphs)
     for edit in edits:
         if isinstance(edit, InterceptInterpolate):

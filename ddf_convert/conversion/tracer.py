@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -106,10 +107,21 @@ class Traced:
     Attributes:
         pieces: The whole model alone where torch.fx can trace it, else the pieces that it can.
         untraced: Why not, for each module that torch.fx could not trace or does not look into, by its path.
+        by_default: Whether the example input leaves the optional arguments at their defaults, as :func:`build_graph`.
     """
 
     pieces: list[Piece] = field(default_factory=list)
     untraced: dict[str, str] = field(default_factory=dict)
+    by_default: bool = False
+
+    def graph_over(self, copied: nn.Module) -> fx.GraphModule | None:
+        """Returns the whole model's graph over another copy, as :func:`build_graph` traces it; None if it differs."""
+        whole = next((piece.graph_module for piece in self.pieces if not piece.path), None)
+        if whole is None or not self.by_default:
+            return None
+        if any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in whole.graph.nodes):
+            return None
+        return fx.GraphModule(copied, copy.deepcopy(whole.graph), type(copied).__name__)
 
     def why_untraced(self, name: str) -> tuple[str, str]:
         """Returns the innermost untraced module that holds a site, and the reason; two empty texts if none does."""
@@ -160,6 +172,8 @@ def trace(model: nn.Module, recording: Recording) -> Traced:
             traced.untraced[""] = str(error)
             return traced
     root = copied.module
+    if "" in recording.entries:
+        traced.by_default = _fixed_arguments(root, recording.entries[""][0]) == _fixed_arguments(root, None)
     paths = {id(module): path for path, module in root.named_modules()}
     waiting, seen = deque([""]), set()
     while waiting:
@@ -201,20 +215,24 @@ def build_graph(module: nn.Module, name: str) -> fx.GraphModule:
 
 
 def _trace_module(module: nn.Module, tracer: Tracer, entry: Entry | None) -> fx.GraphModule:
-    """Traces a module as it is called in ``entry``, if there is one: flags and numbers are fixed.
+    """Traces a module as it is called in ``entry``, if there is one: flags and numbers are fixed."""
+    graph = tracer.trace(module, concrete_args=_fixed_arguments(module, entry) or None)
+    return fx.GraphModule(tracer.root, graph, type(module).__name__)
+
+
+def _fixed_arguments(module: nn.Module, entry: Entry | None) -> dict[str, Any]:
+    """The arguments of a call that are no tensors, or the defaults of a call with none.
 
     An optional argument that is not given must be its default to "if mask is None", not a symbol that never is.
     """
     parameters = inspect.signature(module.forward).parameters.values()
     values = {parameter.name: parameter.default for parameter in parameters} | _bound_arguments(module, entry)
     packed = {parameter.name for parameter in parameters if parameter.kind in _PACKED}
-    fixed = {
+    return {
         name: value
         for name, value in values.items()
         if name not in packed and (value is None or isinstance(value, bool | int | float | str))
     }
-    graph = tracer.trace(module, concrete_args=fixed or None)
-    return fx.GraphModule(tracer.root, graph, type(module).__name__)
 
 
 def _trace_around_opaque(module: nn.Module, entry: Entry) -> tuple[fx.GraphModule | None, dict[nn.Module, str]]:

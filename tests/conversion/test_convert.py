@@ -9,7 +9,7 @@ import torch
 from support import networks as net
 from torch import fx, nn
 
-from ddf_convert.conversion import Conversion, Replacement, convert, plan, recorded, verify
+from ddf_convert.conversion import Conversion, Replacement, convert, plan, recorded, tracer, verify
 from ddf_convert.cost.count import measure
 from ddf_convert.errors import UsageError
 from ddf_convert.layers import DDF2d, DDFConv2d
@@ -189,6 +189,19 @@ def test_as_graph():
     assert isinstance(converted.conv, DDF2d)
     assert recorded(converted).replaced[0].names == ("conv",)
     assert converted(torch.randn(1, 3, 20, 20)).shape == (1, 8, 11, 11)
+
+
+@pytest.mark.parametrize(("functional", "times"), [(False, 1), (True, 2)])
+def test_how_often_a_model_is_traced(monkeypatch, functional, times):
+    """Once for the plan and its trial; once more only for the GraphModule that replaces a model."""
+    traces = []
+    trace = tracer.Tracer.trace
+    monkeypatch.setattr(
+        tracer.Tracer, "trace", lambda self, *args, **kwargs: traces.append(1) or trace(self, *args, **kwargs)
+    )
+    converted = convert(net.Functions(), example_input=IMAGE, functional=functional)
+    assert isinstance(converted, fx.GraphModule) == functional
+    assert len(traces) == times
 
 
 def two_bottlenecks():

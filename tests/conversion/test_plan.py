@@ -1,6 +1,7 @@
 """The planner's table: what becomes of each convolution, and the reason that it gives."""
 
 import functools
+import json
 import re
 
 import pytest
@@ -10,7 +11,8 @@ import torch
 from support import networks as net
 from torch import nn
 
-from ddf_convert.conversion import Action, ConvertConfig, FoundBy, Plan, convert, plan
+from ddf_convert.conversion import Action, ConvertConfig, FoundBy, Operation, Plan, convert, plan
+from ddf_convert.conversion.plan import override_hint
 from ddf_convert.cost.count import measure
 from ddf_convert.errors import UsageError
 from ddf_convert.layers import DDF2d, DDFConv2d
@@ -447,6 +449,40 @@ def test_plans_round_trip_through_json_and_can_be_edited():
     converted = convert(model, Plan.from_json(again.to_json()))
     kinds = [type(converted.get_submodule(name)) for name in ("1.0", "1.1", "2.0")]
     assert kinds == [DDFConv2d, nn.Conv2d, DDFConv2d]
+
+
+def test_plans_saved_before_sites_had_an_operation_load():
+    cases = [
+        (net.around(DDF2d(32), nn.ConvTranspose2d(32, 32, 3), net.conv(groups=2)), {}),
+        (nn.Sequential(net.conv(3), nn.Conv2d(32, 32, 5), DDFConv2d(32, 8)), {}),
+        (net.Functions(), {"functional": True}),
+        (net.SameNames(), {}),
+        (net.Pyramid(), {"upsample": True}),
+        (net.Shuffles(), {"upsample": True}),
+        (convert(net.Pyramid(), example_input=IMAGE, upsample=True), {"upsample": True}),
+    ]
+    for model, options in cases:
+        decided = plan(model, IMAGE, **options)
+        saved = json.loads(decided.to_json())
+        for site in saved["sites"]:
+            del site["operation"], site["kernel_size"], site["override"]
+        assert Plan.from_json(json.dumps(saved)) == decided
+
+
+def test_a_site_has_fields_for_what_its_words_say():
+    def fields(site):
+        return site.operation, site.kernel_size, site.functional, site.override
+
+    decided = plan(nn.Sequential(net.conv(3), DDF2d(32), nn.ConvTranspose2d(32, 8, 2)), IMAGE)
+    assert fields(decided["0"]) == (Operation.CONV, (3, 3), False, "stem")
+    assert fields(decided["1"]) == (Operation.CONVERTED, None, False, "")
+    assert fields(decided["2"]) == (Operation.CONV_TRANSPOSE, (2, 2), False, "")
+    assert decided["0"].reason == f"stem: 3 input channels{override_hint('stem')}"
+    decided["0"].replace()
+    assert decided["0"].override == ""
+    upsampling = plan(nn.Sequential(net.Pyramid()), IMAGE, upsample=True)
+    assert fields(upsampling["0.interpolate()"]) == (Operation.INTERPOLATE, None, True, "")
+    assert fields(plan(net.Functional(), IMAGE)["conv2d()"]) == (Operation.CONV, (3, 3), True, "functional")
 
 
 def test_a_plan_names_near_sites_and_refuses_what_cannot_be():
