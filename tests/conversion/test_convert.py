@@ -1,4 +1,4 @@
-"""Rewriting: what changes, what must not, and that a failure changes nothing at all."""
+"""Conversion: what changes, what does not, and that a failure changes nothing."""
 
 import copy
 import pickle
@@ -177,7 +177,7 @@ def test_the_record_survives_copies_and_pickle():
     assert recorded(net.bottleneck(net.conv())) is None
 
 
-def test_as_graph():
+def test_as_graph_returns_a_graph_module_with_the_layers_as_nodes():
     converted = convert(net.Gated(), example_input=IMAGE, as_graph=True)
     assert isinstance(converted, fx.GraphModule)
     assert [node.target for node in converted.graph.nodes if node.op == "call_module"] == [
@@ -269,7 +269,7 @@ def test_a_replacement_that_cannot_be_built_changes_nothing():
         ({"plan": True, "example_input": IMAGE}, "given a plan and also example_input"),
     ],
 )
-def test_arguments_that_contradict_each_other(options, message):
+def test_contradicting_arguments_are_refused(options, message):
     model = net.bottleneck(net.conv())
     if "plan" in options:
         options = {**options, "plan": plan(model, IMAGE)}
