@@ -16,6 +16,7 @@ from ddf_convert.conversion.config import ConvertConfig
 from ddf_convert.conversion.interpolate_hook import is_intercepting
 from ddf_convert.conversion.plan import Replacement
 from ddf_convert.conversion.registry import replacing_layers
+from ddf_convert.conversion.sites import is_interpolate_call, join_path, layer_path, owner_of
 from ddf_convert.errors import UsageError
 from ddf_convert.utils.modules import bare, model_name
 
@@ -55,17 +56,6 @@ class AppliedReplacement(BaseModel):
     def places(self) -> tuple[str, ...]:
         """Every path of the new layer in the converted model."""
         return tuple(map(layer_path, self.names)) if self.functional or self.intercepted else self.names
-
-
-def is_interpolate_call(name: str) -> bool:
-    """Whether a site's name is that of an ``F.interpolate`` call, such as "neck.interpolate_1()"."""
-    return name.endswith("()") and name.rpartition(".")[2].startswith("interpolate")
-
-
-def layer_path(name: str) -> str:
-    """Returns the path of the layer that replaces a call: "neck.ddf_conv2d" for "neck.conv2d()"."""
-    owner, _, call = name.removesuffix("()").rpartition(".")
-    return f"{owner}.ddf_{call}" if owner else f"ddf_{call}"
 
 
 class Conversion(BaseModel):
@@ -244,11 +234,11 @@ def _missing_half(found: _Found, modules: dict[str, nn.Module]) -> str:
 
 def _caller(path: str, modules: dict[str, nn.Module]) -> str | None:
     """Returns the module that calls a layer instead of a function: one that interpolates, or a GraphModule around."""
-    owner = path.rpartition(".")[0]
+    owner = owner_of(path)
     if is_intercepting(type(modules[owner])):
         return owner
     while owner and not isinstance(modules[owner], fx.GraphModule):
-        owner = owner.rpartition(".")[0]
+        owner = owner_of(owner)
     return owner if isinstance(modules[owner], fx.GraphModule) else None
 
 
@@ -256,8 +246,7 @@ def _as_replacement(found: _Found, modules: dict[str, nn.Module]) -> AppliedRepl
     replacement = found.origin.replacement
     if not found.origin.call:
         return AppliedReplacement(names=tuple(found.layer), replacement=replacement, removed=tuple(found.shuffle))
-    parent = found.layer[0].rpartition(".")[0]
-    name = f"{parent}.{found.origin.call}" if parent else found.origin.call
+    name = join_path(owner_of(found.layer[0]), found.origin.call)
     caller = _caller(found.layer[0], modules)
     assert caller is not None
     if isinstance(modules[caller], fx.GraphModule):

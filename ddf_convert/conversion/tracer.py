@@ -13,8 +13,17 @@ import torch.nn.functional as F
 from timm.layers._fx import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 
-from ddf_convert.conversion.interpolate_hook import class_of, stands_for_a_call
-from ddf_convert.conversion.recorder import FUNCTIONS, UPSAMPLING_FUNCTIONS, Entry, Recording, function_name, is_site
+from ddf_convert.conversion.interpolate_hook import class_of
+from ddf_convert.conversion.recorder import Entry, Recording
+from ddf_convert.conversion.sites import (
+    FUNCTIONS,
+    UPSAMPLING_FUNCTIONS,
+    answers_interpolate,
+    call_name,
+    is_site,
+    join_path,
+    owner_of,
+)
 from ddf_convert.errors import UsageError, first_line
 from ddf_convert.utils.fake_copy import fake_copy, unchanged_random_states
 from ddf_convert.utils.hooks import without_global_hooks
@@ -127,7 +136,7 @@ class Traced:
         """Returns the innermost untraced module that holds a site, and the reason; two empty texts if none does."""
         path = name
         while path:
-            path = path.rpartition(".")[0]
+            path = owner_of(path)
             if path in self.untraced:
                 return path, self.untraced[path]
         return "", ""
@@ -281,11 +290,6 @@ def _leaves_with_sites(graph_module: fx.GraphModule, path: str, recording: Recor
     yield from (below for target in targets if (below := join_path(path, target)) in recording.entries)
 
 
-def join_path(*parts: str) -> str:
-    """Joins parts of a module's path; "" is the model itself."""
-    return ".".join(filter(None, parts))
-
-
 def site_nodes(graph_module: fx.GraphModule, path: str) -> dict[str, list[fx.Node]]:
     """Returns the nodes that call sites, by the names that the recording has for them.
 
@@ -300,12 +304,12 @@ def site_nodes(graph_module: fx.GraphModule, path: str) -> dict[str, list[fx.Nod
         stack = [(key, value[0]) for key, value in node.meta.get("nn_module_stack", {}).items()]
         if node.op == "call_module" and is_site(graph_module.get_submodule(node.target)):
             nodes.setdefault(join_path(path, node.target), []).append(node)
-            if stands_for_a_call(node.target):
+            if answers_interpolate(node.target):
                 key = stack[-2][0] if len(stack) > 1 else ""  # the last is the layer itself
                 calls.setdefault(key, Counter())["interpolate"] += 1
         elif node.op == "call_function" and (node.target in FUNCTIONS or node.target in UPSAMPLING_FUNCTIONS):
             key, owner = stack[-1] if stack else ("", "")
-            name = function_name(join_path(path, owner), node.target, calls.setdefault(key, Counter()))
+            name = call_name(join_path(path, owner), node.target, calls.setdefault(key, Counter()))
             nodes.setdefault(name, []).append(node)
     return nodes
 
