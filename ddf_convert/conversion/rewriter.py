@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 from ddf_convert.conversion.eligibility import build, geometry, kernel_for, kind_of, obstacle
 from ddf_convert.conversion.interpolate_hook import intercept, obstacle_to_intercepting
 from ddf_convert.conversion.plan import Action, Site
-from ddf_convert.conversion.record import AppliedReplacement, Origin, note_origin
+from ddf_convert.conversion.record import AppliedReplacement, note_origin
 from ddf_convert.conversion.sites import (
     ARGUMENTS,
     OPTIONS,
@@ -163,9 +163,8 @@ def make_edits(
             layer = _build_like(_check_fits(model, modules, applied), applied)
             if not applied.intercepted and (reason := attribute_in_the_way(modules[name], layer)) is not None:
                 raise UsageError(f"{name} cannot be replaced: it {reason}")
-            call = name.rpartition(".")[2] if applied.functional or applied.intercepted else ""
-            origin = Origin(applied.replacement, call, bool(applied.removed), applied.graph)
-            note_origin(layer, origin)
+            applied = applied.model_copy()  # a note of its own: layers with one note belong together
+            note_origin(layer, applied)
             if applied.functional:
                 edits[name] = ReplaceCall(name, layer, applied.graph)
             elif applied.intercepted:
@@ -174,7 +173,7 @@ def make_edits(
                 edits[name] = SwapModule(name, layer)
             if applied.removed:
                 identity = nn.Identity()
-                note_origin(identity, origin)
+                note_origin(identity, applied)
                 edits[applied.removed[0]] = SwapModule(applied.removed[0], identity)
     apart = dict.fromkeys(path for applied in replacements for path in applied.apart if path not in edits)
     return [*(InterceptInterpolate(path) for path in apart), *edits.values()]
