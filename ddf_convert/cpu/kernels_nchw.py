@@ -1,18 +1,25 @@
 """Kernels for contiguous (B, C, H, W) maps: vectors run along the pixels of a row.
 
 A kernel works on tiles of rows. It copies a tile of a plane into zero-padded scratch, where every tap finds a pixel,
-and filters it row by row. The spatial filters of a tile are blocked (see taps.py) once, for all channels of a head.
-
-Tensors come as addresses; ``like`` is a scalar that says how their elements are stored (see storage.py).
+and filters it row by row. The spatial filters of a tile are blocked (see inner_loops.py) once for all channels of a
+head. Tensors come as addresses; the type of the scalar ``like`` says how elements are stored (see dtypes.py).
 """
 
 from __future__ import annotations
 
-import numpy as np
 from numba import njit
 
 from ddf_convert.cpu.dtypes import choose, clear, direct, read, scratch, write
-from ddf_convert.cpu.inner_loops import ceil_div, filter_gradients, filter_rows, fine_pixel, inside, passes, tap_phases
+from ddf_convert.cpu.inner_loops import (
+    ceil_div,
+    filter_gradients,
+    filter_rows,
+    fine_pixel,
+    inside,
+    passes,
+    tap_lists,
+    tap_table,
+)
 from ddf_convert.cpu.jit_cache import kernel
 from ddf_convert.cpu.simd import data, keep, lanes, pointer, prefetch
 
@@ -23,7 +30,7 @@ SLACK = 16  # elements that a vector may reach past a row; none has more lanes
 def _load_tile(tile, source, height, width, top, stride, padding, rows, columns, starts, phase_size):
     """Copies the rows of a plane that an output tile starting at row ``top`` reads into the phases of ``tile``.
 
-    What lies outside the plane is not written: the tile has been cleared, and that part is the same for all channels.
+    Pixels outside the plane are not written: the tile has been cleared, and they are the same for all channels.
     """
     for phase in range(stride * stride):
         if starts[phase] == starts[phase + 1]:
@@ -40,7 +47,7 @@ def _load_tile(tile, source, height, width, top, stride, padding, rows, columns,
 
 @njit
 def _place_taps(offsets, starts, down, right, stride, phase_size, columns):
-    """Where each tap reads in a tile that :func:`_load_tile` fills, from the place of its output pixel."""
+    """Sets where each tap reads in a tile of :func:`_load_tile`, relative to its output pixel."""
     for phase in range(stride * stride):
         for place in range(starts[phase], starts[phase + 1]):
             offsets[place] = phase * phase_size + down[place] * columns + right[place]
@@ -98,9 +105,8 @@ def forward(
     reach = extent // stride
     columns = out_width + reach
     phase_size = (tile_rows + reach) * columns
-    order_, starts_, down, right = tap_phases(size, stride, dilation)
-    offsets_ = np.zeros(taps, np.int64)
-    order, starts, offsets = data(order_), data(starts_), data(offsets_)
+    table = tap_table(size, stride, dilation)
+    order, starts, down, right, offsets = tap_lists(data(table), size, stride)
     _place_taps(offsets, starts, down, right, stride, phase_size, columns)
 
     lane = lanes(scratch(1, like)[0])
@@ -156,8 +162,7 @@ def forward(
                 for row in range(rows):
                     begin = target + row * filters * out_width
                     _write_blocked(begin, factor, line + row * pitch, 0, out_width, vectors, last_vector)
-    for array in (order_, starts_, offsets_):
-        keep(array)
+    keep(table)
     keep(memory)
 
 
@@ -169,7 +174,7 @@ def grad_input(
 ):  # fmt: skip
     """Items first to last of B * G * tiles * s*s * chunks; a tile is of rows of the phases of the padded input.
 
-    The gradient is (B, s*s, C, H, W): what each of a pixel's filters gives.
+    The gradient is (B, s*s, C, H, W): one for each filter of a pixel.
     """
     target, source = pointer(grad_input_at, like), pointer(grad_output_at, like)
     channel_filter, spatial_filter = pointer(channel_at, like), pointer(spatial_at, like)
@@ -179,9 +184,8 @@ def grad_input(
     phase_rows = (height + padding - 1) // stride + 1 - zero
     phase_columns = (width + padding - 1) // stride + 1 - zero
     columns = phase_columns + reach
-    order_, starts_, down, right = tap_phases(size, stride, dilation)
-    offsets_ = np.zeros(taps, np.int64)
-    order, starts, offsets = data(order_), data(starts_), data(offsets_)
+    table = tap_table(size, stride, dilation)
+    order, starts, down, right, offsets = tap_lists(data(table), size, stride)
     for place in range(taps):
         offsets[place] = (reach - down[place]) * columns + reach - right[place]
 
@@ -263,8 +267,7 @@ def grad_input(
                             origin_out + row * stride * width, stride, line + row * pitch, low, high,
                             vectors, last_vector,
                         )  # fmt: skip
-    for array in (order_, starts_, offsets_):
-        keep(array)
+    keep(table)
     keep(memory)
 
 
@@ -287,9 +290,8 @@ def grad_filters(
     reach = extent // stride
     columns = out_width + reach
     phase_size = (tile_rows + reach) * columns
-    order_, starts_, down, right = tap_phases(size, stride, dilation)
-    offsets_ = np.zeros(taps, np.int64)
-    order, starts, offsets = data(order_), data(starts_), data(offsets_)
+    table = tap_table(size, stride, dilation)
+    order, starts, down, right, offsets = tap_lists(data(table), size, stride)
     _place_taps(offsets, starts, down, right, stride, phase_size, columns)
 
     lane = lanes(scratch(1, like)[0])
@@ -358,6 +360,5 @@ def grad_filters(
                     within = x - vector * lane + (repeated if vector == vectors - 1 else 0)
                     spatial_line[x] = grad_blocked[((row * vectors + vector) * taps + place) * lane + within]
                 write(target + row * out_width, 1, spatial_line, out_width)
-    for array in (order_, starts_, offsets_):
-        keep(array)
+    keep(table)
     keep(memory)

@@ -22,7 +22,7 @@ from ddf_convert import cuda, reference
 from ddf_convert.cuda import dispatch
 from ddf_convert.cuda.codegen import ptx as compiler
 from ddf_convert.cuda.kernel_spec import FilterNormSpec
-from ddf_convert.ops.registration import BACKENDS
+from ddf_convert.ops.ddf import BACKENDS
 from ddf_convert.utils import logging as notices
 
 VARIANT = FilterNormSpec("float32", False, gradient=False)
