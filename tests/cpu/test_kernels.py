@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import random
-import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import pytest
 import torch
 from numba import config
 from numba.core import caching
+from support.processes import python
 from support.tolerances import near
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -118,16 +118,6 @@ def test_forked_data_loader_workers() -> None:
     loader = DataLoader(Filtered(), batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=120)
     for index, output in enumerate(loader):
         torch.testing.assert_close(output, expected(example(seed=index)))
-
-
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
