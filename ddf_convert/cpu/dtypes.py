@@ -117,22 +117,22 @@ def _overload_scratch(size, like):
     return lambda size, like: np.zeros(size, np.float32)
 
 
-def direct(output, line):
+def is_direct(output, line):
     """Whether kernels may write vectors straight to ``output``: it has the type that they calculate in."""
 
 
-@overload(direct)
-def _overload_direct(output, line):
+@overload(is_direct)
+def _overload_is_direct(output, line):
     same = output == line
     return lambda output, line: same
 
 
-def choose(wanted, output, line):
-    """Returns ``output`` if wanted and possible (see :func:`direct`), else ``line``."""
+def output_or_line(wanted, output, line):
+    """Returns ``output`` if wanted and possible (see :func:`is_direct`), else ``line``."""
 
 
-@overload(choose)
-def _overload_choose(wanted, output, line):
+@overload(output_or_line)
+def _overload_output_or_line(wanted, output, line):
     if output == line:
         return lambda wanted, output, line: output if wanted else line
     return lambda wanted, output, line: line

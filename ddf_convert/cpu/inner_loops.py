@@ -70,7 +70,7 @@ def fine_pixel(image, row, column, height, width, factor, filter):
 
 
 @njit
-def inside(first, step, size, count):
+def valid_range(first, step, size, count):
     """Returns the range of k < count for which 0 <= first + k * step < size."""
     low = min(count, max(0, ceil_div(-first, step)))
     return low, max(low, min(count, ceil_div(size - first, step)))
@@ -80,8 +80,8 @@ def inside(first, step, size, count):
 def filter_rows(out, out_pitch, out_last, blocked, features, pitch, weights, offsets, taps, rows, vectors, last, add):
     """Sums combine(weights[tap], blocked[tap]) * features[offsets[tap]] over the taps, for every element of ``out``.
 
-    Rows of ``out`` are ``out_pitch`` apart, rows of ``features`` ``pitch``. Vectors of ``out`` may overlap
-    (``out_last`` as ``last``) only in a single pass, see :func:`passes`. Takes nine taps at a time, then one at a time.
+    Rows of ``out`` are ``out_pitch`` apart, rows of ``features`` ``pitch``. Takes nine taps at a time, then one at a
+    time. Vectors of ``out`` may overlap (``out_last`` as ``last``) only if :func:`pass_count` is 1.
     """
     done = 0
     while done + 9 <= taps:
@@ -99,7 +99,7 @@ def filter_rows(out, out_pitch, out_last, blocked, features, pitch, weights, off
 
 
 @njit
-def passes(taps):
+def pass_count(taps):
     """Returns how often :func:`filter_rows` goes over its output."""
     return taps // 9 + taps % 9
 

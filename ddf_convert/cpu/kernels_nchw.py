@@ -9,19 +9,19 @@ from __future__ import annotations
 
 from numba import njit
 
-from ddf_convert.cpu.dtypes import choose, clear, direct, read, scratch, write
+from ddf_convert.cpu.dtypes import clear, is_direct, output_or_line, read, scratch, write
 from ddf_convert.cpu.inner_loops import (
     ceil_div,
     filter_gradients,
     filter_rows,
     fine_pixel,
-    inside,
-    passes,
+    pass_count,
     tap_lists,
     tap_table,
+    valid_range,
 )
 from ddf_convert.cpu.jit_cache import kernel
-from ddf_convert.cpu.simd import data, keep, lanes, pointer, prefetch
+from ddf_convert.cpu.simd import data, keep_alive, lanes, pointer, prefetch
 
 SLACK = 16  # elements that a vector may reach past a row; none has more lanes
 
@@ -36,9 +36,9 @@ def _load_tile(tile, source, height, width, top, stride, padding, rows, columns,
         if starts[phase] == starts[phase + 1]:
             continue  # no tap reads it
         left = phase % stride - padding
-        low, high = inside(left, stride, width, columns)
+        low, high = valid_range(left, stride, width, columns)
         above = top * stride + phase // stride - padding
-        first_row, last_row = inside(above, stride, height, rows)
+        first_row, last_row = valid_range(above, stride, height, rows)
         line = tile + (phase * phase_size + low)
         origin = source + (above * width + left + low * stride)
         for row in range(first_row, last_row):
@@ -126,7 +126,7 @@ def forward(
     per_head = channels // heads
     chunks = ceil_div(per_head, chunk)
     filters = factor * factor
-    straight = factor == 1 and direct(output, line) and out_width >= lane and passes(taps) == 1
+    straight = factor == 1 and is_direct(output, line) and out_width >= lane and pass_count(taps) == 1
     pitch, line_last = (out_width, last_vector) if straight else (vectors * lane, vectors * lane)
     blocked_for = -1
     for item in range(first, last):
@@ -155,15 +155,15 @@ def forward(
             prefetch(next_plane, (rows * stride + extent) * width)
             prefetch(target, rows * out_width)
             filter_rows(
-                choose(straight, target, line), pitch, line_last, blocked, tile, columns,
+                output_or_line(straight, target, line), pitch, line_last, blocked, tile, columns,
                 weights, offsets, taps, rows, vectors, last_vector, add,
             )  # fmt: skip
             if not straight:
                 for row in range(rows):
                     begin = target + row * filters * out_width
                     _write_blocked(begin, factor, line + row * pitch, 0, out_width, vectors, last_vector)
-    keep(table)
-    keep(memory)
+    keep_alive(table)
+    keep_alive(memory)
 
 
 @kernel
@@ -206,7 +206,7 @@ def grad_input(
     per_head = channels // heads
     chunks = ceil_div(per_head, chunk)
     filters = factor * factor
-    straight = direct(target, line) and stride == 1 and width >= lane and passes(taps) == 1
+    straight = is_direct(target, line) and stride == 1 and width >= lane and pass_count(taps) == 1
     pitch, line_last = (width, last_vector) if straight else (vectors * lane, vectors * lane)
     blocked_for = -1
     for item in range(first, last):
@@ -223,9 +223,9 @@ def grad_input(
                 begin, inner = starts[phase], starts[phase + 1] - starts[phase]
                 for place in range(begin, begin + inner):
                     left = zero - right[place]
-                    low, high = inside(left, 1, out_width, phase_columns)
+                    low, high = valid_range(left, 1, out_width, phase_columns)
                     clear(spatial_line, phase_columns)
-                    first_row, last_row = inside(top - down[place], 1, out_height, rows)
+                    first_row, last_row = valid_range(top - down[place], 1, out_height, rows)
                     for row in range(first_row, last_row):
                         y = (filter_head * taps + order[place]) * out_height + top - down[place] + row
                         read(spatial_line + low, spatial_filter + (y * out_width + left + low), 1, high - low)
@@ -239,8 +239,8 @@ def grad_input(
         for index in range(start, min(start + chunk, per_head)):
             at = filter_head * per_head + index
             _reorder(weights, read_weights, channel_filter + at * taps, order, taps)
-            low, high = inside(zero - reach, 1, out_width, columns)
-            first_row, last_row = inside(top - reach, 1, out_height, rows + reach)
+            low, high = valid_range(zero - reach, 1, out_width, columns)
+            first_row, last_row = valid_range(top - reach, 1, out_height, rows + reach)
             plane = image_head * per_head + index
             origin = source + fine_pixel(
                 plane, top - reach, zero - reach + low, out_height, out_width, factor, filter
@@ -252,14 +252,14 @@ def grad_input(
                 begin, inner = starts[phase], starts[phase + 1] - starts[phase]
                 left = zero * stride + phase % stride - padding
                 above = top * stride + phase // stride - padding
-                low, high = inside(left, stride, width, phase_columns)
-                first_row, last_row = inside(above, stride, height, rows)
+                low, high = valid_range(left, stride, width, phase_columns)
+                first_row, last_row = valid_range(above, stride, height, rows)
                 origin_out = target + ((at * height + above) * width + left)
                 if inner == 0:
                     clear(line, line_size)
                 filter_rows(
-                    choose(straight, origin_out, line), pitch, line_last, blocked + begin * line_size, tile, columns,
-                    weights + begin, offsets + begin, inner, rows, vectors, last_vector, add,
+                    output_or_line(straight, origin_out, line), pitch, line_last, blocked + begin * line_size, tile,
+                    columns, weights + begin, offsets + begin, inner, rows, vectors, last_vector, add,
                 )  # fmt: skip
                 if inner == 0 or not straight:
                     for row in range(first_row, last_row):
@@ -267,8 +267,8 @@ def grad_input(
                             origin_out + row * stride * width, stride, line + row * pitch, low, high,
                             vectors, last_vector,
                         )  # fmt: skip
-    keep(table)
-    keep(memory)
+    keep_alive(table)
+    keep_alive(memory)
 
 
 @kernel
@@ -360,5 +360,5 @@ def grad_filters(
                     within = x - vector * lane + (repeated if vector == vectors - 1 else 0)
                     spatial_line[x] = grad_blocked[((row * vectors + vector) * taps + place) * lane + within]
                 write(target + row * out_width, 1, spatial_line, out_width)
-    keep(table)
-    keep(memory)
+    keep_alive(table)
+    keep_alive(memory)

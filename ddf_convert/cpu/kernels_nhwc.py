@@ -12,10 +12,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ddf_convert.cpu.dtypes import choose, clear, direct, read, scratch, write
+from ddf_convert.cpu.dtypes import clear, is_direct, output_or_line, read, scratch, write
 from ddf_convert.cpu.inner_loops import ceil_div, filter_gradients, filter_rows, fine_pixel, tap_lists, tap_table
 from ddf_convert.cpu.jit_cache import kernel
-from ddf_convert.cpu.simd import data, distance, keep, lanes, pointer, prefetch
+from ddf_convert.cpu.simd import data, distance, keep_alive, lanes, pointer, prefetch
 
 AHEAD = 8  # pixels to prefetch: the hardware follows none of the many streams of a window well
 
@@ -32,14 +32,14 @@ def _rows(
     """
     origin = source + (fine_pixel(image, 0, 0, height, width, factor, filter) * channels + channel)
     step = factor * channels
-    if direct(source, tile) and count % lanes(tile[0]) == 0:  # vectors must not reach past the channels
-        return choose(True, origin, tile), factor * width * step, step
+    if is_direct(source, tile) and count % lanes(tile[0]) == 0:  # vectors must not reach past the channels
+        return output_or_line(True, origin, tile), factor * width * step, step
     first_row, last_row = max(0, first_row), min(height, last_row)
     for row in range(first_row, last_row):
         for column in range(width):
             place = ((row - first_row) * width + column) * chunk
             read(tile + place, origin + (row * factor * width + column) * step, 1, count)
-    return choose(False, origin, tile + -first_row * width * chunk), width * chunk, chunk
+    return output_or_line(False, origin, tile + -first_row * width * chunk), width * chunk, chunk
 
 
 @njit
@@ -105,7 +105,7 @@ def forward(
         count = min(chunk, per_head - start)
         channel = head * per_head + start
         vectors = ceil_div(count, lane)
-        straight = direct(output, line) and count == vectors * lane
+        straight = is_direct(output, line) and count == vectors * lane
         channel_filters = channel_filter + ((image * filters + filter) * channels + channel) * taps
         _block_channels(blocked, weights, channel_filters, taps, count, order, 0, taps)
         above = top * stride - padding
@@ -127,13 +127,13 @@ def forward(
                 prefetch(window + ((extent - 1) * row_step + AHEAD * step), count)
                 prefetch(target + factor * channels, count)
                 filter_rows(
-                    choose(straight, target, line), 0, chunk, blocked, window, 0,
+                    output_or_line(straight, target, line), 0, chunk, blocked, window, 0,
                     weights, places, taps, 1, vectors, chunk, add,
                 )  # fmt: skip
                 if not straight:
                     write(target, 1, line, count)
-    keep(table)
-    keep(memory)
+    keep_alive(table)
+    keep_alive(memory)
 
 
 @kernel
@@ -177,7 +177,7 @@ def grad_input(
         count = min(chunk, per_head - start)
         channel = head * per_head + start
         vectors = ceil_div(count, lane)
-        straight = direct(target, line) and count == vectors * lane
+        straight = is_direct(target, line) and count == vectors * lane
         filter_image = image * filters + filter
         for phase in range(stride * stride):
             _block_channels(
@@ -213,13 +213,13 @@ def grad_input(
                     if inner == 0:
                         clear(line, count)
                     filter_rows(
-                        choose(straight, gradient, line), 0, chunk, blocked + begin * chunk, features, 0,
+                        output_or_line(straight, gradient, line), 0, chunk, blocked + begin * chunk, features, 0,
                         weights, offsets, inner, 1, vectors, chunk, add,
                     )  # fmt: skip
                     if inner == 0 or not straight:
                         write(gradient, 1, line, count)
-    keep(table)
-    keep(memory)
+    keep_alive(table)
+    keep_alive(memory)
 
 
 @kernel
@@ -302,5 +302,5 @@ def grad_filters(
                 pixel = (image * out_height + top + row) * out_width + column
                 target = grad_spatial + ((pixel * filters + filter) * heads + head) * taps
                 write(target, 1, grad_weights + (row * out_width + column) * taps, taps)
-    keep(table)
-    keep(memory)
+    keep_alive(table)
+    keep_alive(memory)

@@ -50,7 +50,7 @@ def pointer(typingctx, address, like):
 
 @intrinsic
 def data(typingctx, array):
-    """Returns a pointer to the elements of a one-dimensional array, which the caller must keep alive by :func:`keep`.
+    """Returns a pointer to the elements of a one-dimensional array; the caller calls :func:`keep_alive` on the array.
 
     Pointers instead of arrays spare the kernels the counting of references.
     """
@@ -63,7 +63,7 @@ def data(typingctx, array):
 
 
 @njit
-def keep(array):
+def keep_alive(array):
     """Keeps ``array`` alive up to here; Numba frees an array after its last use, whatever points into it."""
     return array.size
 

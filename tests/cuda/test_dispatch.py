@@ -37,7 +37,7 @@ SAME = Geometry(padding=1)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-# --- which kernel, which tile, how many blocks -------------------------------------------------------------------------
+# --- which kernel, which tile, how many blocks ------------------------------------------------------------------------
 
 
 class Launched(list[tuple[KernelSpec, int, tuple[Any, ...]]]):

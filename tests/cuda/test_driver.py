@@ -17,7 +17,7 @@ from ddf_convert.cuda.kernel_spec import FilterNormSpec
 
 
 class Driver:
-    """Takes the place of NVIDIA's driver, and notes what it is told."""
+    """Stands in for NVIDIA's driver and records its calls."""
 
     def __init__(self, status: int = 0) -> None:
         self.status = status
@@ -63,10 +63,17 @@ def test_parameters_reach_the_driver_as_a_c_struct(dtype: str, monkeypatch: pyte
     values = [2**47 + 512, 2**47 + 1024, 1.5, 2**40 + 1, 3, -4, 5, 6, 7, 8]
     variant = FilterNormSpec(dtype, add=False, gradient=False)
     launch.launch("function", launch.parameter_format(variant), 5, variant.threads, 77, values)
-    (told,) = driver.launches
-    assert (told.function, told.sizes, told.shared, told.stream) == ("function", [5, 1, 1, 128, 1, 1], 0, 77)
-    assert [getattr(Parameters.from_buffer_copy(told.parameters), field) for field, _ in Parameters._fields_] == values
-    assert len(told.parameters) == ctypes.sizeof(Parameters)
+    (launched,) = driver.launches
+    assert (launched.function, launched.sizes, launched.shared, launched.stream) == (
+        "function",
+        [5, 1, 1, 128, 1, 1],
+        0,
+        77,
+    )
+    assert [
+        getattr(Parameters.from_buffer_copy(launched.parameters), field) for field, _ in Parameters._fields_
+    ] == values
+    assert len(launched.parameters) == ctypes.sizeof(Parameters)
     declared = ptx_machine.compiled(variant, (9, 0)).source.parameters.values()
     assert [offset for _, offset in declared] == [getattr(Parameters, field).offset for field, _ in Parameters._fields_]
 

@@ -62,7 +62,7 @@ def example(
     combine: str = "mul",
     shift: int = 0,
 ) -> Call:
-    """A call with random tensors; ``shift`` moves each by so many elements from where memory is aligned."""
+    """A call with random tensors; ``shift`` is the elements from an aligned address to the first one."""
     padding = dilation * (size // 2) if padding is None else padding
     batch, channels, *sides = shape
     height, width = ((side + 2 * padding - dilation * (size - 1) - 1) // stride + 1 for side in sides)
@@ -288,7 +288,7 @@ def test_kernels_for_processors_without_bfloat16(layout: str, monkeypatch: pytes
 
 
 class Far:
-    """A GPU that runs one block alone of a launch on tensors that nobody could hold: their elements are a rule.
+    """A GPU that runs one block of a launch on tensors too large for memory: their elements follow a rule.
 
     Attributes:
         block: Counted from the end; the last is -1.

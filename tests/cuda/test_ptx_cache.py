@@ -62,7 +62,7 @@ def test_what_the_key_holds(folder: Path, compilations: list[str], monkeypatch: 
         for capability in (SM90, (8, 0)):
             compiler.ptx(variant, capability)
     assert len(compilations) == len(list(folder.iterdir())) == 6
-    monkeypatch.setattr(compiler, "_makers", lambda: "other sources or versions")
+    monkeypatch.setattr(compiler, "_toolchain_hash", lambda: "other sources or versions")
     compiler.ptx(VARIANT, SM90)
     assert len(compilations) == 7
 
@@ -75,7 +75,7 @@ def test_damaged_files_are_made_again(folder: Path, compilations: list[str], dam
     assert compiler.ptx(VARIANT, SM90) == whole
     assert len(compilations) == 2
     assert compiler.ptx(VARIANT, SM90) == whole
-    assert len(compilations) == 2  # mended
+    assert len(compilations) == 2  # the first damaged read has repaired it
 
 
 def test_half_of_a_file_is_damaged(folder: Path, compilations: list[str]) -> None:

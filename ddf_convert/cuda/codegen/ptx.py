@@ -142,7 +142,7 @@ def cache_folder() -> Path | None:
 
 
 @functools.cache
-def _makers() -> str:
+def _toolchain_hash() -> str:
     """Returns a hash of everything but the spec that decides on the compiled code."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
@@ -159,17 +159,17 @@ def _makers() -> str:
 
 
 def _file_name(spec: KernelSpec, capability: Capability) -> str:
-    key = hashlib.sha256(f"{spec!r} {capability} {_makers()}".encode()).hexdigest()
+    key = hashlib.sha256(f"{spec!r} {capability} {_toolchain_hash()}".encode()).hexdigest()
     return f"{spec.name}_sm{capability[0]}{capability[1]}_{key[:24]}.ptx"
 
 
 def _read(file: Path) -> str | None:
     """Returns the PTX in a file if it is whole: its first line holds the hash of the rest."""
     try:
-        seal, _, text = file.read_bytes().partition(b"\n")
+        hash_line, _, text = file.read_bytes().partition(b"\n")
     except OSError:
         return None
-    if seal != _seal(text):
+    if hash_line != _hash_line(text):
         return None
     return text.decode()
 
@@ -180,7 +180,7 @@ def _write(file: Path, text: str) -> None:
     content = text.encode()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(_seal(content) + b"\n" + content)
+        part.write_bytes(_hash_line(content) + b"\n" + content)
         part.replace(file)
     except OSError as error:
         with contextlib.suppress(OSError):  # the folder's path may be a file
@@ -191,5 +191,5 @@ def _write(file: Path, text: str) -> None:
         )
 
 
-def _seal(content: bytes) -> bytes:
+def _hash_line(content: bytes) -> bytes:
     return b"// " + hashlib.sha256(content).hexdigest().encode()
