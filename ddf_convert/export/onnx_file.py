@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ddf_convert.artifacts.atomic import check_file
+from ddf_convert.artifacts.path_checks import check_file
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.export.checking import Exported, Runner, check_and_write
 from ddf_convert.export.onnx_operators import translations

@@ -26,6 +26,7 @@ from ddf_convert.export.sizes import AXES, InputShapes, free_axes, input_shapes,
 from ddf_convert.layers.base import same_padding
 from ddf_convert.utils.example_input import ExampleInput, as_arguments, in_words
 from ddf_convert.utils.fake_copy import real_copy, unchanged_random_states
+from ddf_convert.utils.logging import logger_level
 
 _TRACED_BATCH = 2  # torch.export specializes a size of 1
 _MAX_REASON = 200  # characters of an error
@@ -136,17 +137,9 @@ def short_reason(error: BaseException) -> str:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """A context without the warnings and logs of torch's exporters; what fails is raised anyway."""
-    loggers = [logging.getLogger(name) for name in _LOGGERS]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), logger_level(logging.CRITICAL, *_LOGGERS):
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield
 
 
 @contextlib.contextmanager

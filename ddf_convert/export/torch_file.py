@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
 from ddf_convert import reference
-from ddf_convert.artifacts.atomic import check_file
+from ddf_convert.artifacts.path_checks import check_file
 from ddf_convert.errors import DDFError
 from ddf_convert.export.checking import Exported, Runner, check_and_write
 from ddf_convert.export.program import quiet, short_reason, tensors_in, trace
@@ -77,24 +77,24 @@ def to_torch_export(
 
 
 def decompositions() -> dict[Any, Callable[..., Tensor]]:
-    """Returns a decomposition table for ``run_decompositions``: the package's operators by their reference."""
+    """Returns the reference of both operators, for ``ExportedProgram.run_decompositions``."""
     operators = torch.ops.ddf_convert
-    return {
-        operators.ddf.default: _ddf,
-        operators.ddf_normalized.default: _ddf_normalized,
-        operators.filter_norm.default: _filter_norm,
-    }
+    return {operators.ddf.default: _ddf, operators.filter_norm.default: _filter_norm}
 
 
-def _ddf(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
-    return reference.forward(input, channel_filter, spatial_filter, *options)
-
-
-def _ddf_normalized(
-    input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
+def _ddf(
+    input: Tensor,
+    channel_filter: Tensor,
+    spatial_filter: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    combine: str,
+    upscale_factor: int = 1,
+    norm_scale: float | None = None,
 ) -> Tensor:
-    normalized = reference.filter_norm(spatial_filter, channel_filter.shape[-1] ** 2, scale)
-    return reference.forward(input, channel_filter, normalized, *options)
+    geometry = reference.Geometry(stride, padding, dilation, combine, upscale_factor)
+    return reference.forward(input, channel_filter, spatial_filter, geometry, norm_scale)
 
 
 def _filter_norm(filters: Tensor, taps: int, scale: float) -> Tensor:

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from ddf_convert.artifacts import artifact
-from ddf_convert.artifacts.atomic import MANIFEST, finished, replacing, write_file
+from ddf_convert.artifacts.atomic import MANIFEST, atomic_folder, locate_files, write_file
 from ddf_convert.errors import ArtifactError, UsageError
 from ddf_convert.recipes.files import parse
 from ddf_convert.recipes.recipe import Recipe
@@ -33,6 +33,7 @@ from ddf_convert.training.damaged import set_aside
 from ddf_convert.training.distributed import Processes
 from ddf_convert.training.fingerprint import Entry
 from ddf_convert.training.logs import Log, Row
+from ddf_convert.utils.logging import logger_level
 
 BEST, LAST = "best", "last"
 _RECIPE, _SETTINGS, _CURVES = "recipe.yaml", "settings.json", "curves.png"
@@ -186,7 +187,7 @@ class RunFolder:
             return True
         if self._log is None or self._log.evaluated != step or not is_empty(best) or not _is_whole(last):
             return False
-        with replacing(best) as stage:
+        with atomic_folder(best) as stage:
             for name in (MANIFEST, *artifact.read_manifest(last).files()):
                 shutil.copyfile(last / name, stage / name)
         return True
@@ -229,20 +230,14 @@ def is_empty(path: Path) -> bool:
 @contextlib.contextmanager
 def told_by_one(processes: Processes) -> Iterator[None]:
     """A context in which warnings about what all processes see come from the first one alone."""
-    logger = logging.getLogger("ddf_convert")
-    before = logger.level
-    if not processes.is_main:
-        logger.setLevel(logging.ERROR)
-    try:
+    with contextlib.nullcontext() if processes.is_main else logger_level(logging.ERROR, "ddf_convert"):
         yield
-    finally:
-        logger.setLevel(before)
 
 
 def _is_whole(folder: Path) -> bool:
     """Whether a folder holds a model, undamaged."""
     try:
-        finished(folder, artifact.read_manifest(folder).files())
+        locate_files(folder, artifact.read_manifest(folder).files())
     except ArtifactError:
         return False
     return True
