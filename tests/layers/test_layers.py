@@ -20,9 +20,18 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from ddf_convert import ops, reference
-from ddf_convert.layers import ChannelBranch, ChannelFilterNorm, DDF2d, DDFConv2d, DDFUp2d, SpatialFilterNorm, branches
+from ddf_convert.layers import (
+    ChannelBranch,
+    ChannelFilterNorm,
+    DDF2d,
+    DDFConv2d,
+    DDFUp2d,
+    SpatialFilterNorm,
+    base,
+    branches,
+)
 from ddf_convert.layers import ddf as ddf_module
-from ddf_convert.layers.ddf import normalizes_inside
+from ddf_convert.layers.ddf import operator_can_normalize
 
 GOLDEN = DATA / "golden"
 CASES = [case for case in json.loads((GOLDEN / "index.json").read_text()) if case["module"] == "DDF2d"]
@@ -33,19 +42,22 @@ def _seed() -> None:
     torch.manual_seed(0)
 
 
-def by_reference(input: Tensor, channel: Tensor, spatial: Tensor, **options: object) -> Tensor:
+def by_reference(input: Tensor, channel: Tensor, spatial: Tensor, norm_scale: None, **options: object) -> Tensor:
     return reference.forward(input, channel, spatial, reference.Geometry(**options))  # type: ignore[arg-type]
 
 
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets layers decide as they would for CUDA tensors; plain DDF is then an error where FilterNorm goes inside."""
     on_cuda = SimpleNamespace(is_cuda=True)
-    monkeypatch.setattr(ddf_module, "normalizes_inside", lambda branch, input: normalizes_inside(branch, on_cuda))
+    monkeypatch.setattr(
+        ddf_module, "operator_can_normalize", lambda branch, input: operator_can_normalize(branch, on_cuda)
+    )
 
-    def normalized_ddf(*tensors: Tensor, norm_scale: float, **options: Any) -> Tensor:
+    def normalized_ddf(*tensors: Tensor, norm_scale: float | None, **options: Any) -> Tensor:
+        assert norm_scale is not None
         return ops.ddf(*tensors, norm_scale=norm_scale, **options)
 
-    monkeypatch.setattr(ddf_module, "ddf", normalized_ddf)
+    monkeypatch.setattr(base, "ddf", normalized_ddf)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -53,7 +65,7 @@ def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case["file"])
 def test_golden(case: dict, backend: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
     if backend == "reference":
-        monkeypatch.setattr(ddf_module, "ddf", by_reference)
+        monkeypatch.setattr(base, "ddf", by_reference)
     elif backend == "normalized inside":
         as_on_cuda(monkeypatch)
     tensors = load_file(GOLDEN / case["file"])
@@ -290,17 +302,17 @@ def test_a_changed_spatial_branch_runs_as_it_is(change: str, monkeypatch: pytest
     layer = DDF2d(4)
     input = torch.randn(2, 4, 6, 5)
     on_cuda = SimpleNamespace(is_cuda=True)
-    assert normalizes_inside(layer.spatial_branch, on_cuda)
-    assert not normalizes_inside(layer.spatial_branch, input)
+    assert operator_can_normalize(layer.spatial_branch, on_cuda)
+    assert not operator_can_normalize(layer.spatial_branch, input)
     if change == "subclass":
         layer.spatial_branch[1] = Doubled(3, "relu")
     else:
         TAMPERINGS[change](layer.spatial_branch)
-    assert not normalizes_inside(layer.spatial_branch, on_cuda)
+    assert not operator_can_normalize(layer.spatial_branch, on_cuda)
     expected = layer(input)
-    ddf = ddf_module.ddf
+    ddf = base.ddf
     as_on_cuda(monkeypatch)
-    monkeypatch.setattr(ddf_module, "ddf", ddf)
+    monkeypatch.setattr(base, "ddf", ddf)
     assert torch.equal(layer(input), expected)
 
 
@@ -308,14 +320,14 @@ def test_a_changed_spatial_branch_runs_as_it_is(change: str, monkeypatch: pytest
 @pytest.mark.parametrize("kind", ["forward", "forward_pre", "full_backward", "full_backward_pre"])
 def test_hooks_of_the_spatial_branch_are_called(kind: str, place: int, monkeypatch: pytest.MonkeyPatch) -> None:
     layer = DDF2d(4)
-    ddf = ddf_module.ddf
+    ddf = base.ddf
     as_on_cuda(monkeypatch)
-    monkeypatch.setattr(ddf_module, "ddf", ddf)
+    monkeypatch.setattr(base, "ddf", ddf)
     calls: list[nn.Module] = []
     getattr(layer.spatial_branch[place], f"register_{kind}_hook")(lambda module, *arguments: calls.append(module))
     layer(torch.randn(2, 4, 6, 5, requires_grad=True)).sum().backward()
     assert calls == [layer.spatial_branch[place]]
-    assert normalizes_inside(layer.spatial_branch, SimpleNamespace(is_cuda=True)) == (place == 0)
+    assert operator_can_normalize(layer.spatial_branch, SimpleNamespace(is_cuda=True)) == (place == 0)
 
 
 @pytest.mark.parametrize("place", range(5))
@@ -334,7 +346,7 @@ def test_hooks_of_all_modules_are_called() -> None:
     seen: list[nn.Module] = []
     hook = nn.modules.module.register_module_forward_hook(lambda module, inputs, output: seen.append(module))
     try:
-        assert not normalizes_inside(layer.spatial_branch, SimpleNamespace(is_cuda=True))
+        assert not operator_can_normalize(layer.spatial_branch, SimpleNamespace(is_cuda=True))
         layer(torch.randn(2, 4, 6, 5))
     finally:
         hook.remove()
