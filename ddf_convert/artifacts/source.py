@@ -248,3 +248,62 @@ def _input_size(model: nn.Module, kwargs: Mapping[str, Any] | None = None) -> tu
     image = kwargs.get("img_size") or sides
     height, width = image if isinstance(image, list | tuple) else (image, image)
     return kwargs.get("in_chans") or channels, height, width
+
+
+@dataclass(frozen=True)
+class ConvertedFolder:
+    """A folder with a converted model, and how to build the model before conversion.
+
+    Attributes:
+        folder: As ``ddf_convert.save`` wrote it.
+        callable: ``package.module:callable`` that builds the model before conversion, if that is the user's own.
+    """
+
+    folder: Path
+    callable: str | None = None
+
+    def converted(self) -> nn.Module:
+        """Returns the converted model with its weights, on the CPU.
+
+        Raises:
+            UsageError: It is the user's own, and ``callable`` is None; or the callable fails.
+            ArtifactError: The folder is not a whole artifact, or holds another model.
+        """
+        from ddf_convert.artifacts import artifact
+
+        manifest = artifact.read_manifest(self.folder)
+        if self.callable is not None:
+            return artifact.restore(self._built(), self.folder)
+        if isinstance(manifest.source, artifact.OwnSource):
+            raise UsageError(
+                f"{self.folder} holds a model of your own ({manifest.source.model_class}): say how to build it"
+                " before conversion, with --model package.module:callable"
+            )
+        return artifact.load(self.folder)
+
+    def original(self, checkpoint: Path | None = None) -> nn.Module | None:
+        """Returns the model before conversion, in evaluation mode; None if its weights are nowhere.
+
+        Args:
+            checkpoint: Its weights, instead of those that the folder keeps.
+
+        Raises:
+            UsageError: The checkpoint does not fit.
+            ArtifactError: The folder is not a whole artifact.
+        """
+        from ddf_convert.artifacts import artifact
+
+        manifest = artifact.read_manifest(self.folder)
+        if checkpoint is None:
+            if manifest.original is None:
+                return None
+            return artifact.load_original(self.folder, self._built() if self.callable is not None else None)
+        if self.callable is None and isinstance(manifest.source, artifact.OwnSource):
+            raise UsageError(f"{self.folder} holds a model of your own: --teacher-checkpoint needs --model too")
+        model = artifact.build_original(self.folder) if self.callable is None else self._built()
+        artifact.load_checkpoint(model, checkpoint)
+        return model.eval()
+
+    def _built(self) -> nn.Module:
+        with contextlib.redirect_stdout(sys.stderr):
+            return built_by(self.callable or "")[0]

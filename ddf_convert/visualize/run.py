@@ -16,8 +16,7 @@ from ddf_convert.conversion.planner import matching_names, pattern_hint
 from ddf_convert.errors import DDFError, UsageError, first_line
 from ddf_convert.layers import DDFUp2d
 from ddf_convert.training.diagnostics import memory_explained
-from ddf_convert.training.run_dir import BEST, is_run
-from ddf_convert.training.setup import Source
+from ddf_convert.training.setup import find_converted
 from ddf_convert.utils.device import choose
 from ddf_convert.utils.figures import require_matplotlib
 from ddf_convert.visualize import photos
@@ -187,18 +186,9 @@ def look(request: Request) -> Seen:
 
 def _opened(request: Request) -> tuple[str, nn.Module, list[str]]:
     """The name to show, the model in evaluation mode, and what there is to say of its weights."""
-    folder = Path(request.name)
-    if is_run(folder):
-        folder = folder / BEST
-    if (folder / "manifest.json").is_file():
-        if request.checkpoint is not None:
-            raise UsageError(f"{folder} holds its weights: leave --checkpoint out")
-        if request.arguments:
-            raise UsageError(f"{folder} says how its model is built: leave {', '.join(request.arguments)} out")
-        return str(folder), Source(folder, request.model).converted().eval(), []
-    if request.model is not None:
-        what = "is none" if folder.exists() else "does not exist"
-        raise UsageError(f"--model is for a converted folder, and {request.name} {what}")
+    source = find_converted(request.name, request.model, {"--checkpoint": request.checkpoint}, request.arguments)
+    if source is not None:
+        return str(source.folder), source.converted().eval(), []
     torch.manual_seed(0)  # random weights are the same every time
     opened = open_model(request.name, weights=True, arguments=request.arguments)
     if request.checkpoint is not None:

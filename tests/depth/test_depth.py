@@ -19,13 +19,14 @@ from ddf_convert.depth import checkpoint, run
 from ddf_convert.depth.inference import upsample
 from ddf_convert.depth.maps import Unit, read_depth
 from ddf_convert.depth.metrics import mean_rmse
-from ddf_convert.depth.training import Settings, Trainer, loss_of
+from ddf_convert.depth.trainer import DepthSettings, DepthTrainer, loss_of
 from ddf_convert.errors import ArtifactError, DDFError, UsageError
 from ddf_convert.models import DDFUpNet, JointConvUpNet
+from ddf_convert.training.run_dir import Keeper
 from ddf_convert.training.signals import Interrupted, Interruption
 
 ARGUMENTS = {"width": 4, "guide_width": 4, "head_width": 4, "blocks": 0}
-SETTINGS = Settings(crop=16, checkpoint_seconds=1e9)
+SETTINGS = DepthSettings(crop=16, checkpoint_seconds=1e9)
 
 
 def scene(height=32, width=40, seed=0):
@@ -62,7 +63,7 @@ def request(data, output, **changes):
         "settings": SETTINGS,
         "device": "cpu",
     }
-    return run.Request(data=data, output=output, **{**asked, **changes})
+    return run.DepthTrainRequest(data=data, output=output, **{**asked, **changes})
 
 
 class Pairs(list):
@@ -86,17 +87,34 @@ def small_recipe(**changes):
 # --- training ---
 
 
+class Kept(Keeper):
+    """Keeps in memory what a trainer leaves; calls ``at_row`` with every row."""
+
+    def __init__(self, at_row=lambda row: None):
+        self.rows, self.states, self.saved, self._at_row = [], [], [], at_row
+
+    def log(self, row):
+        self.rows.append(row)
+        self._at_row(row)
+
+    def write_checkpoint(self, state, step):
+        self.states.append((copy.deepcopy(state), step))
+
+    def save_model(self, model, step, best=True):
+        self.saved.append(step)
+
+
 def test_training_lowers_the_error(pairs):
     torch.manual_seed(0)
     model = DDFUpNet(4, **ARGUMENTS)
     before = mean_rmse(run.measure(model, pairs, SETTINGS)[0])
-    rows = []
-    trained = Trainer(model, small_recipe(steps=40, lr=1e-2, ema_decay=0.8), pairs, Settings(crop=32), log=rows.append)
-    assert mean_rmse(run.measure(trained.run(), pairs, SETTINGS)[0]) < 0.9 * before
-    assert rows[-1]["step"] == 40
+    kept = Kept()
+    trainer = DepthTrainer(model, small_recipe(steps=40, lr=1e-2, ema_decay=0.8), pairs, DepthSettings(crop=32), kept)
+    assert mean_rmse(run.measure(trainer.run(), pairs, SETTINGS)[0]) < 0.9 * before
+    assert kept.rows[-1].step == 40
 
 
-def test_a_run_that_goes_on_ends_where_it_would_have(pairs):
+def test_resume_reproduces_the_uninterrupted_run(pairs):
     def weights(model):
         return torch.cat([parameter.flatten() for parameter in model.parameters()])
 
@@ -104,24 +122,20 @@ def test_a_run_that_goes_on_ends_where_it_would_have(pairs):
     straight, broken = (DDFUpNet(4, **ARGUMENTS) for _ in range(2))
     broken.load_state_dict(straight.state_dict())
     start = {name: tensor.clone() for name, tensor in straight.state_dict().items()}
-    expected = Trainer(straight, small_recipe(), pairs, SETTINGS).run()
+    expected = DepthTrainer(straight, small_recipe(), pairs, SETTINGS).run()
 
-    interruption, kept = Interruption(), []
+    interruption = Interruption()
 
     def stop(row):
-        interruption.asked = row["step"] == 3
+        interruption.asked = row.step == 3
 
-    states = {
-        "log": stop,
-        "keep": lambda state, step: kept.append((copy.deepcopy(state), step)),
-        "interruption": interruption,
-    }
+    kept = Kept(stop)
     with pytest.raises(Interrupted):
-        Trainer(broken, small_recipe(), pairs, SETTINGS, **states).run()
-    state, step = kept[-1]
+        DepthTrainer(broken, small_recipe(), pairs, SETTINGS, kept, interruption=interruption).run()
+    state, step = kept.states[-1]
     assert step == 3
     broken.load_state_dict(start)  # all is in the state
-    found = Trainer(broken, small_recipe(), pairs, SETTINGS).run(state)
+    found = DepthTrainer(broken, small_recipe(), pairs, SETTINGS).run(state)
     assert torch.equal(weights(found), weights(expected))
 
 
@@ -139,11 +153,11 @@ def test_losses_count_what_is_known():
 def test_what_the_recipe_asks_for_in_vain(pairs):
     model = DDFUpNet(4, **ARGUMENTS)
     with pytest.raises(UsageError, match=r"losses\.label_smoothing is for classifiers"):
-        Trainer(model, recipes.load("finetune"), pairs, SETTINGS)
+        DepthTrainer(model, recipes.load("finetune"), pairs, SETTINGS)
     with pytest.raises(UsageError, match="no stages"):
-        Trainer(model, recipes.load("preserve"), pairs, SETTINGS)
+        DepthTrainer(model, recipes.load("preserve"), pairs, SETTINGS)
     with pytest.raises(UsageError, match="--crop 18"):
-        Trainer(model, small_recipe(), pairs, Settings(crop=18))
+        DepthTrainer(model, small_recipe(), pairs, DepthSettings(crop=18))
 
 
 def test_a_loss_that_is_not_finite_is_explained(pairs):
@@ -151,18 +165,17 @@ def test_a_loss_that_is_not_finite_is_explained(pairs):
     with torch.no_grad():
         model.head[0].weight.fill_(float("nan"))
     with pytest.raises(DDFError, match="the loss is nan"):
-        Trainer(model, small_recipe(), pairs, SETTINGS).run()
+        DepthTrainer(model, small_recipe(), pairs, SETTINGS).run()
 
 
 def test_every_kind_of_step(pairs):
     """bfloat16, accumulated batches, epochs, no averaged weights."""
     recipe = small_recipe(epochs=2, steps=None, accumulate=2, batch_size=1, amp="bfloat16")
     recipe = recipe.model_copy(update={"stages": (recipe.stages[0].model_copy(update={"ema_decay": None}),)})
-    looked = []
+    kept = Kept()
     model = DDFUpNet(4, **ARGUMENTS)
-    trained = Trainer(model, recipe, pairs, SETTINGS, look=lambda model, step: looked.append(step)).run()
-    assert trained is model
-    assert looked == [1, 2]
+    assert DepthTrainer(model, recipe, pairs, SETTINGS, kept).run() is model
+    assert kept.saved == [1, 2]
 
 
 # --- folders ---

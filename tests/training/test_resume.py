@@ -21,12 +21,16 @@ from torch.utils.data import Subset
 from ddf_convert import cli
 from ddf_convert.artifacts.lock import locked
 from ddf_convert.errors import UsageError
+from ddf_convert.recipes.parameters import parameter_groups
+from ddf_convert.recipes.schema import Stage
 from ddf_convert.training import fingerprint, resume, run_dir
 from ddf_convert.training.checkpoints import Checkpoints
 from ddf_convert.training.dataset import Images, open_images
 from ddf_convert.training.fingerprint import Entry
 from ddf_convert.training.logs import read
 from ddf_convert.training.run_dir import RunFolder
+from ddf_convert.training.sampler import TrainingOrder
+from ddf_convert.training.stage import StageState
 
 RECIPE = """
 name: short
@@ -441,7 +445,7 @@ def test_what_is_deleted_during_a_run_is_written_again(
     place: Path, here: Path, names: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shutil.rmtree("run")
-    write = RunFolder.write
+    write = RunFolder.write_checkpoint
 
     def write_and_delete(self: RunFolder, state: dict[str, Any], step: int) -> None:
         write(self, state, step)
@@ -449,7 +453,7 @@ def test_what_is_deleted_during_a_run_is_written_again(
             for path in (Path("run", name) for name in names):
                 path.unlink() if path.is_file() else shutil.rmtree(path, ignore_errors=True)
 
-    monkeypatch.setattr(RunFolder, "write", write_and_delete)
+    monkeypatch.setattr(RunFolder, "write_checkpoint", write_and_delete)
     outcome = go_on()
     assert outcome.finished
     assert equal(weights("run/last"), weights(place / "run/last"))
@@ -503,19 +507,15 @@ def test_a_run_in_use_is_left_alone(here: Path) -> None:
     assert not Path("run/.lock").exists()
 
 
-def test_the_scale_of_a_loss_goes_from_a_gpu_to_a_cpu_and_back() -> None:
+def test_the_scale_of_a_loss_survives_a_move_between_gpu_and_cpu() -> None:
     """float16 has one on a GPU alone."""
-    from types import SimpleNamespace
-
-    from ddf_convert.training import trainer
-
-    model = nn.Linear(1, 1)
+    stage = Stage(name="one", steps=1)
     for enabled in (True, False):
-        scalers = [torch.amp.GradScaler("cpu", enabled=each) for each in (enabled, not enabled)]
-        optimizer = torch.optim.SGD(model.parameters())
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scalers[0].state_dict()}
-        state |= {"interval": {}, "best": None, "seconds": 0.0, "statistics": [torch.zeros(0)]}
-        one = SimpleNamespace(model=model, processes=SimpleNamespace(rank=0, world=1))
-        work = SimpleNamespace(ema=None, optimizer=optimizer, scaler=scalers[1])
-        trainer.Engine._restore(one, work, state)  # type: ignore[arg-type]
-        assert scalers[1].is_enabled() is not enabled
+        states = []
+        for each in (enabled, not enabled):
+            model = nn.Linear(1, 1)
+            groups = parameter_groups(model, stage)
+            states.append(StageState.begin(stage, model, groups, TrainingOrder(8, 0, 1), torch.device("cpu")))
+            states[-1].scaler = torch.amp.GradScaler("cpu", enabled=each)
+        states[1].load_state_dict(states[0].state_dict())
+        assert states[1].scaler.is_enabled() is not enabled

@@ -20,7 +20,7 @@ _NAMES = {"ddf": "DDF-Up-Net", "conv": "joint convolutions"}
 
 
 @dataclass(frozen=True)
-class Request:
+class PredictRequest:
     """What to upsample.
 
     Attributes:
@@ -124,7 +124,7 @@ class Upsampled:
         }
 
 
-def upsample_files(request: Request) -> Upsampled:
+def upsample_files(request: PredictRequest) -> Upsampled:
     """Upsamples, and writes nothing.
 
     Raises:
@@ -162,7 +162,7 @@ def upsample_files(request: Request) -> Upsampled:
     return Upsampled(photo, maps, truth, rows, unit, written, factor, content, notes)
 
 
-def _truth(request: Request, photo: Tensor, unit: Unit) -> Tensor:
+def _truth(request: PredictRequest, photo: Tensor, unit: Unit) -> Tensor:
     assert request.truth is not None
     truth = read_depth(request.truth, request.allow_8bit)
     if truth.shape[-2:] != photo.shape[-2:]:
