@@ -19,6 +19,7 @@ import torch
 from PIL import Image
 
 from ddf_convert import cli, recipes
+from ddf_convert.artifacts import artifact
 from ddf_convert.commands import console
 from ddf_convert.training import api, logs
 from ddf_convert.training.setup import FinetuneRequest

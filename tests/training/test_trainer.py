@@ -15,6 +15,7 @@ from torch import nn
 
 import ddf_convert as ddf
 from ddf_convert import recipes
+from ddf_convert.artifacts import artifact
 from ddf_convert.errors import DDFError
 from ddf_convert.recipes.losses import Objective
 from ddf_convert.recipes.schema import Losses
