@@ -18,8 +18,8 @@ from kernels import recorded
 
 from ddf_convert.cuda import dispatch
 from ddf_convert.cuda.codegen import ptx as compiler
-from ddf_convert.cuda.kernel_spec import Variant
-from ddf_convert.reference.checks import memory_format
+from ddf_convert.cuda.kernel_spec import KernelSpec
+from ddf_convert.reference import Geometry
 from gpu_parts.cases import Case
 from gpu_parts.correctness import large_cases, small_cases
 from gpu_parts.run import Run, fail, skip
@@ -60,13 +60,13 @@ def _quiet() -> None:
     logging.disable(logging.WARNING)
 
 
-def variants(cases: Iterable[Case], multiprocessors: int) -> list[Variant]:
+def variants(cases: Iterable[Case], multiprocessors: int) -> list[KernelSpec]:
     """The kernels that these cases take, found by dispatching them without running anything."""
     host = torch.device("cpu")
     with recorded() as found, mock.patch.object(dispatch, "multiprocessors", return_value=multiprocessors):
         for case in cases:
             input, channel, spatial, grad = case.tensors(host)
-            options = (*case.options(), memory_format(input))
-            dispatch.forward(input, channel, spatial, *options)
-            dispatch.backward(grad, input, channel, spatial, *options[:-1], (True, True, True), options[-1])
+            geometry = Geometry(*case.options())
+            dispatch.forward(input, channel, spatial, geometry)
+            dispatch.backward(grad, input, channel, spatial, geometry, (True, True, True))
     return list(found)

@@ -127,14 +127,15 @@ def _operator(run: Run, record: dict[str, Any], case: Case) -> None:
     if not output.is_contiguous(memory_format=ops.memory_format(input)):
         fail(record, f"forward: the layout is not kept ({case})")
     kind = f"K {case.kernel}{' upscaled' if case.upscale > 1 else ''}"
-    expected = reference.forward(*exact[:3], *options, case.upscale)
-    bound = reference.forward(*terms[:3], *options, case.upscale)
+    geometry = reference.Geometry(*options, case.upscale)
+    expected = reference.forward(*exact[:3], geometry)
+    bound = reference.forward(*terms[:3], geometry)
     _judge(record, f"forward {kind}", case, output, expected, bound, rounded_once=True)
 
     needs = (True, True, True)
-    gradients = torch.ops.ddf_convert.ddf_backward(grad, input, channel, spatial, *options, list(needs), case.upscale)
-    expected = reference.backward(exact[3], *exact[:3], *options, needs, case.upscale)
-    bounds = reference.backward(terms[3], *terms[:3], *options, needs, case.upscale)
+    gradients = torch.ops.ddf_convert.ddf_backward(grad, input, channel, spatial, list(needs), *geometry)
+    expected = reference.backward(exact[3], *exact[:3], geometry, needs)
+    bounds = reference.backward(terms[3], *terms[:3], geometry, needs)
     for name, found, right, bound in zip(GRADIENTS, gradients, expected, bounds, strict=True):
         assert right is not None
         assert bound is not None
@@ -145,13 +146,13 @@ def _operator(run: Run, record: dict[str, Any], case: Case) -> None:
 def _subsets(run: Run, record: dict[str, Any], case: Case) -> None:
     """Gradients that are not asked for are empty, and the others what they are in company."""
     input, channel, spatial, grad = case.tensors(run.device)
-    arguments = (grad, input, channel, spatial, *case.options())
+    tensors, geometry = (grad, input, channel, spatial), reference.Geometry(*case.options())
     exact = [tensor.double() for tensor in (grad, input, channel, spatial)]
     needs = (True, True, True)
-    expected = reference.backward(*exact, *case.options(), needs)
-    bounds = reference.backward(*[tensor.abs() for tensor in exact], *case.options(), needs)
+    expected = reference.backward(*exact, geometry, needs)
+    bounds = reference.backward(*[tensor.abs() for tensor in exact], geometry, needs)
     for wanted in itertools.product((False, True), repeat=3):
-        gradients = torch.ops.ddf_convert.ddf_backward(*arguments, list(wanted))
+        gradients = torch.ops.ddf_convert.ddf_backward(*tensors, list(wanted), *geometry)
         for name, want, found, right, bound in zip(GRADIENTS, wanted, gradients, expected, bounds, strict=True):
             if want:
                 assert right is not None
@@ -164,17 +165,15 @@ def _subsets(run: Run, record: dict[str, Any], case: Case) -> None:
 def _normalized(run: Run, record: dict[str, Any], case: Case) -> None:
     """FilterNorm alone, and the operator with FilterNorm on the way in, with the gradients of both."""
     input, channel, spatial, grad = case.tensors(run.device)
-    stride, padding, dilation, combine = case.options()
+    geometry = reference.Geometry(*case.options())
     taps = case.kernel**2
     leaves = [tensor.requires_grad_() for tensor in (input, channel, spatial)]
-    output = ops.ddf_normalized(
-        input, channel, spatial, scale=SCALE, stride=stride, padding=padding, dilation=dilation, combine=combine
-    )
+    output = ops.ddf(input, channel, spatial, **geometry._asdict(), norm_scale=SCALE)
     found = [output, *torch.autograd.grad(output, leaves, grad)]
 
     exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
     filters = reference.filter_norm(exact[2], taps, SCALE)
-    right = reference.forward(exact[0], exact[1], filters, *case.options())
+    right = reference.forward(exact[0], exact[1], filters, geometry)
     expected = [right, *torch.autograd.grad(right, exact, grad.double())]
 
     raw = exact[2].detach()
@@ -188,9 +187,9 @@ def _normalized(run: Run, record: dict[str, Any], case: Case) -> None:
         return (terms.unflatten(1, (-1, taps)).amax(2, keepdim=True) * spread).expand_as(by_tap).flatten(1, 2)
 
     absolute = [exact[0].detach().abs(), exact[1].detach().abs(), norm_terms]
-    *bounds, by_filters = reference.backward(grad.double().abs(), *absolute, *case.options(), (True, True, True))
+    *bounds, by_filters = reference.backward(grad.double().abs(), *absolute, geometry, (True, True, True))
     assert by_filters is not None
-    bounds = [reference.forward(*absolute, *case.options()), *bounds, mixed(by_filters)]
+    bounds = [reference.forward(*absolute, geometry), *bounds, mixed(by_filters)]
     for name, one, other, bound in zip(("forward", *GRADIENTS), found, expected, bounds, strict=True):
         assert bound is not None
         _judge(record, f"{name}, normalized", case, one, other, bound)
@@ -234,8 +233,8 @@ def small(device: torch.device) -> None:
             input, channel, spatial, grad = case.tensors(device)
             arguments = (input, channel, spatial, *case.options())
             torch.ops.ddf_convert.ddf(*arguments)
-            torch.ops.ddf_convert.ddf_backward(grad, *arguments, [True, True, True])
+            torch.ops.ddf_convert.ddf_backward(grad, *arguments[:3], [True, True, True], *case.options())
             leaf = spatial.requires_grad_()
-            torch.ops.ddf_convert.ddf_normalized(input, channel, leaf, SCALE, *case.options()).sum().backward()
+            torch.ops.ddf_convert.ddf(input, channel, leaf, *case.options(), 1, SCALE).sum().backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ddf_convert.recipes.losses import Watched
+from ddf_convert.recipes.losses import FeatureExtractor
 from recipe_parts.vgg import VGG16, Edges
 
 LAST = "last map"
@@ -55,5 +55,5 @@ class Likeness:
 @torch.no_grad()
 def maps(model: VGG16, images: Tensor) -> dict[str, Tensor]:
     """What every convolution puts out, and the last map."""
-    last, seen = Watched(model, model.names)(images)
+    last, seen = FeatureExtractor(model, model.names)(images)
     return {**dict(zip(model.names, seen, strict=True)), LAST: last}

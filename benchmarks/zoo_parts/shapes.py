@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 
 import ddf_convert as ddf
-from ddf_convert.artifacts.checkpoint import describe_difference
+from ddf_convert.artifacts.state import describe_difference
 from ddf_convert.conversion.rewriter import prepare, swap
 from zoo_parts.catalogue import Architecture, build, example_inputs
 from zoo_parts.forward import Outcome, device_of, for_real, on_shapes

@@ -23,7 +23,7 @@ from ddf_convert.recipes.parameters import parameter_groups
 from ddf_convert.training.distributed import Processes
 from ddf_convert.training.progress import Progress
 from ddf_convert.training.run_dir import Keeper
-from ddf_convert.training.sampler import TrainingOrder
+from ddf_convert.training.sampler import TrainingSampler
 from ddf_convert.training.signals import Interrupted, Interruption
 from ddf_convert.training.stage import Position, StageState, stage_steps
 from ddf_convert.training.trainer import Trainer, TrainingOptions
@@ -193,10 +193,10 @@ class DepthTrainer(Trainer):
         every = max(1, min(50, state.steps // 20))
         return self.position.step % every == 0 or self.position.step == state.steps
 
-    def _order(self, stage: Stage) -> TrainingOrder:
+    def _order(self, stage: Stage) -> TrainingSampler:
         """Returns the steps of an epoch: a crop of every pair, but for those left over after the last whole step."""
         images_per_step = stage.batch_size * stage.accumulate
-        return TrainingOrder(max(len(self.pairs), images_per_step), 0, stage.batch_size, stage.accumulate)
+        return TrainingSampler(max(len(self.pairs), images_per_step), 0, stage.batch_size, stage.accumulate)
 
 
 def loss_of(found: Tensor, truth: Tensor, deviation: Tensor, kind: Loss) -> Tensor:

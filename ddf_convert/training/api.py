@@ -12,13 +12,13 @@ from torch import nn
 
 from ddf_convert.artifacts import artifact
 from ddf_convert.artifacts.lock import locked
-from ddf_convert.artifacts.source import ConvertedFolder, open_model
+from ddf_convert.artifacts.source import ConvertedFolder
 from ddf_convert.errors import UsageError
 from ddf_convert.recipes.losses import Objective
 from ddf_convert.recipes.schema import Losses
 from ddf_convert.training import evaluation, setup
 from ddf_convert.training.dataloader import evaluation_loader, image_settings
-from ddf_convert.training.dataset import Images, OnBroken, Split, open_images
+from ddf_convert.training.dataset import ImageDataset, OnBroken, Split, open_images
 from ddf_convert.training.distributed import Processes, joined
 from ddf_convert.training.evaluation import Evaluation, evaluate
 from ddf_convert.training.finetuner import Finetuner
@@ -41,7 +41,7 @@ class FinetuneOutcome:
         best: The best evaluation.
         last: The last evaluation.
         seconds: How long the run took, interruptions left out.
-        images_per_s: Images a second in training.
+        images_per_s: ImageDataset a second in training.
         one_loss: Whether all stages have the same losses, so that their evaluations can be compared by them.
     """
 
@@ -166,7 +166,7 @@ class EvaluateRequest:
         pretrained: Download timm's weights.
         arguments: Arguments of ``timm.create_model``, for such a model.
         model: ``package.module:callable`` that builds the user's own model before conversion.
-        batch_size: Images of one process at a time.
+        batch_size: ImageDataset of one process at a time.
         input_size: (C, H, W) of the images; None is the model's.
         device: "cpu", "cuda" or "cuda:N"; None is the GPU if there is one.
         workers: Processes that load images.
@@ -204,7 +204,7 @@ def evaluate_model(request: EvaluateRequest) -> tuple[Evaluation, str] | None:
         images = _open_images(request, classes, source, progress.say)
         teacher = None
         if not images.has_labels:
-            teacher = None if source is None else source.original()
+            teacher = None if source is None else source.load_original()
             if teacher is None:
                 raise UsageError(
                     f"{request.data} has no labels for {classes} classes, and {name} does not keep the original"
@@ -220,7 +220,7 @@ def evaluate_model(request: EvaluateRequest) -> tuple[Evaluation, str] | None:
             request.workers,
             processes.device,
         )
-        how = evaluation.Settings(processes, labelled=images.has_labels, batch_size=request.batch_size)
+        how = evaluation.EvaluationSettings(processes, labeled=images.has_labels, batch_size=request.batch_size)
         objective = None
         if teacher is not None and classes is not None:
             objective = Objective(model, Losses(task=0, logits=1.0), teacher)
@@ -229,20 +229,18 @@ def evaluate_model(request: EvaluateRequest) -> tuple[Evaluation, str] | None:
 
 
 def _open_model(request: EvaluateRequest) -> tuple[str, nn.Module, ConvertedFolder | None]:
-    weights = {"--checkpoint": request.checkpoint, "--pretrained": request.pretrained}
-    source = setup.find_converted(request.name, request.model, weights, request.arguments)
-    if source is not None:
-        return str(source.folder), source.converted().eval(), source
-    opened = open_model(request.name, True, request.pretrained, request.arguments)
-    if request.checkpoint is not None:
-        artifact.load_checkpoint(opened.model, request.checkpoint)
-    elif not request.pretrained and ":" not in request.name:
+    name, model, folder = setup.open_trained(
+        request.name, request.model, request.checkpoint, request.pretrained, request.arguments
+    )
+    if folder is None and request.checkpoint is None and not request.pretrained and ":" not in request.name:
         raise UsageError(f"{request.name}: give its weights with --checkpoint FILE, or --pretrained")
-    return opened.name, opened.model, None
+    return name, model, folder
 
 
-def _open_images(request: EvaluateRequest, classes: int | None, source: ConvertedFolder | None, say: Say) -> Images:
-    options: dict[str, Any] = {"on_broken": request.on_broken, "whole": True}
+def _open_images(
+    request: EvaluateRequest, classes: int | None, source: ConvertedFolder | None, say: Say
+) -> ImageDataset:
+    options: dict[str, Any] = {"on_broken": request.on_broken, "undivided": True}
     try:
         images = open_images(request.data, request.split, True, **options)
     except UsageError:

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ddf_convert.artifacts.atomic import check_writable, flush, remove_leftovers, temporary, why
+from ddf_convert.artifacts.atomic import check_writable, flush, os_error_text, remove_leftovers, temporary_path
 from ddf_convert.artifacts.checkpoint import why_unreadable
 from ddf_convert.errors import ArtifactError, DDFError, UsageError, error_chain, first_line
 from ddf_convert.utils.logging import warn
@@ -58,7 +58,7 @@ class Checkpoints:
             self.folder.mkdir(parents=True, exist_ok=True)
             for place in (self.folder, *self.folder.glob("step-*")):
                 remove_leftovers(place)
-            with temporary(self.folder, folder=True) as stage:
+            with temporary_path(self.folder, folder=True) as stage:
                 with (stage / _STATE).open("wb") as file:
                     torch.save(state, file)
                 flush(stage / _STATE)
@@ -167,4 +167,4 @@ def _check_plain(value: Any, name: str) -> None:
 
 def _system_reason(error: BaseException) -> str:
     """Returns the operating system's words for what failed, if it is behind the error."""
-    return next((why(each) for each in error_chain(error) if isinstance(each, OSError)), first_line(error))
+    return next((os_error_text(each) for each in error_chain(error) if isinstance(each, OSError)), first_line(error))

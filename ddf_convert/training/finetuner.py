@@ -20,14 +20,14 @@ from ddf_convert.recipes.recipe import Recipe
 from ddf_convert.recipes.schema import Stage
 from ddf_convert.training import evaluation
 from ddf_convert.training.dataloader import ImageLoader, ImageSettings, evaluation_loader, training_loader
-from ddf_convert.training.dataset import Images
+from ddf_convert.training.dataset import ImageDataset
 from ddf_convert.training.diagnostics import memory_explained, where_it_began
 from ddf_convert.training.distributed import Processes
 from ddf_convert.training.evaluation import Evaluation, check_labels, evaluate
 from ddf_convert.training.logs import Row
 from ddf_convert.training.progress import Progress
 from ddf_convert.training.run_dir import FinetuneRun
-from ddf_convert.training.sampler import TrainingOrder
+from ddf_convert.training.sampler import TrainingSampler
 from ddf_convert.training.signals import Interrupted, Interruption
 from ddf_convert.training.stage import StageState
 from ddf_convert.training.trainer import LOSS_PARTS, Trainer, TrainingOptions
@@ -47,8 +47,8 @@ class TrainingData:
         classes: Number of classes; None if labels play no part.
     """
 
-    training: Images
-    validation: Images
+    training: ImageDataset
+    validation: ImageDataset
     settings: ImageSettings
     classes: int | None
 
@@ -254,9 +254,9 @@ class Finetuner(Trainer):
             self.options.workers,
             processes.device,
         )
-        settings = evaluation.Settings(
+        settings = evaluation.EvaluationSettings(
             processes,
-            labelled=data.validation.has_labels,
+            labeled=data.validation.has_labels,
             amp=state.amp,
             memory_format=self.options.memory_format,
             batch_size=batch_size,
@@ -319,13 +319,13 @@ class Finetuner(Trainer):
             self.position.due = True
 
 
-def order_of(stage: Stage, images: int, processes: Processes, seed: int) -> TrainingOrder:
+def order_of(stage: Stage, images: int, processes: Processes, seed: int) -> TrainingSampler:
     """Returns which images a process sees when.
 
     Raises:
         UsageError: There are fewer images than one step needs.
     """
-    return TrainingOrder(images, seed, stage.batch_size, stage.accumulate, processes.rank, processes.world)
+    return TrainingSampler(images, seed, stage.batch_size, stage.accumulate, processes.rank, processes.world)
 
 
 def make_mixup(stage: Stage, classes: int | None) -> Any:

@@ -23,7 +23,7 @@ from typing import Any, ClassVar, NamedTuple, TypeVar
 from torch import nn
 
 from ddf_convert.artifacts import artifact
-from ddf_convert.artifacts.atomic import MANIFEST, check_writable, finished, replacing, write_file
+from ddf_convert.artifacts.atomic import MANIFEST, atomic_folder, check_writable, locate_files, write_file
 from ddf_convert.errors import ArtifactError, UsageError
 from ddf_convert.recipes.files import parse
 from ddf_convert.recipes.recipe import Recipe
@@ -282,7 +282,7 @@ class FinetuneRun(RunFolder):
             return True
         if self._log is None or self._log.evaluated != step or not is_empty(best) or not _is_whole(last):
             return False
-        with replacing(best) as stage:
+        with atomic_folder(best) as stage:
             for name in (MANIFEST, *artifact.read_manifest(last).files()):
                 shutil.copyfile(last / name, stage / name)
         return True
@@ -345,7 +345,7 @@ def warnings_from_main(processes: Processes) -> Iterator[None]:
 def _is_whole(folder: Path) -> bool:
     """Returns whether a folder holds a model, undamaged."""
     try:
-        finished(folder, artifact.read_manifest(folder).files())
+        locate_files(folder, artifact.read_manifest(folder).files())
     except ArtifactError:
         return False
     return True

@@ -18,14 +18,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddf_convert import recipes
 from ddf_convert.artifacts import artifact
-from ddf_convert.artifacts.atomic import FileRecord
-from ddf_convert.artifacts.source import ConvertedFolder
+from ddf_convert.artifacts.atomic import MANIFEST, FileRecord
+from ddf_convert.artifacts.source import ConvertedFolder, open_model
 from ddf_convert.errors import DDFError, UsageError, first_line, in_one_line
 from ddf_convert.recipes import Initialized, Recipe
 from ddf_convert.recipes.parameters import trainable_names
 from ddf_convert.training import fingerprint, resume
 from ddf_convert.training.dataloader import ImageSettings, evaluation_loader, image_settings, make_transform
-from ddf_convert.training.dataset import Images, NoSuchSplit, OnBroken, Split, held_out, open_images
+from ddf_convert.training.dataset import ImageDataset, MissingSplitError, OnBroken, Split, open_images, random_split
 from ddf_convert.training.diagnostics import memory_explained
 from ddf_convert.training.distributed import Processes
 from ddf_convert.training.finetuner import TrainingData, order_of
@@ -103,7 +103,7 @@ def prepare(request: FinetuneRequest, processes: Processes, say: Say) -> Prepare
     options = request.options
     recipe = change_recipe(choose_recipe(request.recipe, request.folder), request.changes, processes.device)
     source = ConvertedFolder(request.folder, request.model)
-    model = source.converted().float()
+    model = source.load().float()
     if request.classes is not None:
         replace_head(model, request.classes, options.seed)
     settings = image_settings(model, request.input_size)
@@ -157,35 +157,49 @@ def describe(request: FinetuneRequest, prepared: Prepared, processes: Processes)
 # --- models ---
 
 
-def find_converted(
-    name: str, own_model: str | None, weights: Mapping[str, Any], arguments: Mapping[str, Any]
-) -> ConvertedFolder | None:
-    """Returns the converted model that a name means: a converted folder, or the best of a run; None if it is neither.
+def open_trained(
+    name: str,
+    callable: str | None = None,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    arguments: Mapping[str, Any] | None = None,
+) -> tuple[str, nn.Module, ConvertedFolder | None]:
+    """Opens the best model of a run, a converted folder, or any model that ``open_model`` opens.
 
     Args:
-        name: As the user wrote it.
-        own_model: ``package.module:callable`` that builds the user's own model before conversion.
-        weights: Options that give weights, and their values: a folder has its own.
-        arguments: Of ``timm.create_model``: a folder says how its model is built.
+        name: What the user named.
+        callable: ``package.module:callable`` that builds the user's own model before conversion.
+        checkpoint: Weights of a model that is not in a folder.
+        pretrained: Download timm's weights for such a model.
+        arguments: Further arguments of ``timm.create_model`` for such a model.
+
+    Returns:
+        The name to show, the model in evaluation mode, and its folder if it is in one.
 
     Raises:
-        UsageError: An option does not go with what the name means, or a run has no best model yet.
+        UsageError: There is no such model, or an option does not apply to it.
+        DDFError: The weights could not be downloaded.
     """
     folder = Path(name)
     if is_run(folder):
         folder = folder / BEST
-    if not (folder / "manifest.json").is_file():
-        if own_model is not None:
-            what = "is none" if folder.exists() else "does not exist"
-            raise UsageError(f"--model is for a converted folder, and {name} {what}")
-        if folder.is_dir() and is_run(folder.parent):
-            raise UsageError(f"{folder.parent} has no {folder.name}/ yet: its first evaluation was not reached")
-        return None
-    if any(weights.values()):
-        raise UsageError(f"{folder} holds its weights: leave {' and '.join(weights)} out")
-    if arguments:
-        raise UsageError(f"{folder} says how its model is built: leave {', '.join(arguments)} out")
-    return ConvertedFolder(folder, own_model)
+    if (folder / MANIFEST).is_file():
+        options = {"--checkpoint": checkpoint is not None, "--pretrained": pretrained}
+        if given := [option for option, is_given in options.items() if is_given]:
+            raise UsageError(f"{folder} holds its weights: leave {' and '.join(given)} out")
+        if arguments:
+            raise UsageError(f"{folder} says how its model is built: leave {', '.join(arguments)} out")
+        converted = ConvertedFolder(folder, callable)
+        return str(folder), converted.load().eval(), converted
+    if callable is not None:
+        what = "is none" if folder.exists() else "does not exist"
+        raise UsageError(f"--model is for a converted folder, and {name} {what}")
+    if folder.is_dir() and is_run(folder.parent):
+        raise UsageError(f"{folder.parent} has no {folder.name}/ yet: its first evaluation was not reached")
+    opened = open_model(name, True, pretrained, arguments)
+    if checkpoint is not None:
+        artifact.load_checkpoint(opened.model, checkpoint)
+    return opened.name, opened.model, None
 
 
 def choose_recipe(asked: str | os.PathLike[str] | None, folder: Path) -> Recipe:
@@ -274,7 +288,7 @@ def _open_teacher(
         if request.teacher_checkpoint is not None:
             raise UsageError(f"--teacher-checkpoint: recipe {recipe.name} does not learn from the original model")
         return None
-    teacher = source.original(request.teacher_checkpoint)
+    teacher = source.load_original(request.teacher_checkpoint)
     if teacher is None:
         raise UsageError(
             f"recipe {recipe.name} learns from the original model, whose weights {request.folder} does not keep:"
@@ -314,7 +328,7 @@ def initialize(
     settings = recipe.initialize_with
     if settings.method != "calibrate" or data is None:
         return recipe.initialize(model, original, say=say)
-    images = open_images(data, "train", labelled=False)
+    images = open_images(data, "train", labeled=False)
     count = min(len(images), settings.num_images)
     chosen = images.subset([index * len(images) // count for index in range(count)])  # spaced: classes are sorted
     where = device or torch.device("cpu")
@@ -343,15 +357,15 @@ def open_data(
     name, labelled, on_broken = request.data, recipe.needs_labels, request.on_broken
     training = _open_part(name, "train", labelled, classes, on_broken)
     if request.validation is not None:
-        validation = _open_part(request.validation, "validation", labelled, classes, on_broken, whole=True)
+        validation = _open_part(request.validation, "validation", labelled, classes, on_broken, undivided=True)
         _check_classes_agree(training, validation, request.validation)
         where = request.validation
     else:
         try:
             validation = _open_part(name, "validation", labelled, classes, on_broken)
             where = f"its validation part, {len(validation)}"
-        except NoSuchSplit:
-            training, validation = held_out(training, seed=request.options.seed)
+        except MissingSplitError:
+            training, validation = random_split(training, seed=request.options.seed)
             where = f"{len(validation)} of its images, held out"
     if not training.has_labels:
         labels = "without labels"
@@ -362,15 +376,15 @@ def open_data(
 
 
 def _open_part(
-    data: str, split: Split, needed: bool, classes: int | None, on_broken: OnBroken, whole: bool = False
-) -> Images:
+    data: str, split: Split, needed: bool, classes: int | None, on_broken: OnBroken, undivided: bool = False
+) -> ImageDataset:
     if not needed:
         with contextlib.suppress(UsageError):
-            found = open_images(data, split, True, on_broken, whole)
+            found = open_images(data, split, True, on_broken, undivided)
             if found.classes is not None and len(found.classes) == classes:
                 return found
-        return open_images(data, split, False, on_broken, whole)
-    found = open_images(data, split, True, on_broken, whole)
+        return open_images(data, split, False, on_broken, undivided)
+    found = open_images(data, split, True, on_broken, undivided)
     if found.classes is not None and classes is not None and len(found.classes) != classes:
         raise UsageError(
             f"{data} has {len(found.classes)} classes and the model {classes}: --num-classes {len(found.classes)} gives"
@@ -379,7 +393,7 @@ def _open_part(
     return found
 
 
-def _check_classes_agree(training: Images, validation: Images, name: str) -> None:
+def _check_classes_agree(training: ImageDataset, validation: ImageDataset, name: str) -> None:
     if training.classes and validation.classes and training.classes != validation.classes:
         mine, theirs = (set(each.classes or ()) for each in (training, validation))
         odd = sorted(mine ^ theirs)[:1]

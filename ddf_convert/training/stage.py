@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ddf_convert.errors import UsageError, first_line
 from ddf_convert.recipes.parameters import learning_rate
 from ddf_convert.recipes.schema import Stage
-from ddf_convert.training.sampler import TrainingOrder
+from ddf_convert.training.sampler import TrainingSampler
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -57,7 +57,7 @@ class StageState:
     """
 
     stage: Stage
-    order: TrainingOrder
+    order: TrainingSampler
     steps: int
     epochs_before: int
     parameters: list[nn.Parameter]
@@ -74,7 +74,7 @@ class StageState:
         stage: Stage,
         model: nn.Module,
         groups: list[dict[str, Any]],
-        order: TrainingOrder,
+        order: TrainingSampler,
         device: torch.device,
         epochs_before: int = 0,
     ) -> StageState:
@@ -155,7 +155,7 @@ class StageState:
             self.scaler.load_state_dict(state["scaler"])
 
 
-def stage_steps(stage: Stage, order: TrainingOrder) -> int:
+def stage_steps(stage: Stage, order: TrainingSampler) -> int:
     """Returns the length of a stage in steps."""
     return stage.steps or (stage.epochs or 0) * order.steps_per_epoch
 
@@ -188,7 +188,7 @@ def make_optimizer(stage: Stage, groups: list[dict[str, Any]], lr: float) -> tor
     return optimizer
 
 
-def make_scheduler(stage: Stage, optimizer: torch.optim.Optimizer, order: TrainingOrder) -> Any:
+def make_scheduler(stage: Stage, optimizer: torch.optim.Optimizer, order: TrainingSampler) -> Any:
     """Makes timm's scheduler, which is updated at every step."""
     schedule = stage.schedule
     lr = learning_rate(stage, order.images_per_step)

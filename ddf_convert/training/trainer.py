@@ -18,8 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ddf_convert.recipes.recipe import Recipe
-from ddf_convert.training.dataloader import worker_death
-from ddf_convert.training.diagnostics import gradient_not_finite, memory_explained, not_finite
+from ddf_convert.training.diagnostics import gradient_not_finite, memory_explained, not_finite, worker_death
 from ddf_convert.training.distributed import PeerFailedError, Processes
 from ddf_convert.training.progress import Progress
 from ddf_convert.training.run_dir import Keeper

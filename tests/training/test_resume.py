@@ -25,11 +25,11 @@ from ddf_convert.recipes.parameters import parameter_groups
 from ddf_convert.recipes.schema import Stage
 from ddf_convert.training import fingerprint, resume, run_dir
 from ddf_convert.training.checkpoints import Checkpoints
-from ddf_convert.training.dataset import Images, open_images
+from ddf_convert.training.dataset import ImageDataset, open_images
 from ddf_convert.training.fingerprint import Entry
 from ddf_convert.training.logs import read
 from ddf_convert.training.run_dir import RunFolder
-from ddf_convert.training.sampler import TrainingOrder
+from ddf_convert.training.sampler import TrainingSampler
 from ddf_convert.training.stage import StageState
 
 RECIPE = """
@@ -312,10 +312,10 @@ def test_another_decoder_is_not_another_image() -> None:
             def load(self, index: int, shifted: Any = shifted) -> tuple[Any, int]:
                 return shifted, 0
 
-            def listed(self) -> None:
+            def samples(self) -> None:
                 return None
 
-        entries.append(fingerprint.of_images(Images(One(), None, True), "training"))
+        entries.append(fingerprint.of_images(ImageDataset(One(), None, True), "training"))
     assert fingerprint.differences(entries[0], entries[1]) == ""
     assert "exchanged" in fingerprint.differences(entries[0], entries[2])
 
@@ -323,8 +323,8 @@ def test_another_decoder_is_not_another_image() -> None:
 def test_of_many_files_some_contents_and_all_sizes_are_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fingerprint, "_SAMPLED", 10)
-    monkeypatch.setattr(fingerprint, "_PART", 7)
+    monkeypatch.setattr(fingerprint, "_MAX_HASHED", 10)
+    monkeypatch.setattr(fingerprint, "_CHUNK", 7)
     files = [tmp_path / f"{number:02}" for number in range(40)]
     for number, file in enumerate(files):
         file.write_bytes(bytes([number]))
@@ -515,7 +515,7 @@ def test_the_scale_of_a_loss_survives_a_move_between_gpu_and_cpu() -> None:
         for each in (enabled, not enabled):
             model = nn.Linear(1, 1)
             groups = parameter_groups(model, stage)
-            states.append(StageState.begin(stage, model, groups, TrainingOrder(8, 0, 1), torch.device("cpu")))
+            states.append(StageState.begin(stage, model, groups, TrainingSampler(8, 0, 1), torch.device("cpu")))
             states[-1].scaler = torch.amp.GradScaler("cpu", enabled=each)
         states[1].load_state_dict(states[0].state_dict())
         assert states[1].scaler.is_enabled() is not enabled
