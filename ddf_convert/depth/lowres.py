@@ -1,4 +1,4 @@
-"""Small depth maps made of large ones, and sizes that a factor does not divide."""
+"""Makes small depth maps of large ones, and pads sizes that a factor does not divide."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DOWNSAMPLINGS: tuple[Downsampling, ...] = get_args(Downsampling)
 
 
 def downsample(depth: Tensor, factor: int, how: Downsampling = "nearest") -> Tensor:
-    """Makes the small depth map that is to be upsampled.
+    """Makes the small depth map that will be upsampled.
 
     "nearest" takes the pixel in row and column ``(factor - 1) // 2`` of each cell of ``factor`` x ``factor``, as in the
     code of Su et al., "Pixel-Adaptive Convolutional Neural Networks", CVPR 2019 (mode "center"), whose protocol on NYU
@@ -47,7 +47,7 @@ def downsample(depth: Tensor, factor: int, how: Downsampling = "nearest") -> Ten
 
 
 def cut_to_factor(image: Tensor, factor: int) -> Tensor:
-    """Without the last rows and columns that are no whole cell: (..., H, W) -> (..., s*(H//s), s*(W//s))."""
+    """Crops rows and columns that are no whole cell: (..., H, W) -> (..., s*(H//s), s*(W//s))."""
     height, width = (length // factor * factor for length in image.shape[-2:])
     return image[..., :height, :width]
 
@@ -63,7 +63,7 @@ def fit(photo: Tensor, depth: Tensor, factor: int) -> tuple[Tensor, Tensor, str 
         factor: s.
 
     Returns:
-        Both, and what was done, in words; None if nothing had to be.
+        Both, and a note on the padding, or None.
 
     Raises:
         UsageError: The sizes are not ``factor`` times each other.
@@ -89,7 +89,7 @@ def fit(photo: Tensor, depth: Tensor, factor: int) -> tuple[Tensor, Tensor, str 
 
 
 def _factor(full: torch.Size, small: torch.Size) -> int | None:
-    """The factor between two sizes, if there is one."""
+    """Returns the factor between two sizes, if there is one."""
     factors = {round(length / have) for length, have in zip(full, small, strict=True)}
     factor = factors.pop()
     matches = not factors and factor > 1

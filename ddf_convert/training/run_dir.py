@@ -134,10 +134,10 @@ class RunFolder(Keeper, ABC):
         Raises:
             UsageError: It says what is different.
         """
-        resume.check(self.path, before.settings, now.settings, entries, self.decisive)
+        resume.check_settings(self.path, before.settings, now.settings, entries, self.decisive)
         recipes = [(record.recipe, record.settings.get("world", 1)) for record in (before, now)]
         resume.check_recipe(self.path, *recipes)
-        return resume.noted(self.path, before.settings, now.settings)
+        return resume.notes(self.path, before.settings, now.settings)
 
     def begin(
         self,
@@ -155,7 +155,7 @@ class RunFolder(Keeper, ABC):
             before: What it was begun with, if it goes on.
         """
         if before is not None:
-            record = RunRecord(before.recipe, resume.gone_on(before.settings, record.settings, resumed_at))
+            record = RunRecord(before.recipe, resume.merge_settings(before.settings, record.settings, resumed_at))
         self._record = self.encode(record)
         self.path.mkdir(parents=True, exist_ok=True)
         for name, text in self._record.items():

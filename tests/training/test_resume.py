@@ -193,10 +193,10 @@ def test_whatever_decides_the_result_is_recorded_and_compared(here: Path, name: 
     assert name in recorded
     other = {**recorded, name: "something else" if name != resume.CLASS_NAMES else ["other"]}
     with pytest.raises(UsageError):
-        resume.check(Path("run"), other, recorded, [Entry("another")])
+        resume.check_settings(Path("run"), other, recorded, [Entry("another")])
     with_older = {key: value for key, value in recorded.items() if key != name}
-    resume.check(Path("run"), with_older, recorded, [])
-    resume.check(Path("run"), recorded, recorded, [])
+    resume.check_settings(Path("run"), with_older, recorded, [])
+    resume.check_settings(Path("run"), recorded, recorded, [])
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_a_note(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
