@@ -8,7 +8,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from ddf_convert.bench.peers import DENSE, DEPTHWISE, MODULE, OP, UNFOLD
-from ddf_convert.utils.device import called
+from ddf_convert.utils.device import describe_short
 
 # As in the plots of ``bench``: ours in warm colors, what they are compared with in cool ones.
 _COLUMNS = {OP: "#d62728", MODULE: "#ff7f0e", DENSE: "#1f77b4", DEPTHWISE: "#17becf", UNFOLD: "#7f7f7f"}
@@ -40,7 +40,7 @@ def memory_png(latency: dict[str, Any]) -> bytes:
     axis.minorticks_off()
     axis.grid(True, alpha=0.3)
     axis.legend()
-    axis.set_title(f"forward + backward, 256 channels, 3x3, float32\n{called(latency['machine'])}", fontsize=10)
+    axis.set_title(f"forward + backward, 256 channels, 3x3, float32\n{describe_short(latency['machine'])}", fontsize=10)
     contents = io.BytesIO()
     figure.savefig(contents, format="png", dpi=150)
     return contents.getvalue()

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from ddf_convert.bench.peers import DENSE, DEPTHWISE, MODULE, OP
-from ddf_convert.utils.device import called
+from ddf_convert.utils.device import describe_short
 from paper_parts.counted import Formula, cost_of
 from paper_parts.quoted import TABLE_2, TABLE_3, TABLE_4, TABLE_5, Row
 
@@ -111,7 +111,7 @@ def _table_2(latency: dict[str, Any]) -> Iterator[str]:
     yield from _prose(
         "Milliseconds of a forward pass, 256 channels, 3x3, float32. **paper**: an RTX 2080 Ti, 32 images. "
         "**measured**: "
-        f"{called(latency['machine'])}, {layout}, {' or '.join(map(str, images))} images at a time "
+        f"{describe_short(latency['machine'])}, {layout}, {' or '.join(map(str, images))} images at a time "
         "(`ddf-convert bench op`). "
         "Compare columns, and not the two machines."
     )

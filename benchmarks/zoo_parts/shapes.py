@@ -12,7 +12,7 @@ from torch import nn
 
 import ddf_convert as ddf
 from ddf_convert.artifacts.state import describe_difference
-from ddf_convert.conversion.rewriter import prepare, swap
+from ddf_convert.conversion.rewriter import apply_replacements
 from zoo_parts.catalogue import Architecture, build, example_inputs
 from zoo_parts.forward import Outcome, device_of, for_real, on_shapes
 from zoo_parts.record import WrongError, line_of, noting
@@ -158,7 +158,7 @@ def _same_totals(subject: _Subject, plan: ddf.Plan, measured: ddf.Cost) -> None:
 def _same_again(converted: nn.Module, fresh: nn.Module) -> None:
     """The record of a conversion, through JSON, makes the same of a fresh model."""
     record = ddf.Conversion.model_validate_json(converted.ddf_conversion.model_dump_json())  # type: ignore[operator]
-    swap(fresh, prepare(fresh, record.replaced))
+    apply_replacements(fresh, record.replaced)
     shapes = {name: tuple(tensor.shape) for name, tensor in fresh.state_dict().items()}
     difference = describe_difference(shapes, converted.state_dict())
     if difference:

@@ -9,7 +9,7 @@ from typing import Any
 from ddf_convert.bench.peers import COMPILED, DENSE, DEPTHWISE, MODULE, OP, SLICES, TF32, UNFOLD
 from ddf_convert.bench.up import BILINEAR, SEPARATE, TRANSPOSED, UP
 from ddf_convert.errors import UsageError
-from ddf_convert.utils.device import called
+from ddf_convert.utils.device import describe_short
 
 # Ours in warm colors, what they are compared with in cool ones; the same column looks the same in every plot.
 _COLORS = {
@@ -127,4 +127,4 @@ def _figure(width: float, height: float) -> Any:
 
 
 def _heading(figure: Any, document: dict[str, Any], words: str) -> None:
-    figure.suptitle(f"{words}\n{called(document['machine'])}", fontsize=10)
+    figure.suptitle(f"{words}\n{describe_short(document['machine'])}", fontsize=10)

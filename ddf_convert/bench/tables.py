@@ -17,7 +17,7 @@ from ddf_convert.bench.up import SEPARATE, UNFOLDED, UP
 from ddf_convert.report import units
 from ddf_convert.report.tables import new_table
 from ddf_convert.report.units import figure
-from ddf_convert.utils.device import called
+from ddf_convert.utils.device import describe_short
 
 _TIMES = (("forward, ms", "forward_ms"), ("forward + backward, ms", "forward_backward_ms"))
 
@@ -25,7 +25,7 @@ _TIMES = (("forward, ms", "forward_ms"), ("forward + backward, ms", "forward_bac
 def tables(document: dict[str, Any]) -> RenderableType:
     """What a ``run`` of this package returned."""
     shown = {"op": _op, "layer": _layer, "model": _model, "up": _up}[document["bench"]]
-    return Group(Text(called(document["machine"]), style="bold"), *shown(document))
+    return Group(Text(describe_short(document["machine"]), style="bold"), *shown(document))
 
 
 def percent(value: float | None) -> str:

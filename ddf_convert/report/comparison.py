@@ -16,7 +16,7 @@ from ddf_convert.artifacts.path_checks import check_file
 from ddf_convert.conversion import Action, ConvertConfig, Plan, Site, recorded
 from ddf_convert.conversion.eligibility import in_words
 from ddf_convert.conversion.plan import FoundBy
-from ddf_convert.conversion.planner import as_it_stands
+from ddf_convert.conversion.planner import plan_without_replacing
 from ddf_convert.cost.count import Cost
 from ddf_convert.cost.timing import device_of
 from ddf_convert.errors import UsageError
@@ -177,9 +177,9 @@ def compare(before: nn.Module, after: nn.Module, example_input: ExampleInput, *,
     record = recorded(after)
     upsample = any(config.upsample for made in (record, recorded(before)) if made for config in made.configs)
     with _blaming("before"):
-        first = as_it_stands(before, example_input, obstacle is None, upsample)
+        first = plan_without_replacing(before, example_input, obstacle is None, upsample)
     with _blaming("after"):
-        second = as_it_stands(after, example_input, obstacle is None, upsample)
+        second = plan_without_replacing(after, example_input, obstacle is None, upsample)
     notes = [*first.notes, *second.notes, *([f"{_UNMEASURED} {obstacle}"] if obstacle else [])]
     return Comparison(
         model=" and ".join(dict.fromkeys((first.model, record.source if record else second.model))),

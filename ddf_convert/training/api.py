@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -24,9 +25,10 @@ from ddf_convert.training.evaluation import Evaluation, evaluate
 from ddf_convert.training.finetuner import Finetuner
 from ddf_convert.training.logs import Row
 from ddf_convert.training.progress import Progress, progress_of
-from ddf_convert.training.run_dir import FinetuneRun, resume_message, warnings_from_main
+from ddf_convert.training.run_dir import FinetuneRun, resume_message
 from ddf_convert.training.setup import FinetuneRequest, Say
 from ddf_convert.training.signals import Interrupted, Interruption, signals_noted
+from ddf_convert.utils.logging import logger_level
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,8 @@ def _finetune(
     run = FinetuneRun(request.output)
     run.check(request.resume)
     prepared = setup.prepare(request, processes, progress.say)
-    with warnings_from_main(processes):
+    # All processes see the same checkpoints: the first one warns of what is wrong with them.
+    with contextlib.nullcontext() if processes.is_main else logger_level(logging.ERROR, "ddf_convert"):
         state, resumed_at = run.checkpoints.latest() or (None, None)
     if processes.is_main:
         record, entries = setup.describe(request, prepared, processes)

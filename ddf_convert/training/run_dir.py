@@ -10,13 +10,11 @@ RUN/best/, RUN/last/    converted models, for ddf_convert.load
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 import os
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, TypeVar
 
@@ -29,7 +27,6 @@ from ddf_convert.recipes.files import parse
 from ddf_convert.recipes.recipe import Recipe
 from ddf_convert.training import fingerprint, logs, resume
 from ddf_convert.training.checkpoints import Checkpoints, set_aside
-from ddf_convert.training.distributed import Processes
 from ddf_convert.training.fingerprint import Entry
 from ddf_convert.training.logs import Log, LogFile, Row
 
@@ -327,19 +324,6 @@ def is_empty(path: Path) -> bool:
     if path.is_dir():
         return all(entry.name.startswith(".") for entry in path.iterdir())
     return not path.exists()
-
-
-@contextlib.contextmanager
-def warnings_from_main(processes: Processes) -> Iterator[None]:
-    """A context in which warnings about what all processes see come from the first one alone."""
-    logger = logging.getLogger("ddf_convert")
-    before = logger.level
-    if not processes.is_main:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(before)
 
 
 def _is_whole(folder: Path) -> bool:

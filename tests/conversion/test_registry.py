@@ -238,7 +238,7 @@ BLUR = ddf.Filter("blur", Blur2d, "Blur", "A mean.", options={"strength": 0.5})
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(filters_module, "_filters", dict(filters_module._filters))
+    monkeypatch.setattr(filters_module, "_layer_types", dict(filters_module._layer_types))
 
 
 @pytest.mark.usefixtures("quick_timing")
@@ -259,7 +259,7 @@ def test_a_filter_of_ones_own(registry, tmp_path):
         "Blur + grouped 1x1",
     }
 
-    del filters_module._filters["blur"]
+    del filters_module._layer_types["blur"]
     with pytest.raises(ddf.ArtifactError, match=r"no filter is called 'blur'.*register_filter"):
         ddf.restore(Net(), tmp_path)
 
