@@ -75,12 +75,7 @@ class DepthManifest(BaseModel):
 
 
 def build(upsampler: Upsampler, **arguments: Any) -> JointUpNet:
-    """Builds a network, untrained.
-
-    Raises:
-        ValueError: An argument does not fit.
-        TypeError: There is no such argument.
-    """
+    """Builds a network, untrained."""
     return _CLASSES[upsampler](**arguments)
 
 
@@ -92,20 +87,7 @@ def save(
     recipe: dict[str, Any] | None = None,
     steps: int = 0,
 ) -> None:
-    """Writes a network: the folder holds the old one or the new one, whole, whenever this is interrupted.
-
-    Args:
-        model: The network.
-        folder: Made if need be.
-        unit: Unit of the depth maps that it learned from.
-        downsample: How small depth maps were made of them.
-        recipe: The recipe that it was trained with.
-        steps: Steps taken.
-
-    Raises:
-        ArtifactError: The folder cannot be written, or files that are not a network's are in the way.
-        DDFError: Writing failed, for instance because the disk is full.
-    """
+    """Writes a network: the folder holds the old one or the new one, whole, whenever this is interrupted."""
     upsampler: Upsampler = "ddf" if isinstance(model, DDFUpNet) else "conv"
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_folder(folder, [_WEIGHTS], _files_of) as stage:
@@ -152,11 +134,7 @@ def load(folder: str | os.PathLike[str]) -> tuple[JointUpNet, DepthManifest]:
 
 
 def check_free(folder: Path) -> None:
-    """Makes sure that :func:`save` can write to a folder without losing a file that it did not write.
-
-    Raises:
-        ArtifactError: Something is in the way; the message names it.
-    """
+    """Makes sure that :func:`save` can write to a folder without losing a file that it did not write."""
     check_replaceable(folder, [_WEIGHTS], _files_of)
 
 
@@ -167,11 +145,7 @@ def _files_of(content: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def read_manifest(folder: Path) -> DepthManifest:
-    """Reads the manifest of a network's folder.
-
-    Raises:
-        ArtifactError: There is none, or it is something else's.
-    """
+    """Reads the manifest of a network's folder."""
     file = folder / MANIFEST
     try:
         return DepthManifest.model_validate_json(file.read_bytes())

@@ -75,16 +75,16 @@ class Crops:
         return photo, F.interpolate(depth[None], size=(size, size), mode="nearest-exact")[0]
 
     def _augment(self, photo: Tensor, depth: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        asked = self.augmentation
-        if asked is None:
+        augmentation = self.augmentation
+        if augmentation is None:
             return photo, depth
         if random.random() < self.turned and (known := depth > 0).any():
             depth = torch.where(known, depth[known].min() + depth.max() - depth, 0.0)
-        for probability, axis in ((asked.hflip, -1), (asked.vflip, -2)):
+        for probability, axis in ((augmentation.hflip, -1), (augmentation.vflip, -2)):
             if random.random() < probability:
                 photo, depth = photo.flip(axis), depth.flip(axis)
-        if asked.color_jitter:
-            gain, shift, gamma = random.uniform(-asked.color_jitter, asked.color_jitter, 3)
+        if augmentation.color_jitter:
+            gain, shift, gamma = random.uniform(-augmentation.color_jitter, augmentation.color_jitter, 3)
             photo = (photo * (1 + gain) + shift / 2).clamp(0, 1) ** math.exp(gamma)
             photo = photo[torch.from_numpy(random.permutation(3))]
             if random.random() < 0.5:

@@ -55,18 +55,13 @@ def cut_to_factor(image: Tensor, factor: int) -> Tensor:
 def fit(photo: Tensor, depth: Tensor, factor: int) -> tuple[Tensor, Tensor, str | None]:
     """Pads a photo and a small depth map so that the one is ``factor`` times as large as the other.
 
-    The photo gets its last row and column again, the depth map holes; both at the bottom and the right.
+    The photo gets its last row and column again, the depth map holes; both at the bottom and the right. Also returns a
+    note on the padding, or None.
 
     Args:
         photo: (3, H, W).
         depth: (1, h, w), where h and w are H and W divided by the factor, rounded up or down.
         factor: s.
-
-    Returns:
-        Both, and a note on the padding, or None.
-
-    Raises:
-        UsageError: The sizes are not ``factor`` times each other.
     """
     full, small = photo.shape[-2:], depth.shape[-2:]
     wanted = [-(-length // factor) for length in full]

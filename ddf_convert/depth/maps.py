@@ -36,11 +36,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 
 @dataclass(frozen=True)
 class Unit:
-    """The unit of a depth map's numbers.
-
-    Attributes:
-        name: "mm", "cm" or "m"; or any other word.
-    """
+    """The unit of a depth map's numbers."""
 
     name: str
 
@@ -63,9 +59,6 @@ def read_photo(file: Path) -> Tensor:
     """Reads a photo as (3, H, W) uint8, turned as its EXIF orientation says.
 
     Gray photos get three equal channels; transparency is left out.
-
-    Raises:
-        UsageError: It cannot be read as a photo.
     """
     image = open_image(file, "photo", _FORMATS, MOST_PIXELS, exif_orientation=True)
     pixels = np.array(image.convert("RGB"))
@@ -73,15 +66,7 @@ def read_photo(file: Path) -> Tensor:
 
 
 def read_depth(file: Path, allow_8bit: bool = False) -> Tensor:
-    """Reads a depth map as (1, H, W) float32; holes (0, negative, NaN or infinite) become 0.
-
-    Args:
-        file: PNG of 16 bits, NPY or PFM.
-        allow_8bit: Take PNG of 8 bits too.
-
-    Raises:
-        UsageError: It cannot be read, is no depth map, holds 256 depths at most, or nothing but holes.
-    """
+    """Reads a depth map as (1, H, W) float32; holes (0, negative, NaN or infinite) become 0."""
     kind = file.suffix.lower()
     if kind == ".png":
         values = _read_png(file, allow_8bit)
@@ -107,9 +92,6 @@ def encode_depth(depth: Tensor, file: Path, unit: Unit, whole: bool) -> tuple[by
 
     Returns:
         The content, and its unit.
-
-    Raises:
-        UsageError: No such format, or the numbers do not fit into it.
     """
     values = depth[0].double().cpu().numpy()
     kind = file.suffix.lower()

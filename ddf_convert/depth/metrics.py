@@ -31,9 +31,6 @@ def errors(found: Tensor, truth: Tensor) -> Errors:
     Args:
         found: (..., H, W).
         truth: The same shape; holes are 0, negative, NaN or infinite, and do not count.
-
-    Raises:
-        ValueError: The truth has nothing but holes, or the shapes differ.
     """
     if found.shape != truth.shape:
         raise ValueError(f"shapes {tuple(found.shape)} and {tuple(truth.shape)} differ")

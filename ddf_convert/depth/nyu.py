@@ -27,12 +27,7 @@ _MAX_COMPRESSION = 1100  # of deflate
 
 
 class NYU:
-    """The pairs of the file, which stays open.
-
-    Args:
-        file: An open ``h5py.File``.
-        unit: Unit of the depth maps' numbers.
-    """
+    """The pairs of the file, which stays open."""
 
     def __init__(self, file: Any, unit: Unit) -> None:
         self._file = file  # datasets close with it
@@ -59,11 +54,7 @@ class NYU:
 
 
 def open_file(path: Path, unit: str | None = None) -> NYU:
-    """Opens the file.
-
-    Raises:
-        UsageError: h5py is missing; or it is not that file.
-    """
+    """Opens the file."""
     try:
         import h5py
     except ImportError as error:
@@ -108,11 +99,7 @@ def _describe_fault(file: Any) -> str | None:
 
 
 def split(count: int) -> tuple[range, range]:
-    """Returns the pairs to train with and to test with: 1000 and 449, or the same share of a file of another length.
-
-    Raises:
-        UsageError: There are fewer than two.
-    """
+    """Returns the pairs to train with and to test with: 1000 and 449, or the same share of a file of another length."""
     if count < 2:
         raise UsageError(f"{count} pairs are too few to train with some and to test with others")
     training = _TRAINING if count == _PUBLISHED else max(1, count * _TRAINING // _PUBLISHED)

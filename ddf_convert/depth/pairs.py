@@ -45,13 +45,7 @@ class Pairs(Protocol):
 
 @dataclass(frozen=True)
 class FilePairs:
-    """Pairs of files.
-
-    Attributes:
-        files: Photo and depth map of each.
-        unit: Unit of the depth maps' numbers.
-        allow_8bit: Take depth maps in PNG of 8 bits.
-    """
+    """Pairs of files."""
 
     files: tuple[tuple[Path, Path], ...]
     unit: Unit
@@ -114,9 +108,6 @@ def open_pairs(path: Path, unit: str | None = None, allow_8bit: bool = False) ->
     Returns:
         Both. Of NYU's file the first 1000 and the last 449; of a folder that is not divided, every tenth pair is for
         validation; None if it has a single pair.
-
-    Raises:
-        UsageError: There is no such path, no pairs, or photos and depth maps do not match by name.
     """
     if path.suffix.lower() == ".mat":
         pairs: Pairs = nyu.open_file(path, unit)
@@ -137,11 +128,7 @@ def open_pairs(path: Path, unit: str | None = None, allow_8bit: bool = False) ->
 
 
 def folder(path: Path, unit: str | None = None, allow_8bit: bool = False) -> FilePairs:
-    """Opens the pairs of a folder with ``rgb`` and ``depth`` in it, matched by name.
-
-    Raises:
-        UsageError: One of the two is missing, a name stands on one side only or twice, or units are mixed.
-    """
+    """Opens the pairs of a folder with ``rgb`` and ``depth`` in it, matched by name."""
     photos, depths = (_by_name(path / part, suffixes) for part, suffixes in (("rgb", PHOTOS), ("depth", DEPTHS)))
     for have, lack, part in ((photos, depths, "depth"), (depths, photos, "rgb")):
         missing = sorted(have.keys() - lack.keys())

@@ -14,11 +14,7 @@ _HEADER = re.compile(rb"^(P[Ff])\s+(\d+)\s+(\d+)\s+(-?[\d.]+(?:[eE][+-]?\d+)?)[ 
 
 
 def decode(content: bytes) -> NDArray[np.float32]:
-    """Decodes a file's content as an image of one channel, (H, W) float32, the top row first.
-
-    Raises:
-        ValueError: It is no PFM file, is cut off, or has three channels.
-    """
+    """Decodes a file's content as an image of one channel, (H, W) float32, the top row first."""
     found = _HEADER.match(content)
     if found is None:
         raise ValueError("it is not a PFM file")

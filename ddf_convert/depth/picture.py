@@ -32,12 +32,6 @@ def draw(
         unit: Unit of the depth maps.
         what: Label of the color scale.
         show_truth: Draw the truth itself too.
-
-    Returns:
-        A matplotlib figure.
-
-    Raises:
-        ImportError: matplotlib is missing.
     """
     shown = [*panels, *([("truth", truth)] if truth is not None and show_truth else [])]
     errors = [] if truth is None else [(name, _error(map, truth)) for name, map in panels]

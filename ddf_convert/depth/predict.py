@@ -24,48 +24,28 @@ _NAMES = {"ddf": "DDF-Up-Net", "conv": "joint convolutions"}
 
 @dataclass(frozen=True)
 class PredictRequest:
-    """What to upsample.
-
-    Attributes:
-        photo: The photo's file.
-        depth: File of the small depth map.
-        checkpoint: Folder of a trained network.
-        output: File to write; its suffix gives the format.
-        factor: The factor that the user expects; None is the network's.
-        truth: File of the true large depth map, or None.
-        unit: Of the depth files' numbers; None is millimetres in PNG, else metres.
-        allow_8bit: Take depth in PNG of 8 bits.
-        device: "cpu", "cuda" or "cuda:N"; None is the GPU if there is one.
-    """
+    """What to upsample."""
 
     photo: Path
-    depth: Path
-    checkpoint: Path
-    output: Path
-    factor: int | None = None
-    truth: Path | None = None
-    unit: str | None = None
-    allow_8bit: bool = False
-    device: str | None = None
+    depth: Path  # the small depth map
+    checkpoint: Path  # folder of a trained network
+    output: Path  # its suffix gives the format
+    factor: int | None = None  # that the user expects; None: the network's
+    truth: Path | None = None  # the true large depth map
+    unit: str | None = None  # of the depth files' numbers; None: millimetres in PNG, else metres
+    allow_8bit: bool = False  # take depth in PNG of 8 bits
+    device: str | None = None  # cpu, cuda or cuda:N; None: the GPU if there is one
 
 
 @dataclass(frozen=True)
 class DepthMapSummary:
-    """A depth map as a row of a table.
-
-    Attributes:
-        name: What it is called.
-        width: In pixels.
-        height: In pixels.
-        range: Smallest and largest measurement.
-        rmse: Against the truth, in the unit of the numbers; None if it was not measured.
-    """
+    """A depth map as a row of a table."""
 
     name: str
     width: int
     height: int
-    range: tuple[float, float]
-    rmse: float | None = None
+    range: tuple[float, float]  # smallest and largest measurement
+    rmse: float | None = None  # against the truth, in the unit of the numbers; None if not measured
 
 
 @dataclass(frozen=True)
@@ -100,11 +80,7 @@ class Upsampled:
         return self.truth is not None
 
     def picture(self) -> bytes:
-        """Returns everything side by side, as PNG.
-
-        Raises:
-            ImportError: matplotlib is missing.
-        """
+        """Returns everything side by side, as PNG."""
         figure = draw(self.photo, list(self.maps.items()), self.truth, self.unit)
         return encode_figure(figure, dpi=_DPI, metadata={"Software": None})
 
@@ -129,11 +105,7 @@ class Upsampled:
 
 
 def upsample_files(request: PredictRequest) -> Upsampled:
-    """Upsamples a depth map, and writes nothing.
-
-    Raises:
-        UsageError: A file cannot be read, sizes do not fit, or the network has another factor.
-    """
+    """Upsamples a depth map, and writes nothing."""
     device = choose(request.device, use="used")
     manifest = checkpoint.read_manifest(request.checkpoint)
     factor = manifest.scale_factor

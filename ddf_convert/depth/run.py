@@ -61,66 +61,37 @@ _DECISIVE = {
 
 @dataclass(frozen=True)
 class DepthTrainRequest:
-    """What to train, with what, and where to.
+    """What to train, with what, and where to."""
 
-    Attributes:
-        data: See :func:`ddf_convert.depth.pairs.open_pairs`.
-        output: Folder of the run.
-        factor: Of the network.
-        upsampler: "ddf", or "conv" for the network that it is compared with.
-        arguments: Of the network's class; the factor and the sampling are added.
-        recipe: A name or a file.
-        changes: What to change in every stage; see ``Recipe.changed``.
-        settings: How to train.
-        unit: Of the depth maps' numbers.
-        allow_8bit: Take depth maps in PNG of 8 bits.
-        resume: Go on with the run in ``output``, if there is one.
-        device: "cpu", "cuda" or "cuda:N"; None is the GPU if there is one.
-    """
-
-    data: Path
-    output: Path
-    factor: int
+    data: Path  # see ddf_convert.depth.pairs.open_pairs
+    output: Path  # folder of the run
+    factor: int  # of the network
     upsampler: checkpoint.Upsampler = "ddf"
-    arguments: dict[str, int] = field(default_factory=dict)
-    recipe: str = RECIPE
-    changes: dict[str, Any] = field(default_factory=dict)
+    arguments: dict[str, int] = field(default_factory=dict)  # of the network's class, beside factor and sampling
+    recipe: str = RECIPE  # a name or a file
+    changes: dict[str, Any] = field(default_factory=dict)  # of every stage, see Recipe.changed
     settings: DepthSettings = field(default_factory=DepthSettings)
-    unit: str | None = None
-    allow_8bit: bool = False
+    unit: str | None = None  # of the depth maps' numbers
+    allow_8bit: bool = False  # take depth maps in PNG of 8 bits
     resume: bool = False
-    device: str | None = None
+    device: str | None = None  # cpu, cuda or cuda:N; None: the GPU if there is one
 
 
 @dataclass(frozen=True)
 class DepthTrainOutcome:
-    """How a run ended.
+    """How a run ended."""
 
-    Attributes:
-        finished: Whether all of it was done; if not, it was asked to stop, and can be resumed.
-        output: Its folder.
-        factor: Of the network.
-        parameters: Of the network.
-        pairs: To train with.
-        validation: Pairs to validate with.
-        steps: Steps taken.
-        seconds: How long they took, interruptions left out.
-        unit: That errors are in.
-        rmse: Mean RMSE on the validation pairs; None without any, or if the run did not end.
-        bilinear: The same of bilinear interpolation.
-    """
-
-    finished: bool
+    finished: bool  # False: asked to stop, and can be resumed
     output: Path
     factor: int
-    parameters: int
-    pairs: int
-    validation: int
+    parameters: int  # of the network
+    pairs: int  # to train with
+    validation: int  # number of pairs
     steps: int
-    seconds: float
-    unit: str
-    rmse: float | None = None
-    bilinear: float | None = None
+    seconds: float  # interruptions left out
+    unit: str  # that errors are in
+    rmse: float | None = None  # mean over the validation pairs; None without any, or if the run did not end
+    bilinear: float | None = None  # the same of bilinear interpolation
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the outcome as JSON."""
@@ -234,13 +205,7 @@ class DepthLog(LogFile[DepthRow]):
 
 
 class DepthRun(RunFolder):
-    """The folder of a run of ``depth train``, which is the folder of its network too.
-
-    Args:
-        path: The folder; it need not exist.
-        unit: Of the depth maps' numbers.
-        downsample: How small depth maps are made.
-    """
+    """The folder of a run of ``depth train``, which is the folder of its network too."""
 
     decisive = _DECISIVE
     foreign = "is not empty, and holds no run of upsample-train: give another folder"

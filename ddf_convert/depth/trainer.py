@@ -60,33 +60,19 @@ class DepthSettings:
 
 @dataclass(frozen=True)
 class DepthRow:
-    """A row of the log: an interval of training, or the validation at the end. What does not apply is None.
+    """A row of the log: an interval of training, or the validation at the end. What does not apply is None."""
 
-    Attributes:
-        kind: "train" or "validation".
-        step: Steps since the run began.
-        stage: Name of the stage.
-        loss: What is minimized, a mean over the interval.
-        grad_norm: Norm of the gradient before clipping.
-        lr: Learning rate.
-        seconds: Seconds since the run began, interruptions left out.
-        crops_per_s: Crops a second.
-        rmse: Root of the mean squared error on the validation pairs, a mean over them.
-        unit: Of the RMSE.
-        bilinear: RMSE of bilinear interpolation.
-    """
-
-    kind: str
-    step: int
+    kind: str  # "train" or "validation"
+    step: int  # since the run began
     stage: str | None = None
     loss: float | None = None
     grad_norm: float | None = None
     lr: float | None = None
-    seconds: float | None = None
+    seconds: float | None = None  # since the run began, interruptions left out
     crops_per_s: float | None = None
-    rmse: float | None = None
-    unit: str | None = None
-    bilinear: float | None = None
+    rmse: float | None = None  # mean over the validation pairs
+    unit: str | None = None  # of the RMSE
+    bilinear: float | None = None  # RMSE of bilinear interpolation
 
     def to_dict(self) -> dict[str, Any]:
         """Returns what applies, as JSON."""
@@ -97,18 +83,6 @@ class DepthTrainer(Trainer):
     """Trains a network in place, in one process.
 
     The network is saved at the end of every stage, and of its epochs if the stage counts them.
-
-    Args:
-        model: On its device.
-        recipe: With at least one stage.
-        pairs: To learn from.
-        settings: How to train.
-        keeper: Where results go; None discards them.
-        progress: Shows what happens.
-        interruption: Says when to stop.
-
-    Raises:
-        UsageError: The recipe asks for what this training does not have, or the crop does not fit.
     """
 
     unit = "crops"
@@ -164,7 +138,7 @@ class DepthTrainer(Trainer):
         self.position.due = False
         self.write_checkpoint(state)  # first: a run whose network stands without a checkpoint cannot go on
         self._keeper.save_model(state.averaged(self.model), self.position.total)
-        if self._interruption.asked and self.position.step < state.steps:
+        if self._interruption.requested and self.position.step < state.steps:
             raise Interrupted
 
     def make_row(self, state: StageState, kind: Any, figures: dict[str, Any]) -> DepthRow:
@@ -222,11 +196,7 @@ def loss_of(found: Tensor, truth: Tensor, deviation: Tensor, kind: Loss) -> Tens
 
 
 def check(recipe: Recipe, settings: DepthSettings, factor: int) -> None:
-    """Checks that this training can do what a recipe asks for.
-
-    Raises:
-        UsageError: It cannot; the message names the key.
-    """
+    """Checks that this training can do what a recipe asks for."""
     if not recipe.stages:
         raise UsageError(f"recipe {recipe.name} has no stages: there is nothing to train with")
     if settings.crop % factor or settings.crop < 2 * factor:

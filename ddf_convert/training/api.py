@@ -33,29 +33,17 @@ from ddf_convert.utils.logging import logger_level
 
 @dataclass(frozen=True)
 class FinetuneOutcome:
-    """How a run ended.
+    """How a run ended."""
 
-    Attributes:
-        finished: Whether all of it was done; if not, it was asked to stop, and can be resumed.
-        output: Its folder.
-        steps: Steps taken.
-        before: The evaluation before training, a row of the log.
-        best: The best evaluation.
-        last: The last evaluation.
-        seconds: How long the run took, interruptions left out.
-        images_per_s: ImageDataset a second in training.
-        one_loss: Whether all stages have the same losses, so that their evaluations can be compared by them.
-    """
-
-    finished: bool
+    finished: bool  # False: asked to stop, and can be resumed
     output: Path
     steps: int
-    before: Row | None
+    before: Row | None  # the evaluation before training
     best: Row | None
     last: Row | None
-    seconds: float
-    images_per_s: float | None
-    one_loss: bool
+    seconds: float  # interruptions left out
+    images_per_s: float | None  # in training
+    one_loss: bool  # all stages have the same losses, so that evaluations can be compared by them
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the outcome as JSON."""
@@ -159,33 +147,18 @@ def _outcome(trainer: Finetuner, run: FinetuneRun, finished: bool) -> FinetuneOu
 
 @dataclass(frozen=True)
 class EvaluateRequest:
-    """What to evaluate, on what.
+    """What to evaluate, on what."""
 
-    Attributes:
-        name: A run, a converted folder, or any model that ``ddf_convert.artifacts.source.open_model`` opens.
-        data: See ``ddf_convert.training.dataset``.
-        split: Which part of the data, if they are divided.
-        checkpoint: Weights of a model that is not in a folder.
-        pretrained: Download timm's weights.
-        arguments: Arguments of ``timm.create_model``, for such a model.
-        model: ``package.module:callable`` that builds the user's own model before conversion.
-        batch_size: ImageDataset of one process at a time.
-        input_size: (C, H, W) of the images; None is the model's.
-        device: "cpu", "cuda" or "cuda:N"; None is the GPU if there is one.
-        workers: Processes that load images.
-        on_broken: What to do with images that cannot be read.
-    """
-
-    name: str
-    data: str
+    name: str  # a run, a converted folder, or any model that open_model opens
+    data: str  # see ddf_convert.training.dataset
     split: Split = "validation"
-    checkpoint: Path | None = None
+    checkpoint: Path | None = None  # weights of a model that is not in a folder
     pretrained: bool = False
-    arguments: Mapping[str, Any] = field(default_factory=dict)
-    model: str | None = None
-    batch_size: int = 64
-    input_size: tuple[int, int, int] | None = None
-    device: str | None = None
+    arguments: Mapping[str, Any] = field(default_factory=dict)  # of timm.create_model, for such a model
+    model: str | None = None  # package.module:callable that builds the user's own model before conversion
+    batch_size: int = 64  # images of one process at a time
+    input_size: tuple[int, int, int] | None = None  # (C, H, W); None: the model's
+    device: str | None = None  # cpu, cuda or cuda:N; None: the GPU if there is one
     workers: int = 0
     on_broken: OnBroken = "stop"
 

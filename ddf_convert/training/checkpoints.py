@@ -29,9 +29,6 @@ class Checkpoints:
 
     A file appears under its name when it is whole. torch.load does not compare the checksums that torch.save writes
     for each tensor, so they are compared here.
-
-    Args:
-        folder: Where they are; it need not exist.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
@@ -134,16 +131,7 @@ class Checkpoints:
 
 
 def set_aside(path: Path, reason: str, consequence: str) -> None:
-    """Renames a damaged file or folder of a run to ``NAME.damaged-1``, or the next free number, and warns.
-
-    Args:
-        path: The file or folder.
-        reason: What is wrong with it.
-        consequence: What happens now.
-
-    Raises:
-        UsageError: It cannot be renamed.
-    """
+    """Renames a damaged file or folder of a run to ``NAME.damaged-1``, or the next free number, and warns."""
     names = (path.with_name(f"{path.name}.damaged-{number}") for number in count(1))
     aside = next(name for name in names if not os.path.lexists(name))
     try:

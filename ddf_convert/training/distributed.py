@@ -34,13 +34,7 @@ class PeerFailedError(DDFError):
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, as one of them sees them.
-
-    Attributes:
-        rank: The number of this one.
-        world: The number of processes.
-        device: What this one computes on.
-    """
+    """The processes of a run, as one of them sees them."""
 
     rank: int
     world: int
@@ -90,13 +84,6 @@ def joined(device: str | None = None) -> Iterator[Processes]:
     """A context in which this process is one of those that torchrun started, or the only one.
 
     A process group that exists already is used; else one is made, and destroyed at the end.
-
-    Args:
-        device: "cpu", "cuda" or "cuda:N"; None is the GPU if there is one. Several processes take a GPU each.
-
-    Raises:
-        UsageError: There is no such device, or there are fewer GPUs than processes on this machine.
-        PeerFailedError: Another process failed.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if dist.is_initialized():

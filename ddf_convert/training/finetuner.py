@@ -38,19 +38,12 @@ Batch = tuple[Tensor, Tensor]
 
 @dataclass(frozen=True)
 class TrainingData:
-    """The images of a run.
-
-    Attributes:
-        training: To train with.
-        validation: To evaluate on.
-        settings: How they are prepared for the model.
-        classes: Number of classes; None if labels play no part.
-    """
+    """The images of a run."""
 
     training: ImageDataset
     validation: ImageDataset
-    settings: ImageSettings
-    classes: int | None
+    settings: ImageSettings  # how images are prepared for the model
+    classes: int | None  # None if labels play no part
 
 
 @dataclass(frozen=True)
@@ -69,22 +62,7 @@ class Best:
 
 
 class Finetuner(Trainer):
-    """Trains a converted model as a recipe says.
-
-    Args:
-        model: A converted model, on the device; it is trained in place.
-        recipe: With at least one stage.
-        data: The images.
-        processes: Those that train, as this one sees them.
-        options: How to train.
-        folder: Where results go.
-        teacher: The original model, on the device, if the recipe learns from it.
-        progress: Shows what happens.
-        interruption: Says when to stop.
-
-    Attributes:
-        best: The best evaluation.
-    """
+    """Trains a converted model as a recipe says."""
 
     def __init__(
         self,
@@ -109,11 +87,7 @@ class Finetuner(Trainer):
     # --- training ---
 
     def begin_stage(self, index: int) -> StageState:
-        """Makes everything that a stage needs, and freezes what does not learn in it.
-
-        Raises:
-            UsageError: Something in the stage does not fit the model, the data or the device.
-        """
+        """Makes everything that a stage needs, and freezes what does not learn in it."""
         stages, processes, images = self.recipe.stages, self.processes, self.data.training
         stage = stages[index]
         order = order_of(stage, len(images), processes, self.options.seed)
@@ -179,9 +153,6 @@ class Finetuner(Trainer):
 
         A loss of features alone leaves the classifier out, and some models hold parameters that they never use.
         ``DistributedDataParallel`` would wait for their gradients.
-
-        Raises:
-            UsageError: Nothing is left to learn.
         """
         device, losses = self.processes.device, stage.losses
         candidates = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -260,7 +231,7 @@ class Finetuner(Trainer):
             amp=state.amp,
             memory_format=self.options.memory_format,
             batch_size=batch_size,
-            stop=lambda: self._interruption.asked,
+            stop=lambda: self._interruption.requested,
         )
         teacher = self.teacher if losses.needs_teacher else None
         return evaluate(model, loader, settings, Objective(model, losses, teacher), teacher, self._progress)
@@ -320,11 +291,7 @@ class Finetuner(Trainer):
 
 
 def order_of(stage: Stage, images: int, processes: Processes, seed: int) -> TrainingSampler:
-    """Returns which images a process sees when.
-
-    Raises:
-        UsageError: There are fewer images than one step needs.
-    """
+    """Returns which images a process sees when."""
     return TrainingSampler(images, seed, stage.batch_size, stage.accumulate, processes.rank, processes.world)
 
 

@@ -42,17 +42,11 @@ RowT = TypeVar("RowT", bound=_AnyRow)
 
 
 class ReadLog(NamedTuple, Generic[RowT]):
-    """What a log file holds.
-
-    Attributes:
-        rows: Those that can be read.
-        fault: What is wrong with the file, or None.
-        unfinished: Whether its last line was cut off.
-    """
+    """What a log file holds."""
 
     rows: list[RowT]
-    fault: str | None = None
-    unfinished: bool = False
+    fault: str | None = None  # what is wrong with the file
+    unfinished: bool = False  # its last line was cut off
 
 
 class LogFile(ABC, Generic[RowT]):
@@ -69,9 +63,6 @@ class LogFile(ABC, Generic[RowT]):
     Attributes:
         rows: Those in the file.
         evaluated: The step of the last evaluation, one whose row was cut off among them; None if that is not known.
-
-    Raises:
-        UsageError: The file cannot be written.
     """
 
     def __init__(self, file: Path, resumed_at: int | None = None) -> None:
@@ -113,11 +104,7 @@ class LogFile(ABC, Generic[RowT]):
         """Returns what can be read of a file."""
 
     def write(self, row: RowT) -> bool:
-        """Adds a row. Returns False if there is one of its kind and step already.
-
-        Raises:
-            DDFError: It could not be written, for instance because the disk is full.
-        """
+        """Adds a row. Returns False if there is one of its kind and step already."""
         if not self._add(row):
             return False
         lost = not self.file.exists() or not self.file.stat().st_size
@@ -254,11 +241,7 @@ class Log(LogFile[Row]):
 
 
 def read(file: str | os.PathLike[str]) -> list[Row]:
-    """Returns the rows of a log in their order. A last line that was not finished is left out.
-
-    Raises:
-        UsageError: There is no such file, or it is not a log of this version.
-    """
+    """Returns the rows of a log in their order. A last line that was not finished is left out."""
     found = Log.read(Path(file))
     if found.fault is not None:
         raise UsageError(f"cannot read the log {file}: {found.fault}")
@@ -340,14 +323,7 @@ class _Events:
 
 
 def draw(rows: Sequence[Row]) -> bytes:
-    """Draws loss and accuracy (top-1, else agreement) over the epochs, with the stages marked and named.
-
-    Returns:
-        The content of a PNG file.
-
-    Raises:
-        ImportError: matplotlib is missing.
-    """
+    """Draws loss and accuracy (top-1, else agreement) over the epochs, with the stages marked and named."""
     measured = next(
         ((name, title) for name, title in _ACCURACIES if any(getattr(row, name) is not None for row in rows)), None
     )

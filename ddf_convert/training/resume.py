@@ -80,9 +80,6 @@ def check_settings(
         now: The requested ones.
         entries: The data now.
         decisive: Names of the settings that must not change, and the options that give them.
-
-    Raises:
-        UsageError: It says what is different, and what to do.
     """
     for name, option in decisive.items():
         if name not in before or before[name] == now[name]:
@@ -113,11 +110,7 @@ def notes(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> list
 
 
 def check_recipe(path: Path, before: tuple[Recipe, int], now: tuple[Recipe, int]) -> None:
-    """Makes sure that the stages are those that a run began with; recipes come with the number of processes.
-
-    Raises:
-        UsageError: It names the first difference.
-    """
+    """Makes sure that the stages are those that a run began with; recipes come with the number of processes."""
     old, new = (_stages(*each) for each in (before, now))
     if old != new:
         place, was, is_now = next(iter(_walk_differences(old, new)))

@@ -23,7 +23,7 @@ from torch import nn
 from ddf_convert.artifacts import artifact
 from ddf_convert.artifacts.atomic import MANIFEST, atomic_folder, check_writable, locate_files, write_file
 from ddf_convert.errors import ArtifactError, UsageError
-from ddf_convert.recipes.files import parse
+from ddf_convert.recipes.files import parse as parse_recipe
 from ddf_convert.recipes.recipe import Recipe
 from ddf_convert.training import fingerprint, logs, resume
 from ddf_convert.training.checkpoints import Checkpoints, set_aside
@@ -59,11 +59,7 @@ class Keeper:
 
 
 class RunFolder(Keeper, ABC):
-    """The folder of a run, whatever was trained: its record, data, checkpoints and log. One process writes it.
-
-    Args:
-        path: The folder; it need not exist.
-    """
+    """The folder of a run, whatever was trained: its record, data, checkpoints and log. One process writes it."""
 
     decisive: ClassVar[Mapping[str, str]]  # settings that must not change, and the options that give them
     foreign = "is not empty, and holds no run: give another folder"
@@ -104,12 +100,7 @@ class RunFolder(Keeper, ABC):
         return bool(self.checkpoints.steps())
 
     def check(self, resume: bool) -> None:
-        """Makes sure that a run may be written here.
-
-        Raises:
-            UsageError: The folder holds a run that is not to be resumed, or cannot be; or something else.
-            ArtifactError: It cannot be written.
-        """
+        """Makes sure that a run may be written here."""
         check_writable(self.path)
         if self.exists and not resume:
             raise UsageError(f"{self.path} already holds a run: --resume goes on with it, or give another folder")
@@ -118,19 +109,7 @@ class RunFolder(Keeper, ABC):
             raise UsageError(f"{self.path} {self.foreign}")
 
     def compare(self, before: RunRecord, now: RunRecord, entries: Sequence[Entry]) -> list[str]:
-        """Makes sure that a run that goes on here is the one that began here.
-
-        Args:
-            before: What it was begun with.
-            now: What is asked for.
-            entries: The data.
-
-        Returns:
-            Notes for the user on allowed differences.
-
-        Raises:
-            UsageError: It says what is different.
-        """
+        """Makes sure that a run that goes on here is the one that began here."""
         resume.check_settings(self.path, before.settings, now.settings, entries, self.decisive)
         recipes = [(record.recipe, record.settings.get("world", 1)) for record in (before, now)]
         resume.check_recipe(self.path, *recipes)
@@ -143,14 +122,7 @@ class RunFolder(Keeper, ABC):
         resumed_at: int | None = None,
         before: RunRecord | None = None,
     ) -> None:
-        """Writes what was asked for, and opens the log.
-
-        Args:
-            record: What is asked for.
-            entries: The data.
-            resumed_at: The step that the run goes on from; None is the beginning.
-            before: What it was begun with, if it goes on.
-        """
+        """Writes what was asked for, and opens the log."""
         if before is not None:
             record = RunRecord(before.recipe, resume.merge_settings(before.settings, record.settings, resumed_at))
         self._record = self.encode(record)
@@ -161,21 +133,11 @@ class RunFolder(Keeper, ABC):
             write_file(self.path / fingerprint.FILE, fingerprint.pack(entries))
         self._log = self.open_log(resumed_at)
 
-    def read_or_copy(self, name: str, parsed: Callable[[str, str], _Content], state: dict[str, Any]) -> _Content:
-        """Returns the content of a file, or if it is missing or damaged, of the copy in a checkpoint.
-
-        Args:
-            name: Of the file.
-            parsed: Takes its text, and where that is from; raises a ValueError if it is damaged.
-            state: The checkpoint.
-
-        Raises:
-            UsageError: The file is damaged, and the checkpoint is of a version that did not hold a copy.
-            ArtifactError: The file is of another version.
-        """
+    def read_or_copy(self, name: str, parse: Callable[[str, str], _Content], state: dict[str, Any]) -> _Content:
+        """Returns the content of a file, or if ``parse`` raises a ValueError, of the copy in a checkpoint."""
         file = self.path / name
         try:
-            return parsed(file.read_text(encoding="utf-8"), str(file))
+            return parse(file.read_text(encoding="utf-8"), str(file))
         except ArtifactError:
             raise
         except (OSError, ValueError, RecursionError) as error:  # a UsageError is a ValueError
@@ -183,7 +145,7 @@ class RunFolder(Keeper, ABC):
             copy = record.get(name) if isinstance(record, dict) else record  # a text, as depth once wrote it
             if copy is None:
                 raise UsageError(f"{file} cannot be read, or is damaged: give another folder") from error
-        content = parsed(copy, f"{file}, as the checkpoint has it")
+        content = parse(copy, f"{file}, as the checkpoint has it")
         if os.path.lexists(file):
             set_aside(file, "it cannot be read", "the copy in the checkpoint replaces it")
         return content
@@ -201,12 +163,7 @@ class RunFolder(Keeper, ABC):
 
 
 class FinetuneRun(RunFolder):
-    """The folder of a run of ``finetune``.
-
-    Args:
-        path: The folder; it need not exist.
-        original: The model before conversion, which is kept beside the models if the recipe learns from it.
-    """
+    """The folder of a run of ``finetune``."""
 
     decisive = resume.DECISIVE
 
@@ -224,7 +181,7 @@ class FinetuneRun(RunFolder):
 
     def recorded(self, state: dict[str, Any]) -> RunRecord:
         """Returns what the run was asked for."""
-        recipe = self.read_or_copy(_RECIPE, parse, state)
+        recipe = self.read_or_copy(_RECIPE, parse_recipe, state)
         return RunRecord(recipe, self.read_or_copy(SETTINGS, _parse_settings, state))
 
     def is_begun(self) -> bool:

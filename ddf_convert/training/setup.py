@@ -41,65 +41,36 @@ Say = Callable[[str], None]
 
 @dataclass(frozen=True)
 class FinetuneRequest:
-    """What to fine-tune, with what, and where to.
+    """What to fine-tune, with what, and where to."""
 
-    Attributes:
-        folder: Of the converted model.
-        data: To train with; see ``ddf_convert.training.dataset``.
-        output: Folder of the run.
-        validation: Data to evaluate on; None is the validation part of ``data``, or a tenth of it.
-        recipe: A name or a file; None is the one that the model was converted with, or "finetune".
-        changes: What to change in every stage; see ``Recipe.changed``. An ``amp`` of "none" is float32.
-        resume: Go on with the run in ``output``, if there is one.
-        model: ``package.module:callable`` that builds the user's own model before conversion.
-        teacher_checkpoint: Weights of the original model; None is those that ``folder`` keeps.
-        classes: Gives the model a new classifier.
-        input_size: (C, H, W) of the images; None is the model's.
-        device: "cpu", "cuda" or "cuda:N"; None is the GPU if there is one.
-        on_broken: What to do with images that cannot be read.
-        options: How to train.
-    """
-
-    folder: Path
-    data: str
-    output: Path
-    validation: str | None = None
-    recipe: str | None = None
-    changes: dict[str, Any] = field(default_factory=dict)
+    folder: Path  # a converted model
+    data: str  # to train with; see ddf_convert.training.dataset
+    output: Path  # folder of the run
+    validation: str | None = None  # None: the validation part of data, or a tenth of it
+    recipe: str | None = None  # a name or a file; None: the one used to convert, or finetune
+    changes: dict[str, Any] = field(default_factory=dict)  # of every stage, see Recipe.changed
     resume: bool = False
-    model: str | None = None
-    teacher_checkpoint: Path | None = None
-    classes: int | None = None
-    input_size: tuple[int, int, int] | None = None
-    device: str | None = None
+    model: str | None = None  # package.module:callable that builds the user's own model before conversion
+    teacher_checkpoint: Path | None = None  # weights of the original model; None: those in folder
+    classes: int | None = None  # of a new classifier
+    input_size: tuple[int, int, int] | None = None  # (C, H, W); None: the model's
+    device: str | None = None  # cpu, cuda or cuda:N; None: the GPU if there is one
     on_broken: OnBroken = "stop"
     options: TrainingOptions = field(default_factory=TrainingOptions)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a run trains with; models are on the device.
-
-    Attributes:
-        recipe: As it will be run.
-        model: The converted model.
-        teacher: The original model, if the recipe learns from it.
-        data: The images.
-    """
+    """What a run trains with; models are on the device."""
 
     recipe: Recipe
-    model: nn.Module
-    teacher: nn.Module | None
+    model: nn.Module  # on the device
+    teacher: nn.Module | None  # the original model, on the device, if the recipe learns from it
     data: TrainingData
 
 
 def prepare(request: FinetuneRequest, processes: Processes, say: Say) -> Prepared:
-    """Opens everything that a run needs, and finds out what does not fit.
-
-    Raises:
-        UsageError: Something does not fit; it says what, and what to do.
-        ArtifactError: The folder is not a whole artifact, or holds another model.
-    """
+    """Opens everything that a run needs, and finds out what does not fit."""
     options = request.options
     recipe = change_recipe(choose_recipe(request.recipe, request.folder), request.changes, processes.device)
     source = ConvertedFolder(request.folder, request.model)
@@ -166,19 +137,8 @@ def open_trained(
 ) -> tuple[str, nn.Module, ConvertedFolder | None]:
     """Opens the best model of a run, a converted folder, or any model that ``open_model`` opens.
 
-    Args:
-        name: What the user named.
-        callable: ``package.module:callable`` that builds the user's own model before conversion.
-        checkpoint: Weights of a model that is not in a folder.
-        pretrained: Download timm's weights for such a model.
-        arguments: Further arguments of ``timm.create_model`` for such a model.
-
-    Returns:
-        The name to show, the model in evaluation mode, and its folder if it is in one.
-
-    Raises:
-        UsageError: There is no such model, or an option does not apply to it.
-        DDFError: The weights could not be downloaded.
+    Returns the name to show, the model in evaluation mode, and its folder if it is in one. ``callable`` builds the
+    user's own model before conversion; ``checkpoint`` and ``arguments`` are for models that are not in a folder.
     """
     folder = Path(name)
     if is_run(folder):
@@ -202,15 +162,10 @@ def open_trained(
     return opened.name, opened.model, None
 
 
-def choose_recipe(asked: str | os.PathLike[str] | None, folder: Path) -> Recipe:
-    """Returns the recipe asked for, else the one that the model was converted with if it trains, else ``finetune``.
-
-    Raises:
-        UsageError: There is no such recipe, or it has no stages.
-        ArtifactError: The folder is not an artifact.
-    """
-    if asked is not None:
-        recipe = recipes.load(asked)
+def choose_recipe(name: str | os.PathLike[str] | None, folder: Path) -> Recipe:
+    """Returns the recipe asked for, else the one that the model was converted with if it trains, else ``finetune``."""
+    if name is not None:
+        recipe = recipes.load(name)
         if not recipe.stages:
             raise UsageError(
                 f"recipe {recipe.name} ends with the initialization, and has nothing to train: it is for"
@@ -224,11 +179,7 @@ def choose_recipe(asked: str | os.PathLike[str] | None, folder: Path) -> Recipe:
 
 
 def change_recipe(recipe: Recipe, changes: Mapping[str, Any], device: torch.device) -> Recipe:
-    """Returns a recipe with changes in every stage; those that are None change nothing.
-
-    Raises:
-        UsageError: They do not fit; float16 on the CPU among them.
-    """
+    """Returns a recipe with changes in every stage; those that are None change nothing."""
     given = {name: value for name, value in changes.items() if value is not None}
     if given.get("amp") == "float16" and device.type == "cpu":
         raise UsageError("--amp float16 is for GPUs: give bfloat16, or none")
@@ -243,11 +194,7 @@ def change_recipe(recipe: Recipe, changes: Mapping[str, Any], device: torch.devi
 
 
 def replace_head(model: nn.Module, classes: int, seed: int) -> None:
-    """Gives a model a new classifier by its own ``reset_classifier``.
-
-    Raises:
-        UsageError: It has none.
-    """
+    """Gives a model a new classifier by its own ``reset_classifier``."""
     reset = getattr(model, "reset_classifier", None)
     if not callable(reset):
         raise UsageError(
@@ -259,12 +206,7 @@ def replace_head(model: nn.Module, classes: int, seed: int) -> None:
 
 
 def count_classes(model: nn.Module, settings: ImageSettings, what: str = "the model") -> int | None:
-    """Returns the number of a model's classes, from a run on an empty image; None if its output is something else.
-
-    Raises:
-        UsageError: It does not take such an image.
-        DDFError: Memory ran out.
-    """
+    """Returns the number of a model's classes, from a run on an empty image; None if its output is something else."""
     first = next(model.parameters(), None)
     image = torch.zeros(1, *settings.input_size, device=first.device if first is not None else None)
     model.eval()
@@ -311,20 +253,7 @@ def initialize(
     device: torch.device | None = None,
     say: Say = lambda words: None,
 ) -> Initialized:
-    """Initializes a converted model as ``recipe.initialize`` does, with images named on the command line.
-
-    Args:
-        recipe: The recipe.
-        model: The converted model; it is on the CPU at the end.
-        original: The model before conversion, on the CPU at the end too.
-        data: As for ``open_images``; only a recipe that calibrates looks at it.
-        input_size: (C, H, W) of the images; None is what the model expects.
-        device: Where to calibrate.
-        say: Receives progress messages.
-
-    Raises:
-        UsageError: There are no such images, or ``recipe.initialize`` raised it.
-    """
+    """Initializes a converted model as ``recipe.initialize`` does, with images named on the command line."""
     settings = recipe.initialize_with
     if settings.method != "calibrate" or data is None:
         return recipe.initialize(model, original, say=say)
@@ -350,9 +279,6 @@ def open_data(
 
     Labels are required if the recipe needs them. If it does not, those that are there and fit the model are used to
     evaluate.
-
-    Raises:
-        UsageError: There are no such data, labels are missing, or they are not those of the model.
     """
     name, labelled, on_broken = request.data, recipe.needs_labels, request.on_broken
     training = _open_part(name, "train", labelled, classes, on_broken)
@@ -407,11 +333,7 @@ def _check_classes_agree(training: ImageDataset, validation: ImageDataset, name:
 
 
 def check_stages(recipe: Recipe, model: nn.Module, data: TrainingData, processes: Processes, seed: int) -> None:
-    """Checks all stages before the first one begins.
-
-    Raises:
-        UsageError: It says what, in which stage, and what to do.
-    """
+    """Checks all stages before the first one begins."""
     norms = any(isinstance(module, _BatchNorm) for module in model.modules())
     for stage in recipe.stages:
         order_of(stage, len(data.training), processes, seed)
@@ -429,11 +351,7 @@ def check_stages(recipe: Recipe, model: nn.Module, data: TrainingData, processes
 
 
 def check_outputs(recipe: Recipe, classes: int | None, teacher_classes: int | None) -> None:
-    """Checks that the outputs of the model and the original are what the losses need.
-
-    Raises:
-        UsageError: They are not.
-    """
+    """Checks that the outputs of the model and the original are what the losses need."""
     for stage in recipe.stages:
         losses = stage.losses
         if classes is None and (losses.needs_labels or losses.logits):

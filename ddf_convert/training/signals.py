@@ -18,18 +18,18 @@ class Interrupted(Exception):  # noqa: N818  no error: the run ends early becaus
 
 
 class Interruption:
-    """Records, in ``asked``, whether a signal asked the run to stop; ``clock`` is in seconds."""
+    """Records, in ``requested``, whether a signal asked the run to stop; ``clock`` is in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.asked = False
+        self.requested = False
         self._clock = clock
         self._since = 0.0
 
     def note(self, number: int, _frame: FrameType | None = None) -> None:
         """Handles a signal; raises a KeyboardInterrupt at a second Ctrl-C, of somebody who will not wait."""
         now = self._clock()
-        if not self.asked:
-            self.asked, self._since = True, now
+        if not self.requested:
+            self.requested, self._since = True, now
         elif number == signal.SIGINT and now - self._since > _SAME_SIGNAL_S:
             raise KeyboardInterrupt
 

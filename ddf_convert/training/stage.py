@@ -78,16 +78,7 @@ class StageState:
         device: torch.device,
         epochs_before: int = 0,
     ) -> StageState:
-        """Makes the state of a stage at its first step.
-
-        Args:
-            stage: Its part of the recipe.
-            model: On the device; its parameters with ``requires_grad`` learn.
-            groups: The optimizer's, as ``parameter_groups`` makes them.
-            order: The images of each step.
-            device: Where to train.
-            epochs_before: Passes over the data in earlier stages.
-        """
+        """Makes the state of a stage at its first step."""
         amp = amp_dtype(stage, device)
         optimizer = make_optimizer(stage, groups, learning_rate(stage, order.images_per_step))
         return cls(

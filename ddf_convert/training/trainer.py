@@ -75,14 +75,6 @@ class Interval:
 class Trainer(ABC):
     """Trains a model as the stages of a recipe say. A subclass knows the data, the loss and the evaluation.
 
-    Args:
-        model: On the device of ``processes``; it is trained in place.
-        recipe: With at least one stage.
-        processes: Those that train, as this one sees them.
-        options: How to train.
-        keeper: Where results go.
-        progress: Shows them.
-        interruption: Says when to stop.
 
     Attributes:
         position: Where the run is.
@@ -222,7 +214,7 @@ class Trainer(ABC):
             norm = state.gradient_norm()
         # All that the processes agree on, and all that is read back from a GPU, at once.
         sums = torch.stack([figures for _, figures in taken]).sum(0) / stage.accumulate
-        wishes = sums.new_tensor([self._interruption.asked, self._wants_checkpoint()])
+        wishes = sums.new_tensor([self._interruption.requested, self._wants_checkpoint()])
         shared = self.processes.total(torch.cat([sums, wishes, (~sums[:1].isfinite()).double()]))
         *means, stop, save, lost, grad_norm = torch.cat([shared, norm.double().reshape(1)]).tolist()
         if lost:

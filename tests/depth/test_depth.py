@@ -127,7 +127,7 @@ def test_resume_reproduces_the_uninterrupted_run(pairs):
     interruption = Interruption()
 
     def stop(row):
-        interruption.asked = row.step == 3
+        interruption.requested = row.step == 3
 
     kept = Kept(stop)
     with pytest.raises(Interrupted):
