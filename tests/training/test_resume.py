@@ -113,19 +113,11 @@ DATA: list[tuple[str, Callable[[], object], str]] = [
     ("a class renamed", _rename_class, r"classes are not .* begun with: c1 missing, z1 new; put them back"),
     ("classes swapped", _swap_classes, r"data are not .* 42 exchanged \(train/c0/00.png, train/c0/01.png, .*\.\.\.\)"),
     ("an image exchanged", _exchange, r"data are not .*: 1 exchanged \(train/c1/03.png\); put"),
-    ("an image of another size", lambda: _append("data/val/c2/01.png"), r"1 exchanged \(val/c2/01.png\)"),
     ("an image added", lambda: shutil.copy("data/val/c0/00.png", "data/train/c0/new.png"), r"1 added \(train/c0/new"),
-    ("an image removed", lambda: Path("data/train/c2/15.png").unlink(), r"1 removed \(train/c2/15.png\)"),
-    ("images renamed", lambda: Path("data/val/c0/00.png").rename("data/val/c0/zz.png"), r"1 added.*; 1 removed"),
     ("an image moved", lambda: Path("data/val/c0/00.png").rename("data/train/c0/v.png"), r"1 added.*; 1 removed"),
     ("no validation part", lambda: shutil.rmtree("data/val"), r"15 removed \(val/c0/00.png"),
     ("no list", _lose_the_list, r"data.jsonl.gz is missing or damaged"),
 ]
-
-
-def _append(file: str) -> None:
-    with open(file, "ab") as opened:
-        opened.write(b" ")
 
 
 @pytest.mark.parametrize(("change", "words"), [case[1:] for case in DATA], ids=[case[0] for case in DATA])
@@ -150,14 +142,9 @@ def test_copies_of_the_images_are_as_good(here: Path) -> None:
 
 OPTIONS: list[tuple[dict[str, Any], str]] = [
     ({"channels_last": True}, r"channels last False, and this is True \(--channels-last\)"),
-    ({"compiled": True}, r"compile False, and this is True \(--compile\)"),
     ({"seed": 1}, r"seed 0, and this is 1 \(--seed\)"),
-    ({"on_broken": "skip"}, r"\(--on-broken\)"),
     ({"validation": "data/val"}, r"validation None, and this is data/val \(--val-data\)"),
-    ({"changes": {"amp": "bfloat16"}}, r"stages.0.amp was None and is bfloat16"),
     ({"changes": {"lr": 0.2}}, r"stages.0.optimizer.lr"),
-    ({"changes": {"batch_size": 8, "accumulate": 2}}, r"stages.0.batch_size"),
-    ({"changes": {"epochs": 3}}, r"stages.0.epochs"),
     ({"own": "plain"}, r"another architecture \(DIR or --model\)"),  # the rate of dropout
 ]
 
@@ -187,16 +174,17 @@ def test_every_option_of_the_command_is_compared_noted_or_free() -> None:
     assert sum(map(len, groups)) == len(options)  # each in one of them
 
 
-@pytest.mark.parametrize("name", resume.DECISIVE)
-def test_whatever_decides_the_result_is_recorded_and_compared(here: Path, name: str) -> None:
+def test_whatever_decides_the_result_is_recorded_and_compared(here: Path) -> None:
     recorded = json.loads(Path("run/settings.json").read_text())
-    assert name in recorded
-    other = {**recorded, name: "something else" if name != resume.CLASS_NAMES else ["other"]}
-    with pytest.raises(UsageError):
-        resume.check_settings(Path("run"), other, recorded, [Entry("another")])
-    with_older = {key: value for key, value in recorded.items() if key != name}
-    resume.check_settings(Path("run"), with_older, recorded, [])
-    resume.check_settings(Path("run"), recorded, recorded, [])
+    run, another = Path("run"), [Entry("another")]
+    assert resume.DECISIVE.keys() <= recorded.keys()
+    resume.check_settings(run, recorded, recorded, [])
+    for name in resume.DECISIVE:
+        other = {**recorded, name: "something else" if name != resume.CLASS_NAMES else ["other"]}
+        with pytest.raises(UsageError):
+            resume.check_settings(run, other, recorded, another)
+        older = {key: value for key, value in recorded.items() if key != name}
+        resume.check_settings(run, older, recorded, [])
 
 
 def test_a_run_of_an_earlier_version_goes_on_with_a_note(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -265,7 +253,6 @@ def test_data_sets_without_files_are_known_by_labels_and_some_images(monkeypatch
     few = of(Drawn(labels), monkeypatch)
     assert len(few) == 16
     assert few == of(Drawn(labels), monkeypatch)
-    changed = fingerprint.differences(few, of(Drawn(swapped), monkeypatch))
     changed = fingerprint.differences(few, of(Drawn(swapped), monkeypatch))
     assert "given another label (training image 0, training image 6, " in changed
     listed = of(Listed(labels), monkeypatch)
@@ -362,11 +349,8 @@ def _tensorboard() -> None:
 
 
 DAMAGES: list[tuple[str, Callable[[], object], str | None]] = [
-    ("an empty log", _overwrite("run/log.csv", b""), "log.csv.damaged-1"),
     ("a log of bytes", _overwrite("run/log.csv", b"\xff\xfe\x00"), "log.csv.damaged-1"),
-    ("a log that is a folder", _as_a_folder("run/log.csv"), "log.csv.damaged-1"),
     ("no log", lambda: Path("run/log.csv").unlink(), None),
-    ("no curves", lambda: Path("run/curves.png").unlink(), None),
     ("empty settings", _overwrite("run/settings.json", b""), "settings.json.damaged-1"),
     ("no settings", lambda: Path("run/settings.json").unlink(), None),
     ("a recipe of bytes", _overwrite("run/recipe.yaml", b"\xff\x00"), "recipe.yaml.damaged-1"),
@@ -403,8 +387,9 @@ def test_curves_that_cannot_be_written_are_no_failure(here: Path, capsys: pytest
     assert "cannot write run/curves.png" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("deleted", [("best",), ("last",), ("best", "last")])
-@pytest.mark.parametrize("ended", [True, False])
+@pytest.mark.parametrize(
+    ("deleted", "ended"), [(("best",), True), (("best",), False), (("last",), False), (("best", "last"), True)]
+)
 def test_models_that_were_deleted_are_written_again(
     place: Path, here: Path, deleted: tuple[str, ...], ended: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -486,7 +471,7 @@ def test_a_run_that_ended_before_its_first_step_begins_again(here: Path) -> None
     assert go_on(resume=False).finished
 
 
-@pytest.mark.parametrize("content", ['{"editor.tabSize": 4}', "[]", "no JSON", ""])
+@pytest.mark.parametrize("content", ['{"editor.tabSize": 4}', "no JSON"])
 def test_settings_of_somebody_else_are_no_run(here: Path, content: str) -> None:
     folder = Path("mine")
     folder.mkdir()

@@ -1,58 +1,35 @@
-"""Training a depth upsampling network, its folder, and the commands upsample-train and upsample."""
+"""Training a depth upsampling network, and the folder of its run."""
 
 import copy
 import json
 import os
-import re
 import shutil
-from dataclasses import replace
+from dataclasses import fields, replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from support.depth_scenes import ARGUMENTS, make_pairs, scene
 
 from ddf_convert import cli, recipes
-from ddf_convert.artifacts.atomic import MANIFEST
 from ddf_convert.artifacts.lock import locked
 from ddf_convert.depth import checkpoint, run
-from ddf_convert.depth.inference import upsample
-from ddf_convert.depth.maps import Unit, read_depth
+from ddf_convert.depth.maps import Unit
 from ddf_convert.depth.metrics import mean_rmse
 from ddf_convert.depth.trainer import DepthSettings, DepthTrainer, loss_of
-from ddf_convert.errors import ArtifactError, DDFError, UsageError
-from ddf_convert.models import DDFUpNet, JointConvUpNet
+from ddf_convert.errors import DDFError, UsageError
+from ddf_convert.models import DDFUpNet
+from ddf_convert.training import resume
 from ddf_convert.training.run_dir import Keeper
 from ddf_convert.training.signals import Interrupted, Interruption
 
-ARGUMENTS = {"width": 4, "guide_width": 4, "head_width": 4, "blocks": 0}
 SETTINGS = DepthSettings(crop=16, checkpoint_seconds=1e9)
-
-
-def scene(height=32, width=40, seed=0):
-    """A square in front of a wall: photo (H, W, 3) uint8, and depth (H, W) in millimetres with a hole."""
-    random = np.random.default_rng(seed)
-    depth = np.full((height, width), 3000, np.uint16)
-    top, left = random.integers(4, height // 2), random.integers(4, width // 2)
-    depth[top : top + 14, left : left + 14] = 1000
-    photo = (np.stack([depth / 20] * 3, -1) + random.normal(0, 4, (height, width, 3))).clip(0, 255).astype(np.uint8)
-    depth[:2, :2] = 0
-    return photo, depth
-
-
-def make_data(folder):
-    for part in ("rgb", "depth"):
-        (folder / part).mkdir(parents=True)
-    for number in range(3):
-        photo, depth = scene(seed=number)
-        Image.fromarray(photo).save(folder / "rgb" / f"{number}.png")
-        Image.fromarray(depth).save(folder / "depth" / f"{number}.png")
 
 
 @pytest.fixture
 def data(tmp_path):
-    make_data(tmp_path / "data")
-    return tmp_path / "data"
+    return make_pairs(tmp_path / "data")
 
 
 def request(data, output, **changes):
@@ -178,43 +155,7 @@ def test_every_kind_of_step(pairs):
     assert kept.saved == [1, 2]
 
 
-# --- folders ---
-
-
-@pytest.mark.parametrize("network", [DDFUpNet, JointConvUpNet])
-def test_a_network_goes_out_and_comes_back(tmp_path, network):
-    model = network(4, sampling="mean", **ARGUMENTS)
-    checkpoint.save(model, tmp_path / "net", Unit("cm"), downsample="bicubic", steps=7)
-    assert sorted(file.name for file in (tmp_path / "net").iterdir()) == [MANIFEST, "model.safetensors"]
-    again, manifest = checkpoint.load(tmp_path / "net")
-    assert (manifest.unit, manifest.downsample, manifest.steps, manifest.scale_factor) == ("cm", "bicubic", 7, 4)
-    assert type(again) is network
-    assert again.arguments == model.arguments
-    for name, tensor in model.state_dict().items():
-        assert torch.equal(again.state_dict()[name], tensor)
-
-
-def test_folders_that_are_no_network(tmp_path):
-    with pytest.raises(ArtifactError, match="does not exist"):
-        checkpoint.load(tmp_path / "net")
-    checkpoint.save(DDFUpNet(2, **ARGUMENTS), tmp_path / "net", Unit("m"), downsample="nearest")
-    weights = tmp_path / "net" / "model.safetensors"
-    whole = weights.read_bytes()
-    weights.write_bytes(whole[:-8])
-    with pytest.raises(ArtifactError, match="incomplete"):
-        checkpoint.load(tmp_path / "net")
-    weights.write_bytes(whole)
-    manifest = tmp_path / "net" / MANIFEST
-    text = manifest.read_text(encoding="utf-8")
-    manifest.write_text(text.replace('"width": 4', '"width": 6'), encoding="utf-8")
-    with pytest.raises(ArtifactError, match="do not belong together"):
-        checkpoint.load(tmp_path / "net")
-    manifest.write_text(text.replace("ddf_convert depth upsampling", "another"), encoding="utf-8")
-    with pytest.raises(ArtifactError, match="no depth upsampling network"):
-        checkpoint.load(tmp_path / "net")
-    manifest.unlink()
-    with pytest.raises(ArtifactError, match=r"no manifest\.json"):
-        checkpoint.load(tmp_path / "net")
+# --- the folder of a run ---
 
 
 def test_a_run_leaves_a_network_and_a_log(data, tmp_path):
@@ -253,7 +194,7 @@ def exchange(data):
 def ended(tmp_path_factory):
     """Data, and a run on them that ended."""
     place = tmp_path_factory.mktemp("ended")
-    make_data(place / "data")
+    make_pairs(place / "data")
     run.train(request(place / "data", place / "run", changes={"steps": 2, "batch_size": 2}))
     return place
 
@@ -278,11 +219,6 @@ def again(ended, tmp_path):
     ("change", "words"),
     [
         (exchange, r"data are not those .* 1 exchanged \(depth/0.png\)"),
-        (lambda data: shutil.copy(data / "rgb" / "0.png", data / "rgb" / "1.png"), r"1 exchanged \(rgb/1.png\)"),
-        (
-            lambda data: [shutil.copy(data / part / "0.png", data / part / "9.png") for part in ("rgb", "depth")],
-            "2 added",
-        ),
         (lambda data: [(data / part / "2.png").unlink() for part in ("rgb", "depth")], "2 removed"),
     ],
 )
@@ -292,20 +228,22 @@ def test_a_run_goes_on_with_the_data_that_it_was_begun_with(again, change, words
         again()
 
 
+def test_whatever_decides_the_result_is_recorded_and_compared(again):
+    recorded = json.loads((again.run / "settings.json").read_text())
+    decisive = run.DepthRun.decisive
+    assert {field.name for field in fields(DepthSettings)} - {"checkpoint_seconds"} <= decisive.keys()
+    for name, option in decisive.items():
+        if name != resume.DATA:
+            with pytest.raises(UsageError, match=option):
+                resume.check_settings(again.run, {**recorded, name: "another"}, recorded, [], decisive)
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"factor": 2}, "--factor"),
-        ({"upsampler": "conv"}, "--upsampler"),
         ({"arguments": {**ARGUMENTS, "width": 8}}, "width 4, and this is 8 \\(--width\\)"),
         ({"settings": replace(SETTINGS, seed=1)}, "seed 0, and this is 1 \\(--seed\\)"),
-        ({"settings": replace(SETTINGS, turned=0.5)}, "--turned"),
-        ({"settings": replace(SETTINGS, loss="l1")}, "--loss"),
-        ({"settings": replace(SETTINGS, downsample="mean")}, "--downsample"),
-        ({"settings": replace(SETTINGS, crop=8)}, "--crop"),
-        ({"unit": "cm"}, "--unit"),
         ({"changes": {"steps": 3, "batch_size": 2}}, "stages.0.steps was 2 and is 3"),
-        ({"changes": {"steps": 2, "batch_size": 2, "amp": "bfloat16"}}, "stages.0.amp"),
     ],
 )
 def test_a_run_goes_on_with_the_options_that_it_was_begun_with(again, change, words):
@@ -329,11 +267,9 @@ def test_a_run_of_an_earlier_version_goes_on(again, capsys):
 @pytest.mark.parametrize(
     ("name", "content"),
     [
-        ("log.jsonl", b""),
         ("log.jsonl", b"\xff\xfe\n"),
         ("settings.json", b""),
         ("settings.json", None),
-        ("log.jsonl", None),
     ],
 )
 def test_what_is_not_needed_to_go_on_may_be_damaged(ended, again, name, content, caplog):
@@ -372,7 +308,7 @@ def test_a_run_in_use_or_without_checkpoints_is_left_alone(again):
     assert {file: file.read_bytes() for file in again.run.iterdir()} == before
 
 
-@pytest.mark.parametrize("content", ['{"format_version": 1}', "{}", ""])
+@pytest.mark.parametrize("content", ['{"format_version": 1}', ""])
 def test_the_settings_of_others_are_no_run(data, tmp_path, content):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "settings.json").write_text(content)
@@ -388,145 +324,22 @@ def test_nothing_is_written_if_the_data_do_not_fit(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-# --- the commands ---
-
-
-@pytest.fixture(scope="module")
-def network(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("network") / "net"
-    checkpoint.save(DDFUpNet(4, **ARGUMENTS), folder, Unit("mm"), downsample="nearest")
-    return folder
-
-
-@pytest.fixture
-def files(tmp_path):
-    """A photo, a small depth map, the true one."""
-    photo, depth = scene()
-    Image.fromarray(photo).save(tmp_path / "photo.png")
-    Image.fromarray(depth[1::4, 1::4]).save(tmp_path / "small.png")
-    Image.fromarray(depth).save(tmp_path / "truth.png")
-    return tmp_path
-
-
-def command(files, network, *more, output="out.png", **changed):
-    given = {"rgb": files / "photo.png", "depth": files / "small.png", "checkpoint": network, **changed}
-    options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    return cli.run(["upsample", *options, "-o", str(files / output), "--device", "cpu", *more])
-
-
-def error(capsys):
-    said = capsys.readouterr().err.strip()
-    assert "\n" not in said
-    return said
-
-
-def test_upsample_writes_depth_and_a_picture(files, network, capsys):
-    assert command(files, network, "--truth", str(files / "truth.png"), "--factor", "4") == 0
-    printed = capsys.readouterr().out
-    assert re.search(r"DDF-Up-Net +40x32 +.* mm +\S+ cm", printed)
-    found = read_depth(files / "out.png")
-    assert found.shape == (1, 32, 40)
-    assert (found > 0).all()
-    with Image.open(files / "out_compare.png") as picture:
-        assert picture.width > picture.height
-    assert sorted(file.name for file in files.iterdir() if file.name.startswith((".", "out"))) == [
-        "out.png",
-        "out_compare.png",
-    ]
-
-
-def test_upsample_as_json(files, network, capsys):
-    truth = str(files / "truth.png")
-    assert command(files, network, "--truth", truth, "--json", "--no-picture", output="out.npy") == 0
-    document = json.loads(capsys.readouterr().out)
-    assert document["factor"] == 4
-    assert document["picture"] is None
-    assert [row["name"] for row in document["maps"]] == ["input", "bicubic", "DDF-Up-Net", "truth"]
-    assert document["rmse_unit"] == "cm"
-    assert document["maps"][2]["rmse"] > 0
-
-
-def test_padding_is_said(files, network, capsys):
-    photo, depth = scene(30, 39)
-    Image.fromarray(photo).save(files / "photo.png")
-    Image.fromarray(np.pad(depth, ((0, 2), (0, 1)))[1::4, 1::4]).save(files / "small.png")
-    assert command(files, network, "--no-picture", output="out.pfm") == 0
-    assert "4 does not divide 39x30: padded" in error(capsys)
-    assert read_depth(files / "out.pfm").shape == (1, 30, 39)
-
-
-def test_files_that_exist_are_kept(files, network, capsys):
-    (files / "out_compare.png").write_bytes(b"mine")
-    assert command(files, network) == 2
-    assert "--overwrite" in error(capsys)
-    assert not (files / "out.png").exists()
-    assert command(files, network, "--overwrite") == 0
-
-
-@pytest.mark.parametrize(
-    ("change", "words"),
-    [
-        ("another factor", "upsamples by 4; give --factor 4"),
-        ("no checkpoint", "does not exist"),
-        ("other aspect", "does not fit a photo"),
-        ("all holes", "every pixel is a hole"),
-        ("8 bits", "256 depths"),
-        ("no photo", "photo cannot be read"),
-        ("truth of another size", "--truth"),
-        ("no folder", "there is no folder"),
-        ("another format", "depth is written as"),
-    ],
-)
-def test_mistakes_are_one_line_and_write_nothing(files, network, capsys, change, words):
-    more, changed, output = [], {}, "out.png"
-    if change == "another factor":
-        more = ["--factor", "8"]
-    elif change == "no checkpoint":
-        changed = {"checkpoint": files / "nothing"}
-    elif change == "other aspect":
-        Image.fromarray(np.ones((8, 8), np.uint16)).save(files / "small.png")
-    elif change == "all holes":
-        Image.fromarray(np.zeros((8, 10), np.uint16)).save(files / "small.png")
-    elif change == "8 bits":
-        Image.fromarray(np.ones((8, 10), np.uint8)).save(files / "small.png")
-    elif change == "no photo":
-        changed = {"rgb": files / "nothing.png"}
-    elif change == "truth of another size":
-        more = ["--truth", str(files / "small.png")]
-    elif change == "no folder":
-        output = "nothing/out.png"
-    else:
-        output = "out.jpg"
-    before = sorted(files.iterdir())
-    assert command(files, network, *more, output=output, **changed) == 2
-    assert words in error(capsys)
-    assert sorted(files.iterdir()) == before
-
-
-@pytest.mark.parametrize("output", ["", ".", "/"])
-def test_a_folder_is_no_depth_map(output, files, network, capsys, monkeypatch):
-    monkeypatch.chdir(files)
-    assert cli.run(["upsample", "--rgb", "a", "--depth", "b", "--checkpoint", str(network), "-o", output]) == 2
-    assert "is a folder; give a file" in error(capsys)
-
-
-def test_upsample_train_then_upsample(data, files, capsys):
+def test_upsample_train_then_upsample(data, tmp_path, capsys):
+    files = tmp_path
+    image, truth = scene()
+    Image.fromarray(image).save(files / "photo.png")
+    Image.fromarray(truth[1::4, 1::4]).save(files / "small.png")
     small = ["--crop", "16", "--width", "4", "--batch-size", "2", "--steps", "2", "--device", "cpu"]
     assert cli.run(["upsample-train", str(data), "-o", str(files / "run"), "--factor", "4", *small]) == 0
     assert "RMSE on 1 validation pairs" in capsys.readouterr().out
-    assert command(files, files / "run", "--no-picture") == 0
+    photo, depth, made = (str(files / name) for name in ("photo.png", "small.png", "out.png"))
+    use = ["upsample", "--rgb", photo, "--depth", depth, "--checkpoint", str(files / "run"), "-o", made, "--no-picture"]
+    assert cli.run(use) == 0
     assert cli.run(["upsample-train", str(data), "-o", str(files / "run"), "--factor", "3", *small]) == 2
     assert cli.run(["upsample-train", str(data), "-o", str(files / "b"), "--epochs", "1", *small]) == 2
     capsys.readouterr()
     assert cli.run(["upsample-train", str(data), "-o", str(files / "c"), "--factor", "4", *small, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 2
-
-
-def test_upsampling_says_what_it_padded():
-    model = DDFUpNet(2, **ARGUMENTS)
-    found, words = upsample(model, torch.zeros(3, 5, 6, dtype=torch.uint8), torch.ones(1, 3, 3))
-    assert found.shape == (1, 5, 6)
-    assert "2 does not divide" in words
 
 
 def test_the_recipe_is_listed(capsys):
