@@ -136,16 +136,17 @@ class RunFolder(Keeper, ABC):
     def read_or_copy(self, name: str, parse: Callable[[str, str], _Content], state: dict[str, Any]) -> _Content:
         """Returns the content of a file, or if ``parse`` raises a ValueError, of the copy in a checkpoint."""
         file = self.path / name
+        record = state.get(_RECORD)
+        copy = record.get(name) if isinstance(record, dict) else record  # depth once wrote a text
         try:
             return parse(file.read_text(encoding="utf-8"), str(file))
         except ArtifactError:
             raise
         except (OSError, ValueError, RecursionError) as error:  # a UsageError is a ValueError
-            record = state.get(_RECORD)
-            copy = record.get(name) if isinstance(record, dict) else record  # a text, as depth once wrote it
-            if copy is None:
+            try:
+                content = parse(copy or "", f"{file}, as the checkpoint has it")
+            except (ValueError, RecursionError):
                 raise UsageError(f"{file} cannot be read, or is damaged: give another folder") from error
-        content = parse(copy, f"{file}, as the checkpoint has it")
         if os.path.lexists(file):
             set_aside(file, "it cannot be read", "the copy in the checkpoint replaces it")
         return content

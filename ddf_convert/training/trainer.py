@@ -75,7 +75,6 @@ class Interval:
 class Trainer(ABC):
     """Trains a model as the stages of a recipe say. A subclass knows the data, the loss and the evaluation.
 
-
     Attributes:
         position: Where the run is.
         seconds: How long the run took, interruptions left out.
