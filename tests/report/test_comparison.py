@@ -181,8 +181,8 @@ def test_nonsense(before: object, after: object, example: object, words: str) ->
         compare(before, after, example)  # type: ignore[arg-type]
 
 
-def test_rich_is_imported_when_something_is_printed_and_not_before() -> None:
-    code = "import sys, ddf_convert.report; sys.exit('rich' in sys.modules)"
+def test_rich_and_jinja_are_imported_when_something_is_rendered_and_not_before() -> None:
+    code = "import sys, ddf_convert.report; sys.exit(bool({'rich', 'jinja2'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
