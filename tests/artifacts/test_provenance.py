@@ -39,7 +39,7 @@ def unconverted(model):
 @pytest.fixture
 def told(caplog, monkeypatch):
     """What the package says, again even if it was said before."""
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(notices, "_warned", set())
     caplog.set_level(logging.WARNING, logger="ddf_convert")
     return caplog
 
