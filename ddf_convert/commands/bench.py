@@ -100,7 +100,7 @@ def bench_op(
         from ddf_convert.utils.device import choose
 
         where = choose(device)
-        settings = op.Settings(
+        settings = op.OpSettings(
             resolutions=tuple(dict.fromkeys(resolution or op.RESOLUTIONS)),
             channels=channels,
             batch=batch or op.BATCH[where.type],
@@ -140,7 +140,7 @@ def bench_up(
         from ddf_convert.utils.device import choose
 
         where = choose(device)
-        settings = up.Settings(
+        settings = up.UpSettings(
             resolutions=tuple(dict.fromkeys(resolution or up.RESOLUTIONS)),
             channels=channels,
             scale_factor=scale_factor,
@@ -182,7 +182,7 @@ def bench_layer(
         from ddf_convert.utils.device import choose
 
         where = choose(device)
-        settings = layer.Settings(
+        settings = layer.LayerSettings(
             channels=channels,
             size=size,
             kernel_size=kernel_size,
@@ -231,7 +231,7 @@ def bench_model(
         opened = open_model(model, weights=True, arguments=arguments)
         plan = make_plan(opened, input_size, conversion)
         check_replaces(plan, model)
-        settings = models.Settings(
+        settings = models.ModelSettings(
             input_size=input_size or opened.input_size,
             batch=batch or models.BATCH[where.type],
             dtype=dtype,

@@ -46,9 +46,9 @@ def facts_table(rows: Iterable[tuple[str, str]], numbers: bool = False) -> Table
     """Returns a table of names and values without a header; numbers are aligned to the right."""
     from rich.table import Column
 
-    from ddf_convert.report.tables import new_table, right
+    from ddf_convert.report.tables import new_table, numeric_column
 
-    table = new_table(Column(""), right("") if numbers else Column("", overflow="fold"))
+    table = new_table(Column(""), numeric_column("") if numbers else Column("", overflow="fold"))
     table.show_header = False
     for name, value in rows:
         table.add_row(name, escape(value))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, fx, nn
 
 from ddf_convert.conversion.plan import FoundBy
-from ddf_convert.conversion.recorder import Call, Recording, is_site, site_kinds
-from ddf_convert.conversion.registry import replacing_layers
+from ddf_convert.conversion.recorder import Call, Recording
+from ddf_convert.conversion.sites import nearest_parameter, owner_of, site_kinds, site_modules
 from ddf_convert.conversion.tracer import VALUE, Traced, is_channelwise_node, is_multiplication, node_module
 
 _ModuleNames = Mapping[str, tuple[nn.Module, tuple[str, ...]]]
@@ -64,7 +64,7 @@ def find_candidates(model: nn.Module, recording: Recording, traced: Traced) -> l
     calls: dict[str, list[Call]] = {}
     for call in recording.calls:
         calls.setdefault(call.name, []).append(call)
-    modules = {names[0]: (module, names) for module, names in module_names(model, recording.kinds)}
+    modules = {names[0]: (module, names) for module, names in site_modules(model, recording.kinds)}
     early = _called_before_convolutions(recording, modules)
     holders = _holders(model)
     candidates = []
@@ -86,41 +86,13 @@ def find_candidates(model: nn.Module, recording: Recording, traced: Traced) -> l
                 used_directly=not recording.read_directly.isdisjoint(names),
                 shared_with=next(iter(sharing), None),
                 used_elsewhere=_is_used_elsewhere(own_calls, recording, modules),
-                owner=model.get_submodule(name.rpartition(".")[0]) if own_calls and own_calls[0].upsampled else None,
+                owner=model.get_submodule(owner_of(name)) if own_calls and own_calls[0].upsampled else None,
                 dtype=torch.float32 if like is None else like.dtype,
                 fed_by=_producer(nodes, traced) if isinstance(module, nn.PixelShuffle) else "",
                 on_image=name in early,
             )
         )
     return candidates
-
-
-def module_names(
-    model: nn.Module, kinds: tuple[type[nn.Module], ...] | None = None
-) -> list[tuple[nn.Module, tuple[str, ...]]]:
-    """Lists every site below the model with all its paths, in the order of registration."""
-    names: dict[int, tuple[nn.Module, list[str]]] = {}
-    opaque = replacing_layers()
-    inside: tuple[str, ...] = ()
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not path or path.startswith(inside):
-            continue
-        if is_site(module, kinds):
-            names.setdefault(id(module), (module, []))[1].append(path)
-        if isinstance(module, opaque):
-            inside = (*inside, f"{path}.")
-    return [(module, tuple(paths)) for module, paths in names.values()]
-
-
-def nearest_parameter(model: nn.Module, name: str) -> Tensor | None:
-    """Returns the nearest parameter around a module that has none: a new layer takes its device and dtype."""
-    path = name
-    while path:
-        path = path.rpartition(".")[0]
-        floating = [each for each in model.get_submodule(path).parameters() if each.is_floating_point()]
-        if floating:
-            return next((parameter for parameter in floating if parameter.requires_grad), floating[0])
-    return None
 
 
 def _called_before_convolutions(recording: Recording, modules: _ModuleNames) -> set[str]:
@@ -170,7 +142,7 @@ def _is_used_elsewhere(calls: tuple[Call, ...], recording: Recording, modules: C
     """Whether something else uses the parameters of a functional call."""
     function = calls[0].function if calls else None
     parameters = function.parameters if function else ()
-    return any(recording.uses[path] != len(calls) or path.rpartition(".")[0] in modules for path in parameters)
+    return any(recording.uses[path] != len(calls) or owner_of(path) in modules for path in parameters)
 
 
 def _holders(model: nn.Module) -> dict[int, list[str]]:

@@ -16,22 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-# The arguments of F.interpolate.
-INTERPOLATE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
-_PREFIX = "ddf_interpolate"
+from ddf_convert.conversion.sites import ARGUMENTS
+
 _NUMBERS = (int, float, torch.SymInt)
 _subclasses: dict[type, type[nn.Module]] = {}  # that intercept, by the class that each is made of
-
-
-def stands_for_a_call(path: str) -> bool:
-    """Whether a path is that of a layer that answers calls."""
-    return path.rpartition(".")[2].startswith(_PREFIX)
 
 
 def intercept(module: nn.Module, layers: Mapping[str, nn.Module] | None = None) -> None:
     """Answers calls of ``F.interpolate`` in a module's forward by layers; in place.
 
-    Calls are numbered in the order in which one run of the forward makes them, as ``recorder.function_name`` does. A
+    Calls are numbered in the order in which one run of the forward makes them, as ``sites.call_name`` does. A
     call without a layer, or with another factor than the layer's, goes to torch. Without any layers, the module's calls
     are merely not counted as those of an intercepted module around it.
 
@@ -110,7 +104,7 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.interpolate or self.covered:
             return func(*args, **kwargs)
-        attribute = f"{_PREFIX}_{self.number}" if self.number else _PREFIX
+        attribute = f"ddf_interpolate_{self.number}" if self.number else "ddf_interpolate"  # as sites.layer_path
         self.number += 1
         layer = self.module._modules.get(attribute)
         around = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Calls) and not mode.covered]
@@ -127,7 +121,7 @@ class _Calls(TorchFunctionMode):
 
 def _answer(layer: nn.Module, func: Any, args: Any, kwargs: Any) -> Any:
     """The layer's output, or torch's if the call asks for another factor."""
-    given = dict(zip(INTERPOLATE, args, strict=False)) | kwargs
+    given = dict(zip(ARGUMENTS[F.interpolate], args, strict=False)) | kwargs
     input, size, factor = given["input"], given.get("size"), given.get("scale_factor")
     if isinstance(input, Tensor) and input.dim() != 4:
         return func(*args, **kwargs)  # of sequences or volumes, which DDF-Up does not take

@@ -326,8 +326,3 @@ def _kernel_size_of_kind(kind: str) -> tuple[int, int] | None:
 def _override_of_reason(reason: str) -> str:
     found = re.search(r" \((\w+)=True replaces it\)$", reason)
     return found[1] if found else ""
-
-
-def is_upsampling(kind: str) -> bool:
-    """Whether a kind is that of an interpolation or a pixel shuffle."""
-    return kind.removeprefix("functional ").startswith(_UPSAMPLING)

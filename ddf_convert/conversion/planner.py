@@ -12,9 +12,10 @@ from ddf_convert.conversion.budget import CandidateCosts, Stopwatch, apply_budge
 from ddf_convert.conversion.config import ConvertConfig, make_config
 from ddf_convert.conversion.decisions import Decider, FilterFunction, Patterns, Selection, check_argument_order
 from ddf_convert.conversion.plan import Action, FoundBy, Plan, Site, Timed
-from ddf_convert.conversion.recorder import UPSAMPLING, Recording, record
+from ddf_convert.conversion.recorder import Recording, record
 from ddf_convert.conversion.registry import DDF, find_layer_type
 from ddf_convert.conversion.rewriter import replacements_of
+from ddf_convert.conversion.sites import UPSAMPLING
 from ddf_convert.conversion.tracer import Traced, trace
 from ddf_convert.conversion.verify import verify
 from ddf_convert.cost.count import Cost
@@ -115,7 +116,7 @@ def _plan(
     sites = [decider.decide(candidate) for candidate in candidates]
     _skip_convolutions_of_shuffles(sites)
     if applied:
-        verify(model, recording, sites)
+        verify(model, recording, traced, sites)
     before, timed = _cost_of_model(recording, sites), None
     if stopwatch:
         before = before.model_copy(update={"latency_ms": stopwatch.ms(model, *args, **kwargs)})

@@ -1,7 +1,7 @@
 """The record of conversions: what was replaced in a model, and in parts of it that were converted separately.
 
-The record belongs to the model that was converted. Each new layer also carries a note (:class:`Origin`), which goes
-wherever the layer goes: into copies and pickles, a larger model, a part that is saved alone.
+The record belongs to the model that was converted. Each new layer also carries its own entry of it, which goes wherever
+the layer goes: into copies and pickles, a larger model, a part that is saved alone.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from ddf_convert.conversion.config import ConvertConfig
 from ddf_convert.conversion.interpolate_hook import is_intercepting
 from ddf_convert.conversion.plan import Replacement
 from ddf_convert.conversion.registry import replacing_layers
+from ddf_convert.conversion.sites import is_interpolate_call, join_path, layer_path, owner_of
 from ddf_convert.errors import UsageError
 from ddf_convert.utils.modules import bare, model_name
 
@@ -52,20 +53,14 @@ class AppliedReplacement(BaseModel):
         return is_interpolate_call(self.names[0])
 
     @property
+    def call(self) -> str:
+        """The call that it replaced, without the module that makes it: "conv2d()"; "" if it replaced a module."""
+        return self.names[0].rpartition(".")[2] if self.functional or self.intercepted else ""
+
+    @property
     def places(self) -> tuple[str, ...]:
         """Every path of the new layer in the converted model."""
-        return tuple(map(layer_path, self.names)) if self.functional or self.intercepted else self.names
-
-
-def is_interpolate_call(name: str) -> bool:
-    """Whether a site's name is that of an ``F.interpolate`` call, such as "neck.interpolate_1()"."""
-    return name.endswith("()") and name.rpartition(".")[2].startswith("interpolate")
-
-
-def layer_path(name: str) -> str:
-    """Returns the path of the layer that replaces a call: "neck.ddf_conv2d" for "neck.conv2d()"."""
-    owner, _, call = name.removesuffix("()").rpartition(".")
-    return f"{owner}.ddf_{call}" if owner else f"ddf_{call}"
+        return tuple(map(layer_path, self.names)) if self.call else self.names
 
 
 class Conversion(BaseModel):
@@ -159,26 +154,9 @@ def _is_still_there(applied: AppliedReplacement, model: nn.Module) -> bool:
 # --- notes in layers --------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, eq=False)
-class Origin:
-    """How a layer came into its model. A layer and the Identity that replaced its pixel shuffle share one.
-
-    Attributes:
-        replacement: What was built.
-        call: "conv2d()" or "interpolate_1()" if it replaced a call of a function; "" if it replaced a module.
-        removes: Whether a pixel shuffle was replaced with it.
-        graph: Path of the module that became a GraphModule for it; "" is the model.
-    """
-
-    replacement: Replacement
-    call: str = ""
-    removes: bool = False
-    graph: str = ""
-
-
-def note_origin(layer: nn.Module, origin: Origin) -> None:
-    """Notes in a layer where it comes from."""
-    vars(layer)[_ORIGIN] = origin
+def note_origin(layer: nn.Module, applied: AppliedReplacement) -> None:
+    """Notes in a layer how it came into its model; the Identity that replaces a pixel shuffle shares the note."""
+    vars(layer)[_ORIGIN] = applied
 
 
 def forget_origins(model: nn.Module) -> None:
@@ -187,17 +165,17 @@ def forget_origins(model: nn.Module) -> None:
         vars(module).pop(_ORIGIN, None)
 
 
-def origin_of(module: nn.Module) -> Origin | None:
-    """Returns the note in a layer; None if no conversion made it."""
+def origin_of(module: nn.Module) -> AppliedReplacement | None:
+    """Returns the note in a layer, with names in the model that was converted; None if no conversion made it."""
     origin = vars(module).get(_ORIGIN)
-    return origin if isinstance(origin, Origin) else None
+    return origin if isinstance(origin, AppliedReplacement) else None
 
 
 @dataclass
 class _Found:
     """Where a layer that a conversion made stands, and the Identity that replaced its pixel shuffle."""
 
-    origin: Origin
+    origin: AppliedReplacement
     layer: list[str] = field(default_factory=list)
     shuffle: list[str] = field(default_factory=list)
 
@@ -235,7 +213,7 @@ def replacements_in(model: nn.Module) -> tuple[list[AppliedReplacement], list[tu
 
 def _missing_half(found: _Found, modules: dict[str, nn.Module]) -> str:
     """Says what a replacement needs and the model does not hold; "" if it is whole."""
-    if found.origin.removes and not found.shuffle:
+    if found.origin.removed and not found.shuffle:
         return "was replaced together with a pixel shuffle that is not in it"
     if found.origin.call and _caller(found.layer[0], modules) is None:
         return "replaces a call of a function, and the code that calls it is not in it"
@@ -244,11 +222,11 @@ def _missing_half(found: _Found, modules: dict[str, nn.Module]) -> str:
 
 def _caller(path: str, modules: dict[str, nn.Module]) -> str | None:
     """Returns the module that calls a layer instead of a function: one that interpolates, or a GraphModule around."""
-    owner = path.rpartition(".")[0]
+    owner = owner_of(path)
     if is_intercepting(type(modules[owner])):
         return owner
     while owner and not isinstance(modules[owner], fx.GraphModule):
-        owner = owner.rpartition(".")[0]
+        owner = owner_of(owner)
     return owner if isinstance(modules[owner], fx.GraphModule) else None
 
 
@@ -256,8 +234,7 @@ def _as_replacement(found: _Found, modules: dict[str, nn.Module]) -> AppliedRepl
     replacement = found.origin.replacement
     if not found.origin.call:
         return AppliedReplacement(names=tuple(found.layer), replacement=replacement, removed=tuple(found.shuffle))
-    parent = found.layer[0].rpartition(".")[0]
-    name = f"{parent}.{found.origin.call}" if parent else found.origin.call
+    name = join_path(owner_of(found.layer[0]), found.origin.call)
     caller = _caller(found.layer[0], modules)
     assert caller is not None
     if isinstance(modules[caller], fx.GraphModule):

@@ -11,26 +11,26 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from ddf_convert.conversion.interpolate_hook import INTERPOLATE, stands_for_a_call
-from ddf_convert.conversion.registry import replacing_layers
+from ddf_convert.conversion.sites import (
+    ARGUMENTS,
+    FUNCTIONS,
+    OPTIONS,
+    UPSAMPLING_FUNCTIONS,
+    answers_interpolate,
+    call_name,
+    is_site,
+    owner_of,
+    site_kinds,
+)
 from ddf_convert.cost.count import Cost, counting
 from ddf_convert.errors import UsageError, first_line
 from ddf_convert.utils.example_input import in_words
 from ddf_convert.utils.fake_copy import InputShapeError, ModelCopy, Watch, in_mode, run_watched
 
-UPSAMPLING = (nn.Upsample, nn.PixelShuffle)  # sites too, with upsample=True
-FUNCTIONS = {torch.conv2d: "conv2d", torch.conv_transpose2d: "conv_transpose2d"}  # F.conv2d is torch.conv2d
-UPSAMPLING_FUNCTIONS = {F.interpolate: "interpolate", torch.pixel_shuffle: "pixel_shuffle"}
-ARGUMENTS = {
-    torch.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    torch.conv_transpose2d: ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
-}
-OPTIONS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}  # and their defaults
 # Torch's errors about maps that got too small on their way through a model.
 _TOO_SMALL = re.compile(
     r"Kernel size can't be greater than actual input size|[Oo]utput size is too small"
@@ -190,16 +190,6 @@ def record(
     )
 
 
-def site_kinds(upsample: bool = True) -> tuple[type[nn.Module], ...]:
-    """Returns the classes of modules that are sites: convolutions, what replaced them and, with it, upsampling."""
-    return (nn.Conv2d, nn.ConvTranspose2d, *replacing_layers(), *(UPSAMPLING if upsample else ()))
-
-
-def is_site(module: nn.Module, kinds: tuple[type[nn.Module], ...] | None = None) -> bool:
-    """Whether a module is a site: one of these classes, and no upsampling that its author gave submodules."""
-    return isinstance(module, kinds or site_kinds()) and not (isinstance(module, UPSAMPLING) and any(module.children()))
-
-
 @dataclass
 class _Running:
     """A module whose forward has begun and not ended."""
@@ -281,7 +271,7 @@ class _Recorder(TorchFunctionMode):
                 arguments = len(left.args) + len(left.kwargs)
                 shapes = tuple(input.shape), tuple(output.shape)
                 self.calls.append(Call(left.path, *shapes, dtype=input.dtype, arguments=arguments))
-                if self._running and stands_for_a_call(left.path):
+                if self._running and answers_interpolate(left.path):
                     self._running[-1].functions["interpolate"] += 1  # the next call keeps its number
         elif left.path in self._holders:
             args, kwargs, output = in_mode(self.mode, (left.args, left.kwargs, output))
@@ -295,7 +285,7 @@ class _Recorder(TorchFunctionMode):
         if path is None:
             return
         self.uses[path] += 1
-        holder = path.rpartition(".")[0]
+        holder = owner_of(path)
         if holder in self._sites:
             self.read_directly.add(holder)
 
@@ -321,7 +311,7 @@ class _Recorder(TorchFunctionMode):
         word = UPSAMPLING_FUNCTIONS[func]
         input = args[0] if args else kwargs["input"]
         if word == "interpolate":
-            given = dict(zip(INTERPOLATE, args, strict=False)) | kwargs
+            given = dict(zip(ARGUMENTS[func], args, strict=False)) | kwargs
             align_corners, antialias = (bool(given.get(flag)) for flag in ("align_corners", "antialias"))
             of_parameter = isinstance(input, nn.Parameter)
             upsampled = FunctionalUpsample(word, given.get("mode", "nearest"), align_corners, antialias, of_parameter)
@@ -332,7 +322,7 @@ class _Recorder(TorchFunctionMode):
 
     def _name_of(self, func: Any) -> str:
         owner = self._running[-1] if self._running else _Running("", self._model, (), {})
-        return function_name(owner.path, func, owner.functions)
+        return call_name(owner.path, func, owner.functions)
 
     def explain(self, name: str, sizes: str, error: Exception) -> UsageError:
         """Returns the error of a run that failed, for a user."""
@@ -371,24 +361,10 @@ def _fits_signature(running: _Running) -> bool:
     return True
 
 
-def function_name(owner: str, func: Any, called: Counter[str]) -> str:
-    """Names a functional call: ``block.conv2d()``, the next one in the same forward ``block.conv2d_1()``.
-
-    Args:
-        owner: Path of the module whose forward calls it.
-        func: One of ``FUNCTIONS`` or ``UPSAMPLING_FUNCTIONS``.
-        called: Counts the calls in this run of the forward; it is updated.
-    """
-    word = FUNCTIONS.get(func) or UPSAMPLING_FUNCTIONS[func]
-    number = called[word]
-    called[word] += 1
-    return f"{owner}{'.' if owner else ''}{word}{f'_{number}' if number else ''}()"
-
-
 def _above(path: str) -> Iterator[str]:
     """Paths of the modules that hold a module."""
     while path:
-        path = path.rpartition(".")[0]
+        path = owner_of(path)
         yield path
 
 

@@ -236,12 +236,6 @@ def layer_type_of(module: nn.Module) -> LayerType | None:
     return next((each for each in _layer_types.values() if type(module) is each.layer), None)
 
 
-def is_new(kind: str) -> bool:
-    """Whether words for a layer (``eligibility.kind_of``) are those of a layer type's layer."""
-    first = kind.split(" + ")[0]
-    return first.startswith("DDF") or first in {each.display_name for each in _layer_types.values()}
-
-
 def replacing_layers() -> tuple[type[nn.Module], ...]:
     """Returns the classes of the layers that replace convolutions and upsampling and are never looked into.
 

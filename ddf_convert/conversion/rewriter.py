@@ -12,13 +12,20 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 
-from ddf_convert.conversion.analysis import module_names, nearest_parameter
 from ddf_convert.conversion.eligibility import build, geometry, kernel_for, kind_of, obstacle
 from ddf_convert.conversion.interpolate_hook import intercept, obstacle_to_intercepting
 from ddf_convert.conversion.plan import Action, Site
-from ddf_convert.conversion.record import AppliedReplacement, Origin, is_interpolate_call, layer_path, note_origin
-from ddf_convert.conversion.recorder import ARGUMENTS, OPTIONS
-from ddf_convert.conversion.tracer import build_graph, site_nodes
+from ddf_convert.conversion.record import AppliedReplacement, note_origin
+from ddf_convert.conversion.sites import (
+    ARGUMENTS,
+    OPTIONS,
+    is_interpolate_call,
+    layer_path,
+    nearest_parameter,
+    owner_of,
+    site_modules,
+)
+from ddf_convert.conversion.tracer import Traced, build_graph, site_nodes
 from ddf_convert.errors import DDFError, UsageError, first_line, suggestion
 from ddf_convert.utils.modules import model_name
 
@@ -62,7 +69,7 @@ def replacements_of(sites: Iterable[Site], model: nn.Module) -> list[AppliedRepl
         UsageError: A pixel shuffle is to be replaced with a convolution that is also replaced by itself.
     """
     sites = list(sites)
-    paths = {names[0]: names for _, names in module_names(model)}
+    paths = {names[0]: names for _, names in site_modules(model)}
     replaced = {site.name: site for site in sites if site.action is Action.REPLACE and site.replacement is not None}
     callers = _interpolating_modules(sites, model)
     replacements = []
@@ -79,20 +86,16 @@ def replacements_of(sites: Iterable[Site], model: nn.Module) -> list[AppliedRepl
                 )
             names, removed = paths.get(site.convolution, (site.convolution,)), names
         elif is_interpolate_call(site.name):
-            owner = _owner(site.name)
+            owner = owner_of(site.name)
             apart = tuple(name for name in callers if name != owner and (not owner or name.startswith(f"{owner}.")))
         replacements.append(AppliedReplacement(names=names, replacement=site.replacement, removed=removed, apart=apart))
     return replacements
 
 
-def _owner(name: str) -> str:
-    return name.rpartition(".")[0]
-
-
 def _interpolating_modules(sites: Sequence[Site], model: nn.Module) -> list[str]:
     """The modules whose forward calls ``F.interpolate``, and that stay."""
     modules = dict(model.named_modules())
-    owners = [_owner(site.name) for site in sites if is_interpolate_call(site.name)]
+    owners = [owner_of(site.name) for site in sites if is_interpolate_call(site.name)]
     kept = [
         site.name for site in sites if site.action is Action.SKIP and isinstance(modules.get(site.name), nn.Upsample)
     ]
@@ -102,8 +105,16 @@ def _interpolating_modules(sites: Sequence[Site], model: nn.Module) -> list[str]
 # --- from replacements to edits, to the model -------------------------------------------------------------------------
 
 
-def apply_replacements(model: nn.Module, replacements: Sequence[AppliedReplacement]) -> nn.Module:
+def apply_replacements(
+    model: nn.Module, replacements: Sequence[AppliedReplacement], traced: Traced | None = None
+) -> nn.Module:
     """Applies replacements to a model in place; torch's random state stays as it is.
+
+    Args:
+        model: The model.
+        replacements: What to replace.
+        traced: The graphs of the model that this one is a weightless copy of. Without them, the model is traced if
+            functional convolutions are replaced.
 
     Returns:
         The model; or, where functional convolutions are replaced, the GraphModule that takes its place.
@@ -112,7 +123,9 @@ def apply_replacements(model: nn.Module, replacements: Sequence[AppliedReplaceme
         UsageError: A replacement does not fit the model: no such module, another kind of module, other channels. The
             model is then as it was.
     """
-    graphs = trace_parts(model, (each.graph for each in replacements if each.functional))
+    paths = {each.graph for each in replacements if each.functional}
+    graph = traced.graph_over(model) if traced and paths == {""} else None
+    graphs = trace_parts(model, paths) if graph is None else {"": graph}
     edits = make_edits(model, replacements, graphs)
     for edit in edits:
         if isinstance(edit, InterceptInterpolate):
@@ -150,18 +163,17 @@ def make_edits(
             layer = _build_like(_check_fits(model, modules, applied), applied)
             if not applied.intercepted and (reason := attribute_in_the_way(modules[name], layer)) is not None:
                 raise UsageError(f"{name} cannot be replaced: it {reason}")
-            call = name.rpartition(".")[2] if applied.functional or applied.intercepted else ""
-            origin = Origin(applied.replacement, call, bool(applied.removed), applied.graph)
-            note_origin(layer, origin)
+            applied = applied.model_copy()  # a note of its own: layers with one note belong together
+            note_origin(layer, applied)
             if applied.functional:
                 edits[name] = ReplaceCall(name, layer, applied.graph)
             elif applied.intercepted:
-                edits[name] = InterceptInterpolate(_owner(name), layer_path(name).rpartition(".")[2], layer)
+                edits[name] = InterceptInterpolate(owner_of(name), layer_path(name).rpartition(".")[2], layer)
             else:
                 edits[name] = SwapModule(name, layer)
             if applied.removed:
                 identity = nn.Identity()
-                note_origin(identity, origin)
+                note_origin(identity, applied)
                 edits[applied.removed[0]] = SwapModule(applied.removed[0], identity)
     apart = dict.fromkeys(path for applied in replacements for path in applied.apart if path not in edits)
     return [*(InterceptInterpolate(path) for path in apart), *edits.values()]
@@ -286,7 +298,7 @@ def _check_fits(model: nn.Module, modules: Mapping[str, nn.Module], applied: App
         raise unfit(f"{name} is one call of a function, and the record has {len(applied.names)} names for it")
     if applied.apart and not applied.intercepted:
         raise unfit(f"{name}: only calls of F.interpolate are kept apart from others, not {applied.apart[0]}")
-    needed = (_owner(name),) if applied.intercepted else applied.names
+    needed = (owner_of(name),) if applied.intercepted else applied.names
     for missing in (each for each in (*needed, *applied.removed, *applied.apart) if each not in modules):
         raise unfit(f"it has no {missing}{suggestion(missing, modules)}")
     for names in (needed, applied.removed):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -12,8 +13,17 @@ import torch.nn.functional as F
 from timm.layers._fx import get_notrace_functions, get_notrace_modules
 from torch import fx, nn
 
-from ddf_convert.conversion.interpolate_hook import class_of, stands_for_a_call
-from ddf_convert.conversion.recorder import FUNCTIONS, UPSAMPLING_FUNCTIONS, Entry, Recording, function_name, is_site
+from ddf_convert.conversion.interpolate_hook import class_of
+from ddf_convert.conversion.recorder import Entry, Recording
+from ddf_convert.conversion.sites import (
+    FUNCTIONS,
+    UPSAMPLING_FUNCTIONS,
+    answers_interpolate,
+    call_name,
+    is_site,
+    join_path,
+    owner_of,
+)
 from ddf_convert.errors import UsageError, first_line
 from ddf_convert.utils.fake_copy import fake_copy, unchanged_random_states
 from ddf_convert.utils.hooks import without_global_hooks
@@ -106,16 +116,27 @@ class Traced:
     Attributes:
         pieces: The whole model alone where torch.fx can trace it, else the pieces that it can.
         untraced: Why not, for each module that torch.fx could not trace or does not look into, by its path.
+        by_default: Whether the example input leaves the optional arguments at their defaults, as :func:`build_graph`.
     """
 
     pieces: list[Piece] = field(default_factory=list)
     untraced: dict[str, str] = field(default_factory=dict)
+    by_default: bool = False
+
+    def graph_over(self, copied: nn.Module) -> fx.GraphModule | None:
+        """Returns the whole model's graph over another copy, as :func:`build_graph` traces it; None if it differs."""
+        whole = next((piece.graph_module for piece in self.pieces if not piece.path), None)
+        if whole is None or not self.by_default:
+            return None
+        if any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in whole.graph.nodes):
+            return None
+        return fx.GraphModule(copied, copy.deepcopy(whole.graph), type(copied).__name__)
 
     def why_untraced(self, name: str) -> tuple[str, str]:
         """Returns the innermost untraced module that holds a site, and the reason; two empty texts if none does."""
         path = name
         while path:
-            path = path.rpartition(".")[0]
+            path = owner_of(path)
             if path in self.untraced:
                 return path, self.untraced[path]
         return "", ""
@@ -160,6 +181,8 @@ def trace(model: nn.Module, recording: Recording) -> Traced:
             traced.untraced[""] = str(error)
             return traced
     root = copied.module
+    if "" in recording.entries:
+        traced.by_default = _fixed_arguments(root, recording.entries[""][0]) == _fixed_arguments(root, None)
     paths = {id(module): path for path, module in root.named_modules()}
     waiting, seen = deque([""]), set()
     while waiting:
@@ -201,20 +224,24 @@ def build_graph(module: nn.Module, name: str) -> fx.GraphModule:
 
 
 def _trace_module(module: nn.Module, tracer: Tracer, entry: Entry | None) -> fx.GraphModule:
-    """Traces a module as it is called in ``entry``, if there is one: flags and numbers are fixed.
+    """Traces a module as it is called in ``entry``, if there is one: flags and numbers are fixed."""
+    graph = tracer.trace(module, concrete_args=_fixed_arguments(module, entry) or None)
+    return fx.GraphModule(tracer.root, graph, type(module).__name__)
+
+
+def _fixed_arguments(module: nn.Module, entry: Entry | None) -> dict[str, Any]:
+    """The arguments of a call that are no tensors, or the defaults of a call with none.
 
     An optional argument that is not given must be its default to "if mask is None", not a symbol that never is.
     """
     parameters = inspect.signature(module.forward).parameters.values()
     values = {parameter.name: parameter.default for parameter in parameters} | _bound_arguments(module, entry)
     packed = {parameter.name for parameter in parameters if parameter.kind in _PACKED}
-    fixed = {
+    return {
         name: value
         for name, value in values.items()
         if name not in packed and (value is None or isinstance(value, bool | int | float | str))
     }
-    graph = tracer.trace(module, concrete_args=fixed or None)
-    return fx.GraphModule(tracer.root, graph, type(module).__name__)
 
 
 def _trace_around_opaque(module: nn.Module, entry: Entry) -> tuple[fx.GraphModule | None, dict[nn.Module, str]]:
@@ -263,11 +290,6 @@ def _leaves_with_sites(graph_module: fx.GraphModule, path: str, recording: Recor
     yield from (below for target in targets if (below := join_path(path, target)) in recording.entries)
 
 
-def join_path(*parts: str) -> str:
-    """Joins parts of a module's path; "" is the model itself."""
-    return ".".join(filter(None, parts))
-
-
 def site_nodes(graph_module: fx.GraphModule, path: str) -> dict[str, list[fx.Node]]:
     """Returns the nodes that call sites, by the names that the recording has for them.
 
@@ -282,12 +304,12 @@ def site_nodes(graph_module: fx.GraphModule, path: str) -> dict[str, list[fx.Nod
         stack = [(key, value[0]) for key, value in node.meta.get("nn_module_stack", {}).items()]
         if node.op == "call_module" and is_site(graph_module.get_submodule(node.target)):
             nodes.setdefault(join_path(path, node.target), []).append(node)
-            if stands_for_a_call(node.target):
+            if answers_interpolate(node.target):
                 key = stack[-2][0] if len(stack) > 1 else ""  # the last is the layer itself
                 calls.setdefault(key, Counter())["interpolate"] += 1
         elif node.op == "call_function" and (node.target in FUNCTIONS or node.target in UPSAMPLING_FUNCTIONS):
             key, owner = stack[-1] if stack else ("", "")
-            name = function_name(join_path(path, owner), node.target, calls.setdefault(key, Counter()))
+            name = call_name(join_path(path, owner), node.target, calls.setdefault(key, Counter()))
             nodes.setdefault(name, []).append(node)
     return nodes
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree
 from ddf_convert.conversion.plan import Action, Site
 from ddf_convert.conversion.recorder import Recording
 from ddf_convert.conversion.rewriter import apply_replacements, replacements_of
+from ddf_convert.conversion.tracer import Traced
 from ddf_convert.errors import first_line
 from ddf_convert.utils.fake_copy import ModelCopy, empty_copy, fake_copy, real_copy
 
@@ -20,7 +21,7 @@ _ONE_BY_ONE = 8  # the first culprits are found one by one; then those at the sa
 _SUSPECTS = 4  # sites near the failure that are tried before all are bisected
 
 
-def verify(model: nn.Module, recording: Recording, sites: Sequence[Site]) -> None:
+def verify(model: nn.Module, recording: Recording, traced: Traced, sites: Sequence[Site]) -> None:
     """Runs a copy of a model as planned, and skips each site whose replacement breaks its forward pass.
 
     The copy runs as the recorded one did: on shapes alone where that was enough. There, it must also return tensors of
@@ -29,9 +30,10 @@ def verify(model: nn.Module, recording: Recording, sites: Sequence[Site]) -> Non
     Args:
         model: The model; it stays as it is.
         recording: The record of the model as it is.
+        traced: Its graphs.
         sites: Every site; some of those to be replaced are skipped, for good.
     """
-    rehearsal = _Rehearsal(model, recording, sites)
+    rehearsal = _Rehearsal(model, recording, traced, sites)
     chosen = [site.name for site in sites if site.action is Action.REPLACE]
     failure = rehearsal.failure(chosen) if chosen else None
     if failure is None or rehearsal.failure([]) is not None:  # a forward pass that fails now and then shows nothing
@@ -70,9 +72,10 @@ _UNKNOWN = _Failure("")  # another run has to find out
 class _Rehearsal:
     """Runs copies of a model in which some of the sites are replaced."""
 
-    def __init__(self, model: nn.Module, recording: Recording, sites: Sequence[Site]) -> None:
+    def __init__(self, model: nn.Module, recording: Recording, traced: Traced, sites: Sequence[Site]) -> None:
         self._model = model
         self._recording = recording
+        self._traced = None if recording.on_values else traced  # which has constants of the copy's device
         self._sites = sites
 
     def same_role(self, name: str, other: str) -> bool:
@@ -105,7 +108,7 @@ class _Rehearsal:
             replacements = replacements_of(sites, converted)
             replaced = (site.name for site in sites if site.action is Action.REPLACE)
             places = {name: applied.places[0] for name, applied in zip(replaced, replacements, strict=True)}
-            converted = apply_replacements(converted, replacements)
+            converted = apply_replacements(converted, replacements, self._traced)
             copied = dataclasses.replace(copied, module=converted)
             if fake:
                 copied = fake_copy(converted, self._recording.copied.args, self._recording.copied.kwargs)
