@@ -126,7 +126,7 @@ def _report_error(error: Exception, debug: bool) -> int:
         _print_error(str(error))
     elif hasattr(error, "format_message"):  # click's own errors, from whichever copy of click typer carries
         # With no arguments at all typer prints the help and then complains in no words.
-        if message := error.format_message():
+        if message := error.format_message().replace("Value error, ", ""):  # pydantic's prefix
             context = getattr(error, "ctx", None)
             command = context.command_path if context else "ddf-convert"
             _print_error(f"{message.rstrip('.')}; see {command} --help")

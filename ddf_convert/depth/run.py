@@ -1,6 +1,6 @@
 """A training run of a depth upsampling network, from its options to its folder.
 
-RUN/manifest.json, RUN/model.safetensors    the network, for ``ddf-convert upsample``
+RUN/manifest.json, RUN/model.safetensors    the network, for ``ddf-convert depth predict``
 RUN/settings.json    what was asked for, the recipe included
 RUN/data.jsonl.gz    the pairs that it was begun with
 RUN/log.jsonl        a row of figures a line
@@ -249,7 +249,7 @@ class RunFolder:
         check_writable(self.path)
         steps = self.checkpoints.steps()
         if not is_empty(self.path) and not steps and not self._is_ours():
-            raise UsageError(f"{self.path} is not empty, and holds no run of upsample-train: give another folder")
+            raise UsageError(f"{self.path} is not empty, and holds no run of depth train: give another folder")
         checkpoint.check_free(self.path)
         if steps and not resumed:
             raise UsageError(f"{self.path} already holds a run: --resume goes on with it, or give another folder")
