@@ -118,7 +118,7 @@ def repeat_options(arguments: list[str]) -> list[str]:
 
 def _report_error(error: Exception, debug: bool) -> int:
     code = int(getattr(error, "exit_code", 1))
-    if getattr(error, "told_elsewhere", False) or not _is_first_to_report(str(error)):
+    if getattr(error, "reported_elsewhere", False) or not _is_first_to_report(str(error)):
         return code
     if debug:
         traceback.print_exception(error)
@@ -141,7 +141,7 @@ def _is_first_to_report(message: str) -> bool:
         return True
     from ddf_convert.training import distributed
 
-    return distributed.first_to_say(message)
+    return distributed.first_to_report(message)
 
 
 def _print_error(message: str) -> None:

@@ -59,11 +59,11 @@ def may_pass(error: BaseException) -> bool:
         isinstance(each, MemoryError | InterruptedError | TimeoutError)
         or (isinstance(each, OSError) and _TRANSIENT.fullmatch(errno.errorcode.get(each.errno or 0, "")))
         or (isinstance(each, RuntimeError) and _NO_MEMORY.search(str(each)) is not None)
-        for each in _chain(error)
+        for each in error_chain(error)
     )
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def error_chain(error: BaseException) -> Iterator[BaseException]:
     """Yields an error, and those that it was raised from."""
     seen: set[int] = set()
     following: BaseException | None = error

@@ -32,7 +32,7 @@ from ddf_convert.commands.options import (
 from ddf_convert.errors import UsageError
 
 if TYPE_CHECKING:
-    from ddf_convert.depth.single import Upsampled
+    from ddf_convert.depth.predict import Upsampled
 
 app = typer.Typer(
     help="Upsample depth maps under the guidance of a photo.", no_args_is_help=True, context_settings=HELP
@@ -91,10 +91,10 @@ def train(
     changes = stage_changes(epochs, steps, lr, batch_size=batch_size, amp=amp)
     with only_results_on_stdout():
         from ddf_convert.depth import run
-        from ddf_convert.depth.training import Settings
+        from ddf_convert.depth.trainer import DepthSettings
 
         outcome = run.train(
-            run.Request(
+            run.DepthTrainRequest(
                 data=data,
                 output=output,
                 factor=factor,
@@ -102,7 +102,7 @@ def train(
                 arguments={} if width is None else {"width": width, "guide_width": width},
                 recipe=recipe,
                 changes=changes,
-                settings=Settings(crop=crop, downsample=downsample, loss=loss, seed=seed, turned=turned),
+                settings=DepthSettings(crop=crop, downsample=downsample, loss=loss, seed=seed, turned=turned),
                 unit=unit,
                 allow_8bit=allow_8bit,
                 resume=resume,
@@ -155,10 +155,10 @@ def predict(
     for wanted in filter(None, (output, comparison)):
         check_output("--output", wanted, overwrite, read_by(str(checkpoint), rgb, depth, truth))
     with only_results_on_stdout():
-        from ddf_convert.depth import single
+        from ddf_convert.depth import predict
 
-        found = single.upsample_files(
-            single.Request(
+        found = predict.upsample_files(
+            predict.PredictRequest(
                 photo=rgb,
                 depth=depth,
                 checkpoint=checkpoint,

@@ -33,7 +33,7 @@ from ddf_convert.commands.options import (
 )
 
 if TYPE_CHECKING:
-    from ddf_convert.training.api import Outcome
+    from ddf_convert.training.api import FinetuneOutcome
     from ddf_convert.training.evaluation import Evaluation
 
 _FIGURES = (("top1", "top-1"), ("top5", "top-5"), ("agreement", "agrees with original"), ("loss", "loss"))
@@ -100,10 +100,11 @@ def finetune(
     changes = stage_changes(epochs, steps, lr, batch_size=batch_size, accumulate=accumulate, amp=amp)
     with only_results_on_stdout():  # whatever models and data sets print
         from ddf_convert.training import api
-        from ddf_convert.training.stage import Options
+        from ddf_convert.training.setup import FinetuneRequest
+        from ddf_convert.training.trainer import TrainingOptions
 
         outcome = api.finetune(
-            api.Request(
+            FinetuneRequest(
                 folder=folder,
                 data=data,
                 output=output,
@@ -117,7 +118,7 @@ def finetune(
                 input_size=input_size,
                 device=device,
                 on_broken=on_broken,
-                options=Options(
+                options=TrainingOptions(
                     seed=seed,
                     workers=workers,
                     channels_last=channels_last,
@@ -165,8 +166,8 @@ def evaluate(
     with only_results_on_stdout():
         from ddf_convert.training import api
 
-        measured = api.measure(
-            api.Question(
+        measured = api.evaluate_model(
+            api.EvaluateRequest(
                 name=model,
                 data=data,
                 split=split,
@@ -198,7 +199,7 @@ def _evaluation_table(found: Evaluation, name: str, data: str) -> RenderableType
     return Group(Text(f"{name} on {data}", style="bold"), facts_table(rows, numbers=True))
 
 
-def _present(outcome: Outcome) -> None:
+def _present(outcome: FinetuneOutcome) -> None:
     from ddf_convert.report.tables import new_table, numeric_column
 
     rows = [("before training", outcome.before), ("best", outcome.best), ("last", outcome.last)]
