@@ -11,6 +11,7 @@ from rich.markup import escape
 from ddf_convert.artifacts.path_checks import check_distinct, check_not_input, check_output, check_readable
 from ddf_convert.commands.console import busy, out, print_file, print_json
 from ddf_convert.commands.options import (
+    ARTIFACT_FILES,
     AsJson,
     Conversion,
     ConversionOptions,
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
     from ddf_convert.conversion import Plan
     from ddf_convert.recipes import Initialized
 
-FILES = ("manifest.json", "model.safetensors", "original.safetensors", "report.json")  # that convert writes
 ListAll = Annotated[bool, typer.Option("--all", help="List every convolution.")]
 Html = Annotated[Path | None, plain_option("Also write an HTML page.", metavar="FILE")]
 
@@ -103,7 +103,7 @@ def convert(
     reads = read_by(model, checkpoint, conversion.recipe_file, images)
     if html:
         check_output("--html", html, overwrite, reads, beside=output)
-        check_distinct([("--html", html), *(("--output", output / name) for name in FILES)])
+        check_distinct([("--html", html), *(("--output", output / name) for name in ARTIFACT_FILES)])
     recipe = conversion.recipe
     chosen = conversion.config["filter"]
     if recipe and recipe.initialize_with.method != "paper" and chosen != "ddf":
@@ -121,7 +121,7 @@ def convert(
     with busy(f"{'Downloading the weights of' if pretrained else 'Opening'} {model}") as say:
         from ddf_convert.artifacts import artifact
 
-        for name in FILES:
+        for name in ARTIFACT_FILES:
             check_not_input(f"--output {output}: {name}", output / name, reads)
         artifact.check_free(output, original=recipe is not None and recipe.needs_teacher)
         if (output / "manifest.json").exists() and not overwrite:
@@ -174,14 +174,7 @@ def make_plan(
     conversion: ConversionOptions,
     measure: torch.device | None = None,
 ) -> Plan:
-    """Plans the conversion of an opened model.
-
-    Args:
-        opened: The model.
-        input_size: (C, H, W); None is the model's own.
-        conversion: The options of the command.
-        measure: Device to time it on, if any.
-    """
+    """Plans the conversion of an opened model; times it if a device to measure on is given."""
     from ddf_convert.conversion import plan
 
     options = {name: value for name, value in conversion.config.items() if value is not None}

@@ -8,7 +8,7 @@ import inspect
 import json
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_origin
@@ -22,13 +22,11 @@ from ddf_convert.errors import UsageError
 if TYPE_CHECKING:
     from ddf_convert.recipes import Recipe
 
+_KEYWORD = inspect.Parameter.KEYWORD_ONLY
 HELP = {"help_option_names": ["-h", "--help"]}  # context settings of every group of commands
 
-# Files in the folders of converted models, of runs and of networks for depth maps.
-_FOLDER_FILES = (
-    *("manifest.json", "model.safetensors", "original.safetensors", "report.json"),
-    *("settings.json", "recipe.yaml"),
-)
+ARTIFACT_FILES = ("manifest.json", "model.safetensors", "original.safetensors", "report.json")
+_FOLDER_FILES = (*ARTIFACT_FILES, "settings.json", "recipe.yaml")  # of converted models, runs and depth networks
 
 
 def plain_option(help: str, *names: str, panel: str | None = None, **settings: Any) -> Any:
@@ -99,82 +97,63 @@ def stage_changes(epochs: int | None, steps: int | None, lr: float | None, **oth
     return {"epochs": epochs, "steps": steps, "lr": lr, **others}
 
 
-# --- groups ---
+# --- groups of options that become one argument of a command ---
 
 
-@dataclass(frozen=True)
 class OptionGroup:
     """Annotates a parameter of a command that stands for several options.
 
-    Attributes:
-        parameters: The options, as parameters of a command.
-        build: Makes the command's argument of their values.
+    Args:
+        build: Returns the command's argument; its own parameters are the options, and "context" if it needs that.
+        more: Further options, which it takes as keyword arguments.
     """
 
-    parameters: Sequence[inspect.Parameter]
-    build: Callable[[typer.Context, dict[str, Any]], Any]
+    def __init__(self, build: Callable[..., Any], more: Iterable[inspect.Parameter] = ()) -> None:
+        own = inspect.signature(build, eval_str=True).parameters.values()
+        named = [each.replace(kind=_KEYWORD) for each in own if each.kind is not inspect.Parameter.VAR_KEYWORD]
+        self.build, self.parameters = build, {each.name: each for each in (*named, *more)}
 
 
 def with_shared_options(command: Callable[..., None]) -> Callable[..., None]:
     """Expands the option groups among a command's parameters, and adds ``--debug``."""
-    own = inspect.signature(command, eval_str=True).parameters.values()
     groups: dict[str, OptionGroup] = {}
-    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    for parameter in own:
+    parameters = {"context": inspect.Parameter("context", _KEYWORD, annotation=typer.Context)}
+    for name, parameter in inspect.signature(command, eval_str=True).parameters.items():
         group = next((each for each in get_args(parameter.annotation) if isinstance(each, OptionGroup)), None)
         if group is None:
-            parameters.append(parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY))
+            parameters[name] = parameter.replace(kind=_KEYWORD)
         else:
-            groups[parameter.name] = group
-            parameters += group.parameters
-    parameters.append(_parameter("debug", Debug, False))
+            groups[name] = group
+            parameters |= {option: each for option, each in group.parameters.items() if option != "context"}
+    parameters["debug"] = inspect.Parameter("debug", _KEYWORD, default=False, annotation=Debug)
 
     @functools.wraps(command)
-    def expanded(context: typer.Context, debug: bool, **arguments: Any) -> None:  # main() looks for --debug itself
+    def expanded(context: typer.Context, debug: bool, **arguments: Any) -> None:  # cli.run looks for --debug itself
         for name, group in groups.items():
-            values = {each.name: arguments.pop(each.name) for each in group.parameters}
-            arguments[name] = group.build(context, values)
+            values = {each: context if each == "context" else arguments.pop(each) for each in group.parameters}
+            arguments[name] = group.build(**values)
         command(**arguments)
 
-    expanded.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-    expanded.__annotations__ = {each.name: each.annotation for each in parameters}
+    expanded.__signature__ = inspect.Signature(list(parameters.values()))  # type: ignore[attr-defined]
+    expanded.__annotations__ = {name: each.annotation for name, each in parameters.items()}
     return expanded
 
 
-def _parameter(name: str, annotation: Any, default: Any) -> inspect.Parameter:
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
-
-
-# --- arguments of timm.create_model ---
-
 _timm_option = functools.partial(plain_option, panel="Of a timm model")
-_TIMM_OPTIONS = [
-    _parameter(
-        "num_classes",
-        Annotated[int | None, _timm_option("Classes; 0 is no classifier.", min=0, metavar="N")],
-        None,
-    ),
-    _parameter("in_chans", Annotated[int | None, _timm_option("Channels of the image.", min=1, metavar="N")], None),
-    _parameter(
-        "model_kwargs",
-        Annotated[
-            list[str] | None,
-            _timm_option(
-                "Other arguments of timm.create_model, with values as in Python: drop_rate=0.3 norm_layer=groupnorm.",
-                metavar="KEY=VALUE ...",
-            ),
-        ],
-        None,
-    ),
-]
 
 
-def timm_arguments(num_classes: int | None, in_chans: int | None, model_kwargs: Sequence[str] | None) -> dict[str, Any]:
-    """Returns arguments of ``timm.create_model``; values are read as timm's scripts read them.
-
-    Raises:
-        UsageError: One is not KEY=VALUE, or is given by its own option too.
-    """
+def timm_arguments(
+    num_classes: Annotated[int | None, _timm_option("Classes; 0 is no classifier.", min=0, metavar="N")] = None,
+    in_chans: Annotated[int | None, _timm_option("Channels of the image.", min=1, metavar="N")] = None,
+    model_kwargs: Annotated[
+        list[str] | None,
+        _timm_option(
+            "Other arguments of timm.create_model, with values as in Python: drop_rate=0.3 norm_layer=groupnorm.",
+            metavar="KEY=VALUE ...",
+        ),
+    ] = None,
+) -> dict[str, Any]:
+    """Returns arguments of ``timm.create_model``; values are read as timm's scripts read them."""
     named = {"num_classes": num_classes, "in_chans": in_chans}
     arguments: dict[str, Any] = {name: value for name, value in named.items() if value is not None}
     for text in model_kwargs or ():
@@ -190,60 +169,20 @@ def timm_arguments(num_classes: int | None, in_chans: int | None, model_kwargs: 
     return arguments
 
 
-TimmArguments = Annotated[dict[str, Any], OptionGroup(_TIMM_OPTIONS, lambda context, values: timm_arguments(**values))]
-
-
-# --- how to convert ---
+TimmArguments = Annotated[dict[str, Any], OptionGroup(timm_arguments)]
 
 
 @dataclass(frozen=True)
 class ConversionOptions:
-    """The options of a command that say how to convert.
+    """The options of a command that say how to convert."""
 
-    Attributes:
-        include: Patterns.
-        exclude: Patterns.
-        config: Fields of ConvertConfig; None where the default holds.
-        recipe: The recipe that the options start from.
-        recipe_file: The recipe's name or file.
-    """
-
-    include: list[str] | None
+    include: list[str] | None  # patterns
     exclude: list[str] | None
-    config: dict[str, Any]
-    recipe: Recipe | None
-    recipe_file: str | None = None
+    config: dict[str, Any]  # fields of ConvertConfig; None where the default holds
+    recipe: Recipe | None  # that the options start from
+    recipe_file: str | None  # its name or file
 
 
-_conversion_option = functools.partial(plain_option, panel="How to convert")
-_PATTERN_OPTIONS = [
-    _parameter(
-        "recipe",
-        Annotated[
-            str | None,
-            _conversion_option(
-                "How to convert and to initialize: a name that `ddf-convert recipes` lists, or a YAML file. Other"
-                " options win over it.",
-                metavar="NAME|FILE",
-                autocompletion=recipe_names,
-            ),
-        ],
-        None,
-    ),
-    _parameter(
-        "include",
-        Annotated[
-            list[str] | None,
-            _conversion_option("Only these: a name, a glob, or re:PATTERN. Repeatable.", metavar="PATTERN"),
-        ],
-        None,
-    ),
-    _parameter(
-        "exclude",
-        Annotated[list[str] | None, _conversion_option("All but these. Repeatable.", metavar="PATTERN")],
-        None,
-    ),
-]
 # Options that do not follow from the type of their field: the type, the default, and settings.
 _SPECIAL_OPTIONS: dict[str, tuple[Any, Any, tuple[str, ...], dict[str, Any]]] = {
     "filter": (str, "ddf", (), {"metavar": "NAME", "autocompletion": filter_names}),
@@ -268,21 +207,42 @@ def _config_parameter(name: str) -> inspect.Parameter:
         settings = {"metavar": "|".join(get_args(kind)) if len(get_args(kind)) < 3 else "MODE"}
     else:
         settings = {"metavar": "X" if kind is float else "N"}
-    return _parameter(name, Annotated[kind, config_option(name, *names, panel="How to convert", **settings)], default)
+    option = config_option(name, *names, panel="How to convert", **settings)
+    return inspect.Parameter(name, _KEYWORD, default=default, annotation=Annotated[kind, option])
 
 
-def _build_conversion(context: typer.Context, values: dict[str, Any]) -> ConversionOptions:
-    recipe_file = values.pop("recipe")
-    recipe = None
-    if recipe_file is not None:
+_conversion_option = functools.partial(plain_option, panel="How to convert")
+
+
+def _conversion_options(
+    context: typer.Context,
+    recipe: Annotated[
+        str | None,
+        _conversion_option(
+            "How to convert and to initialize: a name that `ddf-convert recipes` lists, or a YAML file. Other options"
+            " win over it.",
+            metavar="NAME|FILE",
+            autocompletion=recipe_names,
+        ),
+    ] = None,
+    include: Annotated[
+        list[str] | None,
+        _conversion_option("Only these: a name, a glob, or re:PATTERN. Repeatable.", metavar="PATTERN"),
+    ] = None,
+    exclude: Annotated[list[str] | None, _conversion_option("All but these. Repeatable.", metavar="PATTERN")] = None,
+    **config: Any,
+) -> ConversionOptions:
+    loaded = None
+    values = {"include": include, "exclude": exclude, **config}
+    if recipe is not None:
         from ddf_convert import recipes
 
-        recipe = recipes.load(recipe_file)
+        loaded = recipes.load(recipe)
         # What is given on the command line wins over the recipe.
-        values |= {name: value for name, value in recipe.options().items() if _is_default(context, name)}
+        values |= {name: value for name, value in loaded.options().items() if _is_default(context, name)}
     values["filter_options"] = _filter_options(values["filter_options"])
     include, exclude = (list(values.pop(name) or ()) or None for name in ("include", "exclude"))
-    return ConversionOptions(include, exclude, values, recipe, recipe_file)
+    return ConversionOptions(include, exclude, values, loaded, recipe)
 
 
 def _filter_options(given: dict[str, Any] | Sequence[str] | None) -> dict[str, Any] | None:
@@ -307,8 +267,7 @@ def _is_default(context: typer.Context, name: str) -> bool:
 
 
 Conversion = Annotated[
-    ConversionOptions,
-    OptionGroup([*_PATTERN_OPTIONS, *map(_config_parameter, ConvertConfig.model_fields)], _build_conversion),
+    ConversionOptions, OptionGroup(_conversion_options, more=map(_config_parameter, ConvertConfig.model_fields))
 ]
 
 
@@ -316,12 +275,7 @@ Conversion = Annotated[
 
 
 def read_by(model: str, *others: Path | str | None) -> list[Path]:
-    """Returns the files and folders that a command reads, and so must not write over.
-
-    Args:
-        model: Its MODEL: a timm model, a folder, or package.module:callable.
-        others: Other files and folders that it was given.
-    """
+    """Returns the files and folders behind a command's MODEL and other arguments, which it must not write over."""
     folder = Path(model)
     kept = [place / name for place in (folder, folder / "best", folder / "last") for name in _FOLDER_FILES]
     module = Path(*model.partition(":")[0].split("."))

@@ -96,7 +96,7 @@ def finetune(
     ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Train a converted model, on one machine or, under torchrun, on many. Ctrl-C saves; --resume goes on."""
+    """Train a converted model, on one machine or, under torchrun, on many. Ctrl-C saves; --resume continues."""
     changes = stage_changes(epochs, steps, lr, batch_size=batch_size, accumulate=accumulate, amp=amp)
     with only_results_on_stdout():  # whatever models and data sets print
         from ddf_convert.training import api
