@@ -203,7 +203,7 @@ class DepthRun(RunFolder):
     """The folder of a run of ``depth train``, which is the folder of its network too."""
 
     decisive = _DECISIVE
-    foreign = "is not empty, and holds no run of upsample-train: give another folder"
+    foreign = "is not empty, and holds no run of depth train: give another folder"
 
     def __init__(self, path: Path, unit: Unit, downsample: Downsampling) -> None:
         super().__init__(path)
