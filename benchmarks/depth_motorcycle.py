@@ -23,7 +23,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from depth_parts.peers import PEERS, Peer, interpolated, opencv
@@ -37,7 +37,7 @@ from ddf_convert.depth.inference import upsample
 from ddf_convert.depth.lowres import downsample
 from ddf_convert.depth.metrics import errors
 from ddf_convert.depth.picture import draw
-from ddf_convert.depth.training import Settings, Trainer
+from ddf_convert.depth.trainer import DepthSettings, DepthTrainer
 from ddf_convert.models.ddf_upnet import JointUpNet
 from ddf_convert.recipes import Recipe, load
 
@@ -185,8 +185,8 @@ def of_network(network: Network, divided: tuple[Part, Part], factor: int, seed: 
 
 def train(model: JointUpNet, part: Part, seed: int, steps: int) -> JointUpNet:
     """As the built-in recipe says, but for the number of steps, and a learning rate for so few of them."""
-    settings = Settings(crop=CROP, seed=seed, turned=0.5)
-    return Trainer(model, recipe(steps), part, settings).run()
+    settings = DepthSettings(crop=CROP, seed=seed, turned=0.5)
+    return cast(JointUpNet, DepthTrainer(model, recipe(steps), part, settings).run())
 
 
 def recipe(steps: int) -> Recipe:

@@ -37,7 +37,7 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from ddf_convert.bench.device import DTYPES, LAYOUTS
+from ddf_convert.bench.measure import DTYPES, LAYOUTS
 from ddf_convert.cuda import dispatch
 from ddf_convert.cuda.codegen.ptx import Capability, compile_ptx
 from ddf_convert.cuda.kernel_spec import FilterNormSpec, GenericSpec, GradFiltersSpec, KernelSpec, Q, WindowSpec

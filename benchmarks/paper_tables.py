@@ -55,8 +55,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _latency(device: str | None, seconds: float) -> dict[str, Any]:
     where = choose(device)
-    settings = op.Settings(
-        tuple(TABLE_2), 256, op.BATCH[where.type], 3, "float32", ("contiguous",), where, seconds, False
+    settings = op.OpSettings(
+        resolutions=tuple(TABLE_2),
+        channels=256,
+        batch=op.BATCH[where.type],
+        kernel_size=3,
+        dtype="float32",
+        layouts=("contiguous",),
+        device=where,
+        seconds=seconds,
+        compiled=False,
     )
     return op.run(settings, lambda words: print(words, flush=True))
 

@@ -115,7 +115,7 @@ def several_values(arguments: list[str]) -> list[str]:
 
 def _report_error(error: Exception, debug: bool) -> int:
     code = int(getattr(error, "exit_code", 1))
-    if getattr(error, "told_elsewhere", False) or not _first_to_say(str(error)):
+    if getattr(error, "reported_elsewhere", False) or not _first_to_say(str(error)):
         return code
     if debug:
         traceback.print_exception(error)
@@ -138,7 +138,7 @@ def _first_to_say(message: str) -> bool:
         return True
     from ddf_convert.training import distributed
 
-    return distributed.first_to_say(message)
+    return distributed.first_to_report(message)
 
 
 def _complain(message: str) -> None:

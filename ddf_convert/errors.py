@@ -59,7 +59,7 @@ def may_pass(error: BaseException) -> bool:
         isinstance(each, InterruptedError | TimeoutError)
         or (isinstance(each, OSError) and _TRANSIENT.fullmatch(errno.errorcode.get(each.errno or 0, "")))
         or ran_out_of_memory(each)
-        for each in _chain(error)
+        for each in error_chain(error)
     )
 
 
@@ -70,7 +70,7 @@ def ran_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
+def error_chain(error: BaseException) -> Iterator[BaseException]:
     """Yields an error, and those that it was raised from."""
     seen: set[int] = set()
     following: BaseException | None = error

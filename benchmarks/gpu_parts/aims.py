@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ddf_convert.bench.peers import COMPILED, DENSE, DEPTHWISE, MODULE, OP, TF32
+from ddf_convert.bench.op import COMPILED, DENSE, DEPTHWISE, MODULE, OP, TF32
 from gpu_parts.run import Run
 
 ALL = (7, 14, 28, 56, 112, 224)

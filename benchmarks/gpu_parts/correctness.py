@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from ddf_convert import ops, reference
-from ddf_convert.bench.device import DTYPES, LAYOUTS, convolution_settings
+from ddf_convert.bench.measure import DTYPES, LAYOUTS, convolution_settings
 from ddf_convert.layers import DDF2d
 from gpu_parts.cases import GEOMETRIES, LARGER, Case, Geometry, cases
 from gpu_parts.run import Run, fail

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ddf_convert.bench.peers import OP
+from ddf_convert.bench.op import OP
 from ddf_convert.bench.tables import percent
 from ddf_convert.report.units import figure
 from gpu_parts.run import complaints

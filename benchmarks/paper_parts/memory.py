@@ -7,7 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from ddf_convert.bench.peers import DENSE, DEPTHWISE, MODULE, OP, UNFOLD
+from ddf_convert.bench.op import DENSE, DEPTHWISE, MODULE, OP, UNFOLD
 from ddf_convert.utils.device import describe_short
 
 # As in the plots of ``bench``: ours in warm colors, what they are compared with in cool ones.

@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from ddf_convert.bench.peers import DENSE, DEPTHWISE, MODULE, OP
+from ddf_convert.bench.op import DENSE, DEPTHWISE, MODULE, OP
 from ddf_convert.utils.device import describe_short
 from paper_parts.counted import Formula, cost_of
 from paper_parts.quoted import TABLE_2, TABLE_3, TABLE_4, TABLE_5, Row

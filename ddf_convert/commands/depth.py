@@ -27,7 +27,7 @@ from ddf_convert.commands.options import (
 from ddf_convert.errors import UsageError
 
 if TYPE_CHECKING:
-    from ddf_convert.depth.single import Upsampled
+    from ddf_convert.depth.predict import Upsampled
 
 
 class Downsample(StrEnum):
@@ -106,10 +106,10 @@ def upsample_train(
         raise UsageError(f"--lr {lr:g}: must be above 0")
     with only_results_on_stdout():
         from ddf_convert.depth import run
-        from ddf_convert.depth.training import Settings
+        from ddf_convert.depth.trainer import DepthSettings
 
         outcome = run.train(
-            run.Request(
+            run.DepthTrainRequest(
                 data=data,
                 output=output,
                 factor=factor,
@@ -123,7 +123,9 @@ def upsample_train(
                     "lr": lr,
                     "amp": None if amp is None else amp.value,
                 },
-                settings=Settings(crop=crop, downsample=downsample.value, loss=loss.value, seed=seed, turned=turned),
+                settings=DepthSettings(
+                    crop=crop, downsample=downsample.value, loss=loss.value, seed=seed, turned=turned
+                ),
                 unit=unit,
                 allow_8bit=allow_8bit,
                 resume=resume,
@@ -175,10 +177,10 @@ def upsample(
     for wanted in filter(None, (output, comparison)):
         check_output("--output", wanted, overwrite, read_by(str(checkpoint), rgb, depth, truth))
     with only_results_on_stdout():
-        from ddf_convert.depth import single
+        from ddf_convert.depth import predict
 
-        found = single.upsample_files(
-            single.Request(
+        found = predict.upsample_files(
+            predict.PredictRequest(
                 photo=rgb,
                 depth=depth,
                 checkpoint=checkpoint,

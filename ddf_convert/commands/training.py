@@ -31,7 +31,7 @@ from ddf_convert.commands.options import (
 from ddf_convert.errors import UsageError
 
 if TYPE_CHECKING:
-    from ddf_convert.training.api import Outcome
+    from ddf_convert.training.api import FinetuneOutcome
     from ddf_convert.training.evaluation import Evaluation
 
 _FIGURES = (("top1", "top-1"), ("top5", "top-5"), ("agreement", "agrees with original"), ("loss", "loss"))
@@ -113,10 +113,11 @@ def finetune(
         raise UsageError(f"--lr {lr:g}: must be above 0")
     with only_results_on_stdout():  # whatever models and data sets print
         from ddf_convert.training import api
-        from ddf_convert.training.stage import Options
+        from ddf_convert.training.setup import FinetuneRequest
+        from ddf_convert.training.trainer import TrainingOptions
 
         outcome = api.finetune(
-            api.Request(
+            FinetuneRequest(
                 folder=folder,
                 data=data,
                 output=output,
@@ -137,7 +138,7 @@ def finetune(
                 input_size=input_size,
                 device=device,
                 on_broken=on_broken.value,
-                options=Options(
+                options=TrainingOptions(
                     seed=seed,
                     workers=workers,
                     channels_last=channels_last,
@@ -184,8 +185,8 @@ def evaluate(
     with only_results_on_stdout():
         from ddf_convert.training import api
 
-        measured = api.measure(
-            api.Question(
+        measured = api.evaluate_model(
+            api.EvaluateRequest(
                 name=model,
                 data=data,
                 split=split.value,
@@ -224,7 +225,7 @@ def _evaluation_table(found: Evaluation, name: str, data: str) -> RenderableType
     return Group(Text(f"{name} on {data}", style="bold"), table)
 
 
-def _present(outcome: Outcome) -> None:
+def _present(outcome: FinetuneOutcome) -> None:
     from ddf_convert.report.tables import new_table, numeric_column
 
     rows = [("before training", outcome.before), ("best", outcome.best), ("last", outcome.last)]

@@ -30,8 +30,8 @@ from ddf_convert.commands.options import (
 from ddf_convert.errors import UsageError
 
 if TYPE_CHECKING:
-    from ddf_convert.visualize.capture import LayerFilters
-    from ddf_convert.visualize.run import Seen
+    from ddf_convert.visualize import LayerFilters
+    from ddf_convert.visualize.run import VisualizeResult
 
 
 def visualize(
@@ -98,8 +98,8 @@ def visualize(
         from ddf_convert.visualize import run
 
         kind = None if output is None else run.check_output(output)
-        seen = run.look(
-            run.Request(
+        seen = run.run(
+            run.VisualizeRequest(
                 name=model,
                 images=images,
                 layers=layer or (),
@@ -134,7 +134,7 @@ def _tap(text: str) -> tuple[int, int]:
     return int(row), int(column)
 
 
-def _present(seen: Seen) -> None:
+def _present(seen: VisualizeResult) -> None:
     from ddf_convert.report.tables import new_table, numeric_column
     from ddf_convert.visualize.picture import percent
 

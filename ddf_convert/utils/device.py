@@ -48,7 +48,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
+        "python": platform.pythonpackage_version(),
         "torch": torch.__version__,
         "numba": metadata.version("numba"),
     }
@@ -62,8 +62,8 @@ def describe(device: torch.device) -> dict[str, Any]:
             "driver": _driver(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "numba_cuda": _version("numba-cuda"),
-            "triton": _version("triton"),
+            "numba_cuda": package_version("numba-cuda"),
+            "triton": package_version("triton"),
         }
     return machine
 
@@ -93,7 +93,8 @@ def _driver() -> str | None:
     return lines[0].strip() if lines else None
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Returns the version of an installed package; None if it is missing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

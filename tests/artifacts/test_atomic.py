@@ -307,13 +307,13 @@ def test_runs_begin_in_folders_of_their_own(place, capsys, name, resume):
 
 
 def test_a_run_does_not_replace_models_whose_checkpoints_are_gone(place, capsys):
-    from ddf_convert.training.run_dir import RunFolder
+    from ddf_convert.training.run_dir import FinetuneRun
 
     Path("run").mkdir()
     Path("run/settings.json").write_text('{"format_version": 1, "world": 1}')
     ddf.save(model(), "run/best")
     with pytest.raises(UsageError, match="no checkpoint to go on from: give another folder"):
-        RunFolder(Path("run")).check(resume=False)
+        FinetuneRun(Path("run")).check(resume=False)
     Path("run/best/model.safetensors").write_bytes(THEIRS)
     with pytest.raises(ArtifactError, match=r"best/model\.safetensors is in the way"):
         ddf.save(model(), "run/best")

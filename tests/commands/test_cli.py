@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -677,14 +678,14 @@ def checked() -> dict[str, doctor.Check]:
 
 
 def test_doctor_without_the_optional(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = doctor.metadata.version
+    known = metadata.version
 
     def missing(name: str) -> str:
         if name in ("torchvision", "matplotlib", "numba-cuda"):
-            raise doctor.metadata.PackageNotFoundError
+            raise metadata.PackageNotFoundError
         return known(name)
 
-    monkeypatch.setattr(doctor.metadata, "version", missing)
+    monkeypatch.setattr(metadata, "version", missing)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     checks = checked()
     assert checks["matplotlib"].state == checks["numba-cuda"].state == "note"
@@ -711,13 +712,13 @@ def test_doctor_says_why_torch_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setattr(torch.cuda, "is_available", too_old)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert doctor._cuda().detail.startswith(
+    assert doctor.check_cuda()[1].startswith(
         "CUDA initialization: the driver is too old; torch is built for CUDA 13.0, "
     )
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert doctor._cuda() == doctor.Check("CUDA", doctor.State.NOTE, "this torch is not built for NVIDIA GPUs")
-    monkeypatch.setattr(doctor, "_version", lambda name: None)
-    assert doctor._numba_cuda().detail == "not installed; only NVIDIA GPUs need it"
+    assert doctor.check_cuda() == (doctor.State.NOTE, "this torch is not built for NVIDIA GPUs")
+    monkeypatch.setattr(doctor, "package_version", lambda name: None)
+    assert doctor.check_numba_cuda()[1] == "not installed; only NVIDIA GPUs need it"
 
 
 def test_doctor_goes_on_where_torch_fails(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -741,22 +742,20 @@ def test_doctor_where_the_cuda_compiler_fails(monkeypatch: pytest.MonkeyPatch, g
     monkeypatch.setattr(ptx, "compile_ptx", fails)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     pretend_gpus(monkeypatch, gpus)
-    check = doctor._cuda_compiler()
-    assert check.state == state
-    assert check.detail == "it fails (OSError: libnvvm.so: no such file); pip install 'ddf-convert[cuda13]'"
+    found, detail = doctor.check_cuda_compiler()
+    assert found == state
+    assert detail == "it fails (OSError: libnvvm.so: no such file); pip install 'ddf-convert[cuda13]'"
     monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")
-    assert doctor._cuda_compiler().detail.endswith("unset it")
+    assert doctor.check_cuda_compiler()[1].endswith("unset it")
 
 
 def test_doctor_finds_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    assert doctor._cuda_cache() == doctor.Check(
-        "CUDA kernel cache", doctor.State.OK, str(tmp_path / "ddf_convert_cuda")
-    )
+    assert doctor.check_cuda_kernel_cache() == (doctor.State.OK, str(tmp_path / "ddf_convert_cuda"))
     (tmp_path / "ddf_convert_cuda").write_text("a file stands in the way")
-    check = doctor._cuda_cache()
-    assert check.state == "note"
-    assert "set NUMBA_CACHE_DIR" in check.detail
+    state, detail = doctor.check_cuda_kernel_cache()
+    assert state == "note"
+    assert "set NUMBA_CACHE_DIR" in detail
 
 
 def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
@@ -779,16 +778,18 @@ def test_doctor_tries_every_gpu(
 ) -> None:
     from ddf_convert import cuda
 
-    known, small_case, tried = doctor._version, doctor._small_case, []
+    known, check_kernels, tried = doctor.package_version, doctor.check_kernels, []
 
-    def on_the_cpu(name: str, device: str) -> doctor.Check:
+    def on_the_cpu(device: str) -> doctor.Result:
         tried.append(device)
-        return small_case(name, "cpu")
+        return check_kernels("cpu")
 
     pretend_gpus(monkeypatch, 2)
     monkeypatch.setattr(cuda, "unusable", lambda device: reason)
-    monkeypatch.setattr(doctor, "_small_case", on_the_cpu)
-    monkeypatch.setattr(doctor, "_version", lambda name: known(name) if installed or name != "numba-cuda" else None)
+    monkeypatch.setattr(doctor, "check_kernels", on_the_cpu)
+    monkeypatch.setattr(
+        doctor, "package_version", lambda name: known(name) if installed or name != "numba-cuda" else None
+    )
     checks = checked()
     for index in (0, 1):
         check = checks[f"cuda:{index}"]

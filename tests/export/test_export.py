@@ -27,7 +27,7 @@ from torch import nn
 import ddf_convert as ddf
 from ddf_convert import cli, export, reference
 from ddf_convert.errors import DDFError, UsageError
-from ddf_convert.export import checking, onnx_file, onnx_operators, standard, torch_file
+from ddf_convert.export import checking, onnx_file, onnx_operators, torch_file
 from ddf_convert.export.sizes import rename
 from ddf_convert.layers import DDF2d, DDFUp2d
 
@@ -193,7 +193,7 @@ def test_translations_are_the_operators(tmp_path):
     outputs = ran(tmp_path / "calls.onnx", *itertools.chain(*tensors))
     assert len(outputs) == len(OPERATORS)
     assert_near(outputs, model(tensors))
-    plain = standard.decompositions()
+    plain = torch_file.decompositions()
     for name, (options, each) in made.items():
         scale = 0.5 if "normalized" in name else None
         decomposed = plain[torch.ops.ddf_convert.ddf.default](*each, *options.values(), scale)
@@ -314,7 +314,7 @@ def test_a_difference_is_an_error_and_leaves_the_old_file(tmp_path, monkeypatch)
     monkeypatch.setattr(onnx_operators, "EPSILON", 0.5)
     with pytest.raises(DDFError, match=r"onnxruntime differs from PyTorch by .* nothing was written"):
         export.to_onnx(networks.Normalized(), image(channels=4), tmp_path / "model.onnx")
-    table = standard.decompositions()
+    table = torch_file.decompositions()
     monkeypatch.setattr(
         torch_file, "decompositions", lambda: {**table, torch.ops.ddf_convert.filter_norm.default: wrong_operator}
     )
@@ -371,7 +371,7 @@ def test_what_is_refused(name, tmp_path):
 
 
 def test_missing_packages_are_named_with_the_extra(tmp_path, monkeypatch):
-    monkeypatch.setattr(onnx_file, "_NEEDED", ("onnx", "no_such_runtime"))
+    monkeypatch.setattr(onnx_file, "_PACKAGES", ("onnx", "no_such_runtime"))
     with pytest.raises(UsageError, match=r"needs no_such_runtime: pip install 'ddf-convert\[export\]'"):
         export.to_onnx(networks.Normalized(), image(), tmp_path / "model.onnx")
 

@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ddf_convert import ops, reference
 from ddf_convert.layers import DDFUp2d, SpatialFilterNorm
 from ddf_convert.layers import ddf_up as up_module
-from ddf_convert.layers.ddf import normalizes_inside
+from ddf_convert.layers.ddf import operator_can_normalize
 
 GOLDEN = DATA / "golden"
 CASES = [case for case in json.loads((GOLDEN / "index.json").read_text()) if case["module"] == "DDFUp2d"]
@@ -34,16 +34,19 @@ def _seed() -> None:
     torch._dynamo.reset()
 
 
-def by_reference(input: Tensor, channel: Tensor, spatial: Tensor, **options: Any) -> Tensor:
+def by_reference(input: Tensor, channel: Tensor, spatial: Tensor, norm_scale: None, **options: Any) -> Tensor:
     return reference.forward(input, channel, spatial, reference.Geometry(**options))
 
 
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets layers decide as they would for CUDA tensors; plain DDF is then an error where FilterNorm goes inside."""
     on_cuda = SimpleNamespace(is_cuda=True)
-    monkeypatch.setattr(up_module, "normalizes_inside", lambda branch, input: normalizes_inside(branch, on_cuda))
+    monkeypatch.setattr(
+        up_module, "operator_can_normalize", lambda branch, input: operator_can_normalize(branch, on_cuda)
+    )
 
-    def normalized_ddf(*tensors: Tensor, norm_scale: float, **options: Any) -> Tensor:
+    def normalized_ddf(*tensors: Tensor, norm_scale: float | None, **options: Any) -> Tensor:
+        assert norm_scale is not None
         return ops.ddf(*tensors, norm_scale=norm_scale, **options)
 
     monkeypatch.setattr(up_module, "ddf", normalized_ddf)

@@ -17,7 +17,7 @@ from torch import nn
 import ddf_convert as ddf
 from ddf_convert import cli, visualize
 from ddf_convert.layers import DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d
-from ddf_convert.visualize import dynamics
+from ddf_convert.visualize.layer_filters import measure_dynamics
 
 MODEL = "test_resnet"  # timm's smallest
 
@@ -154,7 +154,7 @@ def test_numbers_are_what_means_lose(combine, count):
     generator = torch.Generator().manual_seed(0)
     spatial = torch.rand(count, 2, 2, 9, 20, generator=generator) + torch.rand(1, 2, 2, 9, 20, generator=generator)
     channel = torch.randn(count, 2, 6, 9, generator=generator) + torch.rand(1, 2, 6, 9, generator=generator)
-    found = dynamics.measure(spatial, channel, combine)
+    found = measure_dynamics(spatial, channel, combine)
     filters = applied(spatial, channel, combine)
     by_head = channel.unflatten(2, (2, 3))
 
@@ -188,7 +188,7 @@ def test_fixed_filters_are_not_dynamic(combine):
 
 
 def test_filters_of_zeros_are_not_dynamic():
-    found = dynamics.measure(torch.zeros(1, 1, 1, 9, 4), torch.zeros(1, 1, 2, 9), "mul")
+    found = measure_dynamics(torch.zeros(1, 1, 1, 9, 4), torch.zeros(1, 1, 2, 9), "mul")
     assert (found.total, found.pixels, found.images, found.channels) == (0, 0, None, 0)
 
 
