@@ -24,6 +24,7 @@ from ddf_convert.errors import UsageError
 
 CPU = torch.device("cpu")
 TINY_OP = ("--device", "cpu", "--channels", 4, "--batch", 1, "--seconds", 0.001)
+TINY_SETTINGS: dict[str, Any] = {"channels": 4, "batch": 1, "kernel_size": 3, "device": CPU, "seconds": 0.001}
 TINY_LAYER = (*TINY_OP, "--size", 6)
 MODEL = """
 import torch
@@ -142,15 +143,7 @@ def test_figures_of_older_runs_are_read_alike():
     """What quotes the file of figures finds the same keys in a new one."""
     old = json.loads((BENCHMARKS / "results" / "cpu_op.json").read_text())
     settings = op.OpSettings(
-        resolutions=(5,),
-        channels=4,
-        batch=1,
-        kernel_size=3,
-        dtype="float32",
-        layouts=("contiguous",),
-        device=CPU,
-        seconds=0.001,
-        compiled=False,
+        **TINY_SETTINGS, resolutions=(5,), dtype="float32", layouts=("contiguous",), compiled=False
     )
     new = json.loads(json.dumps(op.run(settings)))
     assert set(old) <= set(new)
@@ -185,17 +178,7 @@ def test_tables_fit_and_files_are_written(run, folder, arguments):
 
 def test_the_forms_of_upsampling_agree():
     """The branches apart are the fused layer; what unfolds is bilinear once its filters are."""
-    settings = up.UpSettings(
-        resolutions=(5,),
-        channels=4,
-        scale_factor=2,
-        batch=1,
-        kernel_size=3,
-        dtype="float64",
-        layout="channels_last",
-        device=CPU,
-        seconds=0.001,
-    )
+    settings = up.UpSettings(**TINY_SETTINGS, resolutions=(5,), scale_factor=2, dtype="float64", layout="channels_last")
     named = {each.name: each.function for each in settings.implementations()}
     input = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     fused, apart = named[up.UP](input), named[up.SEPARATE](input)
@@ -418,19 +401,15 @@ def test_modules_have_the_workloads_dtype_and_layout():
 def test_settings_made_in_python_are_checked_too():
     with pytest.raises(UsageError, match="--heads 2: must divide the 3 channels"):
         layer.LayerSettings(
-            channels=3,
+            **{**TINY_SETTINGS, "channels": 3},
             size=6,
-            kernel_size=3,
             stride=1,
             dilation=1,
             heads=2,
             se_ratio=0.2,
             combine="mul",
-            batch=1,
             dtype="float32",
             layout="contiguous",
-            device=CPU,
-            seconds=0.1,
             tf32=False,
         )
     with pytest.raises(UsageError, match="plots are PNG"):
