@@ -8,17 +8,18 @@ BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-long bench kernels zoo docs lint clean
+.PHONY: help demo check test-fast test test-long bench kernels zoo docs lint clean
 
 help:
 	@echo "make demo    convert ResNet-50 into $(DEMO)/, show what it saves, load it back and compare"
-	@echo "make test    ruff, mypy and the tests"
+	@echo "make check   ruff, format and mypy"
+	@echo "make test-fast  check, and the tests that start no process and compile nothing: for every edit"
+	@echo "make test    check, and all tests: what CI runs"
 	@echo "make test-long  what make test leaves out: more CUDA kernels and compiled models (minutes, no GPU)"
 	@echo "make bench   time the operator beside its peers (minutes, on a quiet machine)"
 	@echo "make kernels compile every CUDA kernel for four architectures and show its registers (no GPU, minutes)"
 	@echo "make zoo     plan and convert every architecture of timm and torchvision (no download, an hour or more)"
 	@echo "make docs    the documentation site, in site/; fails at a broken link"
-	@echo "make lint    ruff and mypy alone"
 	@echo "make clean   remove $(VENV), $(DEMO) and caches"
 
 demo: $(INSTALLED)
@@ -28,7 +29,11 @@ demo: $(INSTALLED)
 	@echo "== a new process loads $(DEMO) and compares"
 	@$(BIN)/python scripts/demo_check.py $(DEMO)
 
-test: lint
+test-fast: check
+	@echo "== pytest, the fast tests"
+	@$(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not slow and not long"
+
+test: check
 	@echo "== pytest"
 	@$(BIN)/python -m pytest -q -n 2 --dist worksteal
 
@@ -44,13 +49,15 @@ kernels: $(INSTALLED)
 zoo: $(INSTALLED)
 	@$(BIN)/python benchmarks/zoo.py --real
 
-# Not --quiet, which hides warnings from --strict too. The theme would tell of its successor at every build; mkdocs.yml
+# Not --quiet, which hides warnings from --strict too. The theme would announce its successor at every build; mkdocs.yml
 # says why it is kept.
 docs: $(INSTALLED)
 	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --site-dir site
 	@echo "site/index.html is the first page; the search needs a server: $(BIN)/python -m http.server --directory site"
 
-lint: $(INSTALLED)
+lint: check
+
+check: $(INSTALLED)
 	@echo "== ruff and mypy"
 	@$(BIN)/ruff check --quiet
 	@$(BIN)/ruff format --check --quiet || { echo "run: $(BIN)/ruff format"; exit 1; }

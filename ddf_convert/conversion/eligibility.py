@@ -14,7 +14,7 @@ from torch.nn.utils import parametrize
 from torch.overrides import TorchFunctionMode
 
 from ddf_convert.conversion.interpolate_hook import class_of
-from ddf_convert.conversion.plan import ConvertConfig, Mix, Replacement, Scalar
+from ddf_convert.conversion.plan import ConvertConfig, Mix, Operation, Replacement, Scalar
 from ddf_convert.conversion.recorder import Call
 from ddf_convert.conversion.registry import DDF, DDF_LAYERS, filter_of, find_filter, replacing_layers, with_mixing
 from ddf_convert.layers import DDFConv2d, DDFUp2d, DDFUpConv2d, SeparableFilter2d
@@ -67,6 +67,23 @@ def kind_of(module: nn.Module) -> str:
     if module.groups > 1:
         return f"grouped {size_of_kernel}"
     return f"pointwise {size_of_kernel}" if module.kernel_size == (1, 1) else f"dense {size_of_kernel}"
+
+
+def operation_of(module: nn.Module) -> Operation:
+    """What a site's module computes; ``kind_of`` puts it in words."""
+    if isinstance(module, DDFUp2d | DDFUpConv2d):
+        return Operation.DDF_UP
+    if isinstance(module, SeparableFilter2d):
+        return operation_of(module.filter)
+    if isinstance(module, DDFConv2d) or filter_of(module) is not None:
+        return Operation.CONVERTED
+    torch_operations = {
+        nn.Conv2d: Operation.CONV,
+        nn.ConvTranspose2d: Operation.CONV_TRANSPOSE,
+        nn.Upsample: Operation.INTERPOLATE,
+        nn.PixelShuffle: Operation.PIXEL_SHUFFLE,
+    }
+    return next((each for kind, each in torch_operations.items() if isinstance(module, kind)), Operation.CONVERTED)
 
 
 def ddf_up(factor: int | float | bool | str, mixes: bool = False) -> str:

@@ -107,6 +107,22 @@ class FoundBy(StrEnum):
     HOOKS = "hooks"  # by running the model
 
 
+class Operation(StrEnum):
+    """What a site computes."""
+
+    CONV = "conv2d"
+    CONV_TRANSPOSE = "conv_transpose2d"
+    INTERPOLATE = "interpolate"
+    PIXEL_SHUFFLE = "pixel_shuffle"
+    DDF_UP = "ddf_up"  # from an earlier conversion
+    CONVERTED = "converted"  # another layer from an earlier conversion
+
+    @property
+    def upsamples(self) -> bool:
+        """Whether it is an interpolation or a pixel shuffle; a transposed convolution is a convolution."""
+        return self in (Operation.INTERPOLATE, Operation.PIXEL_SHUFFLE)
+
+
 class Interpolation(BaseModel):
     """How an interpolation found its pixels, in the words of ``F.interpolate``.
 
@@ -182,6 +198,9 @@ class Site(BaseModel):
         calls: How often one forward pass calls it.
         action: Replace it or leave it alone.
         reason: Why, in words for a user.
+        operation: What it computes.
+        kernel_size: Of a convolution, in pixels (rows, columns); None for anything else.
+        override: The option that replaces it when it is True, "stem" for example; empty where none does.
         found_by: How it was found.
         caution: What is less certain for it, in words; empty where nothing is.
         replacement: What takes its place, for every convolution that could be replaced (also while skipped).
@@ -204,6 +223,9 @@ class Site(BaseModel):
     calls: int = 1
     action: Action
     reason: str
+    operation: Operation = Field(default_factory=lambda fields: _operation_of_kind(fields["kind"]))
+    kernel_size: tuple[int, int] | None = Field(default_factory=lambda fields: _kernel_size_of_kind(fields["kind"]))
+    override: str = Field(default_factory=lambda fields: _override_of_reason(fields["reason"]))
     found_by: FoundBy = FoundBy.FX
     caution: str = ""
     replacement: Replacement | None = None
@@ -215,11 +237,17 @@ class Site(BaseModel):
     @property
     def upsampling(self) -> bool:
         """Whether it is an interpolation or a pixel shuffle; a transposed convolution is a convolution."""
-        return is_upsampling(self.kind)
+        return self.operation.upsamples
 
-    def skip(self, reason: str = "left alone by the plan's editor") -> None:
-        """Leaves this convolution alone."""
-        self.action, self.reason, self.after = Action.SKIP, reason, self.before
+    @property
+    def functional(self) -> bool:
+        """Whether it is a call of a function, such as ``F.conv2d``, and no module."""
+        return self.name.endswith("()")
+
+    def skip(self, reason: str = "left alone by the plan's editor", override: str = "") -> None:
+        """Leaves this convolution alone; ``override`` is the option that would replace it."""
+        self.action, self.after = Action.SKIP, self.before
+        self.reason, self.override = f"{reason}{override_hint(override)}", override
 
     def replace(self, reason: str = "replaced by the plan's editor") -> None:
         """Replaces this convolution after all: undoes :meth:`skip`, or overrules the planner.
@@ -229,7 +257,8 @@ class Site(BaseModel):
         """
         if self.replacement is None or self.replacement_cost is None:
             raise UsageError(f"{self.name} cannot be replaced: {self.reason}")
-        self.action, self.reason, self.after = Action.REPLACE, reason, self.replacement_cost
+        self.action, self.reason, self.override = Action.REPLACE, reason, ""
+        self.after = self.replacement_cost
 
 
 class Timed(BaseModel):
@@ -286,7 +315,7 @@ class Plan(BaseModel):
     @property
     def functional(self) -> bool:
         """Whether convolutions that are called as functions are replaced, so that the model becomes a GraphModule."""
-        return any(site.kind.startswith("functional") and not site.upsampling for site in self.replaced)
+        return any(site.functional and not site.upsampling for site in self.replaced)
 
     @property
     def timed_whole(self) -> bool:
@@ -350,6 +379,39 @@ class Plan(BaseModel):
             return cls.model_validate_json(text)
         except ValidationError as error:
             raise UsageError(f"not a plan of ddf_convert: {in_one_line(error)}") from error
+
+
+def override_hint(option: str) -> str:
+    """How a reason ends that one option overrides; empty for no option."""
+    return f" ({option}=True replaces it)" if option else ""
+
+
+# --- plans saved before sites had these fields ---
+
+
+def _operation_of_kind(kind: str) -> Operation:
+    words = kind.removeprefix("functional ")
+    if words.startswith("DDF-Up"):
+        return Operation.DDF_UP
+    if words.startswith("pixel shuffle"):
+        return Operation.PIXEL_SHUFFLE
+    if words.startswith(_UPSAMPLING):
+        return Operation.INTERPOLATE
+    if words.startswith("transposed"):
+        return Operation.CONV_TRANSPOSE
+    if words.startswith(("dense", "depthwise", "grouped", "pointwise", "functional")):
+        return Operation.CONV
+    return Operation.CONVERTED
+
+
+def _kernel_size_of_kind(kind: str) -> tuple[int, int] | None:
+    found = re.fullmatch(r"(?:functional )?(?:dense|depthwise|grouped|pointwise|transposed) (\d+)x(\d+)", kind)
+    return (int(found[1]), int(found[2])) if found else None
+
+
+def _override_of_reason(reason: str) -> str:
+    found = re.search(r" \((\w+)=True replaces it\)$", reason)
+    return found[1] if found else ""
 
 
 def is_upsampling(kind: str) -> bool:

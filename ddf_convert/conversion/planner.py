@@ -7,7 +7,7 @@ import glob
 import inspect
 import re
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -21,10 +21,21 @@ from ddf_convert.conversion.eligibility import (
     is_depthwise,
     kind_of,
     obstacle,
+    operation_of,
     replacement_for,
     stand_in,
 )
-from ddf_convert.conversion.plan import Action, ConvertConfig, FoundBy, Plan, Replacement, Site, Timed, make_config
+from ddf_convert.conversion.plan import (
+    Action,
+    ConvertConfig,
+    FoundBy,
+    Operation,
+    Plan,
+    Replacement,
+    Site,
+    Timed,
+    make_config,
+)
 from ddf_convert.conversion.recorder import UPSAMPLING, Call, Recording, record
 from ddf_convert.conversion.registry import DDF, Filter, find_filter, is_built_in, with_mixing
 from ddf_convert.conversion.rewriter import Replaced, prepare, steps_of, swap
@@ -376,6 +387,13 @@ def _frozen(model: nn.Module, sites: list[Site]) -> list[str]:
     ]
 
 
+class _Refusal(NamedTuple):
+    """Why a site is left alone, and the option that would replace it if there is one."""
+
+    reason: str
+    override: str = ""
+
+
 class _Planner:
     """The table of decisions, row by row."""
 
@@ -411,8 +429,9 @@ class _Planner:
         if self.config.upsample and upsamples(convolution):
             self._decide_upsampling(site, convolution, module)
             return site
-        site.reason = self._structure(convolution, module) or ""
-        if site.reason or not isinstance(module, nn.Conv2d):
+        refusal = self._structure(convolution, module)
+        if refusal or not isinstance(module, nn.Conv2d):
+            site.skip(*refusal or _Refusal(""))
             return site
         mix, why = self._mixing(convolution, module)
         site.caution = "; ".join(filter(None, (convolution.caution, caution(module))))
@@ -425,7 +444,7 @@ class _Planner:
         site.replacement_cost = self.costs_of_replacements.over_all_calls(layer, convolution)
         refusal = self._unselected(convolution, module) or self._unprofitable(site, module)
         if refusal:
-            site.reason = refusal
+            site.skip(*refusal)
         else:
             site.replace(why)
         return site
@@ -473,29 +492,30 @@ class _Planner:
             site.before = site.after = site.before + self.costs.over_all_calls(worked_on.module, worked_on)
         layer = layer.to(worked_on.dtype)
         site.replacement_cost = self.costs_of_replacements.over_all_calls(layer, worked_on)
-        site.reason = (
+        refusal = (
             self._unselected(convolution, module)
             or self._excluded_with(convolution, worked_on)
             or self._undesired(site, convolution, module)
-            or ""
         )
-        if not site.reason:
+        if refusal:
+            site.skip(*refusal)
+        else:
             site.replace(_why_upsampled(site, module))
 
-    def _excluded_with(self, convolution: Convolution, worked_on: Convolution) -> str | None:
+    def _excluded_with(self, convolution: Convolution, worked_on: Convolution) -> _Refusal | None:
         excluded = self.exclude.matching(worked_on)
         if worked_on is convolution or excluded is None:
             return None
-        return f"its convolution, {worked_on.name}, is excluded by {excluded!r}"
+        return _Refusal(f"its convolution, {worked_on.name}, is excluded by {excluded!r}")
 
-    def _undesired(self, site: Site, convolution: Convolution, module: nn.Module) -> str | None:
+    def _undesired(self, site: Site, convolution: Convolution, module: nn.Module) -> _Refusal | None:
         """What of upsampling is left alone unless asked for; interpolations were, which never save anything."""
         if isinstance(module, nn.ConvTranspose2d | nn.PixelShuffle):
             return None if self.config.allow_growth else _growth(site)
         if convolution.on_image and not self.config.stem:
-            return "resizes the image: no convolution comes before it (stem=True replaces it)"
+            return _Refusal("resizes the image: no convolution comes before it", "stem")
         if site.in_channels == 1 and not self.config.stem:  # detectors paste a mask at a time, at any size
-            return "works on a single channel: a mask, or one map of scores (stem=True replaces it)"
+            return _Refusal("works on a single channel: a mask, or one map of scores", "stem")
         return None
 
     def _undecided(self, convolution: Convolution, module: nn.Module) -> Site:
@@ -521,49 +541,51 @@ class _Planner:
             calls=len(convolution.calls),
             action=Action.SKIP,
             reason="",
+            operation=operation_of(module),
+            kernel_size=_kernel_size(module),
             found_by=convolution.found_by,
             before=before,
             after=before,
         )
 
-    def _structure(self, convolution: Convolution, module: nn.Module) -> str | None:
+    def _structure(self, convolution: Convolution, module: nn.Module) -> _Refusal | None:
         """What stands in the way whatever is selected."""
         reason = obstacle(module)
         if reason is not None or not isinstance(module, nn.Conv2d):
-            return reason
+            return _Refusal(reason) if reason else None
         sizes = self.config.kernel_size
         if module.kernel_size not in [(size, size) for size in sizes]:
             listed = ", ".join(f"{size}x{size}" for size in sizes)
-            return f"{'x'.join(map(str, module.kernel_size))} kernel; {self.chosen.words} replaces {listed}"
+            return _Refusal(f"{'x'.join(map(str, module.kernel_size))} kernel; {self.chosen.words} replaces {listed}")
         if not convolution.calls:
-            return "not called in the forward pass"
+            return _Refusal("not called in the forward pass")
         if convolution.shared_with is not None:
-            return f"shares its weights with {convolution.shared_with}"
+            return _Refusal(f"shares its weights with {convolution.shared_with}")
         if convolution.used_directly:
-            return "the forward pass also reads its weights directly"
-        if convolution.module is None and (reason := self._functional(convolution)):
-            return reason
+            return _Refusal("the forward pass also reads its weights directly")
+        if convolution.module is None and (refusal := self._functional(convolution)):
+            return refusal
         if self.config.mixing == "never" and module.in_channels != module.out_channels and not self.chosen.mixes:
-            return (
+            return _Refusal(
                 f"mixing is off, and {self.chosen.words} alone cannot turn {module.in_channels} channels into"
                 f" {module.out_channels}"
             )
         if module.in_channels % self.config.heads:
-            return f"{self.config.heads} heads do not divide its {module.in_channels} channels"
+            return _Refusal(f"{self.config.heads} heads do not divide its {module.in_channels} channels")
         return None
 
-    def _functional(self, convolution: Convolution) -> str | None:
+    def _functional(self, convolution: Convolution) -> _Refusal | None:
         """What stands in the way of a convolution that is called as a function."""
         function = convolution.calls[0].function
         assert function is not None
         if function.computed:
-            return "called as a function, with weights that the forward pass computes"
+            return _Refusal("called as a function, with weights that the forward pass computes")
         if convolution.used_elsewhere:
-            return "called as a function, with weights that the forward pass uses elsewhere too"
+            return _Refusal("called as a function, with weights that the forward pass uses elsewhere too")
         if convolution.found_by is not FoundBy.FX:
-            return "called as a function, out of torch.fx's sight"
+            return _Refusal("called as a function, out of torch.fx's sight")
         if not self.config.functional:
-            return "called as a function: replacing it makes the model a GraphModule (functional=True replaces it)"
+            return _Refusal("called as a function: replacing it makes the model a GraphModule", "functional")
         return None
 
     def _mixing(self, convolution: Convolution, conv: nn.Conv2d) -> tuple[bool, str]:
@@ -588,18 +610,18 @@ class _Planner:
             return True, f"{one_by_one}: nothing else is known to mix channels"
         return True, f"{one_by_one}: nothing else mixes channels"
 
-    def _unselected(self, convolution: Convolution, conv: nn.Module) -> str | None:
+    def _unselected(self, convolution: Convolution, conv: nn.Module) -> _Refusal | None:
         """Whether the user's selection leaves it out."""
         excluded = self.exclude.matching(convolution)
         if excluded is not None:
-            return f"excluded by {excluded!r}"
+            return _Refusal(f"excluded by {excluded!r}")
         if self.include.patterns and self.include.matching(convolution) is None:
-            return "outside include"
+            return _Refusal("outside include")
         if self.filter_fn is not None and not asked(self.filter_fn, conv, convolution.name):
-            return "filter_fn said no"
+            return _Refusal("filter_fn said no")
         return None
 
-    def _unprofitable(self, site: Site, conv: nn.Conv2d) -> str | None:
+    def _unprofitable(self, site: Site, conv: nn.Conv2d) -> _Refusal | None:
         """What is left alone unless asked for."""
         cost = site.replacement_cost
         assert cost is not None
@@ -608,10 +630,17 @@ class _Planner:
                 return None
             params = cost.params - site.before.params
             change = f"add {params:,} parameters to" if params > 0 else f"save {-params:,} parameters of"
-            return f"{self.chosen.words} would {change} a depthwise convolution (depthwise=True replaces it)"
+            return _Refusal(f"{self.chosen.words} would {change} a depthwise convolution", "depthwise")
         if conv.in_channels <= STEM_CHANNELS and not self.config.stem:
-            return f"stem: {conv.in_channels} input channels (stem=True replaces it)"
+            return _Refusal(f"stem: {conv.in_channels} input channels", "stem")
         return None if self.config.allow_growth or not self.chosen.saves else _growth(site)
+
+
+def _kernel_size(module: nn.Module) -> tuple[int, int] | None:
+    if operation_of(module) not in (Operation.CONV, Operation.CONV_TRANSPOSE):
+        return None
+    size = getattr(module, "kernel_size", None)
+    return size if isinstance(size, tuple) and len(size) == 2 else None
 
 
 def _first(module: nn.Module) -> nn.Module:
@@ -621,7 +650,7 @@ def _first(module: nn.Module) -> nn.Module:
     return module.filter if isinstance(module, SeparableFilter2d) else module
 
 
-def _growth(site: Site) -> str | None:
+def _growth(site: Site) -> _Refusal | None:
     """What would not get less, if anything."""
     cost = site.replacement_cost
     assert cost is not None
@@ -633,7 +662,7 @@ def _growth(site: Site) -> str | None:
         )
         if after >= before
     ]
-    return f"would not save: its {' and '.join(grown)} (allow_growth=True replaces it)" if grown else None
+    return _Refusal(f"would not save: its {' and '.join(grown)}", "allow_growth") if grown else None
 
 
 def _why_upsampled(site: Site, module: nn.Module) -> str:
@@ -650,9 +679,14 @@ def _why_upsampled(site: Site, module: nn.Module) -> str:
 def _unusual(convolution: Convolution) -> Site:
     """A functional call that no module could make: only its shapes are known."""
     call = convolution.calls[0]
+    if call.upsampled:
+        operation = Operation(call.upsampled.function)
+    else:
+        operation = Operation.CONV_TRANSPOSE if call.function and call.function.transposed else Operation.CONV
     return Site(
         name=convolution.name,
         kind="functional",
+        operation=operation,
         in_channels=call.input_shape[-3],
         out_channels=call.output_shape[-3],
         stride=(0, 0),

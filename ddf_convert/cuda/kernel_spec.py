@@ -261,7 +261,8 @@ class Window(Unrolled):
     whole: bool
     groups: int
 
-    module: ClassVar[str] = "window"
+    module: ClassVar[str] = "kernels.forward"
+    kernel: ClassVar[str] = "window"
 
     @property
     def arguments(self) -> str:
@@ -359,7 +360,8 @@ class FilterGradients(Unrolled):
     source_lanes: int
     whole: bool
 
-    module: ClassVar[str] = "filter_gradients"
+    module: ClassVar[str] = "kernels.grad_filters"
+    kernel: ClassVar[str] = "filter_gradients"
 
     @property
     def arguments(self) -> str:
@@ -424,7 +426,7 @@ class Plain(Variant):
 
     function: str
 
-    module: ClassVar[str] = "plain"
+    module: ClassVar[str] = "kernels.generic"
 
     @property
     def kernel(self) -> str:
@@ -452,7 +454,7 @@ class Norm(Variant):
 
     gradient: bool
 
-    module: ClassVar[str] = "normalize"
+    module: ClassVar[str] = "kernels.filter_norm"
 
     @property
     def kernel(self) -> str:

@@ -7,4 +7,4 @@ from ddf_convert.recipes.schema import Stage
 
 Initialised = Initialized  # the name in earlier versions
 
-__all__ = ["Initialised", "Initialized", "Recipe", "Stage", "load", "names", "parse", "source"]
+__all__ = ["Initialized", "Recipe", "Stage", "load", "names", "parse", "source"]

@@ -12,6 +12,7 @@ from ddf_convert.conversion.plan import Plan
 from ddf_convert.version import __version__
 
 FORMAT_VERSION = 1
+_NOT_REPORTED = {"replacement_cost", "operation", "kernel_size", "override"}  # of a site
 
 
 def report(plan: Plan, model: str | None = None) -> dict[str, Any]:
@@ -38,7 +39,7 @@ def report(plan: Plan, model: str | None = None) -> dict[str, Any]:
         "machine": plan.machine,
         "before": plan.before.model_dump(),
         "after": plan.after.model_dump(),
-        "sites": [site.model_dump(mode="json", exclude={"replacement_cost"}) for site in plan.sites],
+        "sites": [site.model_dump(mode="json", exclude=_NOT_REPORTED) for site in plan.sites],
         "notes": plan.notes,
     }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from ddf_convert.utils.figures import encode_figure, new_figure
 from ddf_convert.visualize.capture import LayerFilters
 from ddf_convert.visualize.components import Components, components
 from ddf_convert.visualize.maps import change, strength
@@ -71,7 +71,6 @@ def picture(
         ImportError: matplotlib is missing.
         ValueError: A chosen layer has no such head, branch, tap or image.
     """
-    from matplotlib.figure import Figure  # not pyplot: no window system, no state
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
     drawn = spread(layers) if chosen is None else list(chosen)
@@ -80,8 +79,8 @@ def picture(
     proportion = _proportion(photo, drawn)
     row, top = _PANEL * min(max(proportion, 0.6), 1.6) + 0.65, 3.3
     panels = 4 + max(1, len(taps))
-    size = (_PANEL * panels * 1.16 + 0.9, top + row * len(drawn))
-    figure = Figure(figsize=size, layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05))
+    width, height = _PANEL * panels * 1.16 + 0.9, top + row * len(drawn)
+    figure = new_figure(width, height, layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05))
     if heading:
         figure.suptitle(heading, fontsize=13, fontweight="bold")
     parts = figure.subfigures(1 + len(drawn), 1, height_ratios=[top, *[row] * len(drawn)], squeeze=False)[:, 0]
@@ -93,9 +92,7 @@ def picture(
 
 def encoded(figure: Any, kind: str = "png") -> bytes:
     """The content of a file: "png", "pdf" or "svg"."""
-    content = io.BytesIO()
-    figure.savefig(content, format=kind, dpi=_DPI)
-    return content.getvalue()
+    return encode_figure(figure, kind, dpi=_DPI)
 
 
 def _check(layer: LayerFilters, image: int, head: int, branch: int, taps: Sequence[Tap]) -> None:

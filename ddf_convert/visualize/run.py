@@ -19,6 +19,7 @@ from ddf_convert.training.diagnostics import memory_explained
 from ddf_convert.training.run_dir import BEST, is_run
 from ddf_convert.training.setup import Source
 from ddf_convert.utils.device import choose
+from ddf_convert.utils.figures import require_matplotlib
 from ddf_convert.visualize import photos
 from ddf_convert.visualize.capture import LayerFilters, Place, ddf_layers, filters
 from ddf_convert.visualize.picture import Tap, encoded, picture, spread
@@ -146,10 +147,7 @@ def check_output(file: Path) -> str:
     kind = file.suffix.lower().removeprefix(".")
     if kind not in KINDS:
         raise UsageError(f"--output {file}: pictures are {', '.join(KINDS)}; give a name that ends in .png")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise UsageError("--output needs matplotlib: pip install 'ddf-convert[plot]'") from error
+    require_matplotlib("--output")
     return kind
 
 

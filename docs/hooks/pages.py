@@ -1,4 +1,4 @@
-"""Pages made of files that lie elsewhere: the changelog, the written results of benchmarks/, and examples/.
+"""Pages made of files outside docs/: the changelog, CONTRIBUTING.md, the results of benchmarks/, and examples/.
 
 Pages under docs/ link to those files where they lie (``../benchmarks/results/zoo.md``), so that the links hold in the
 repository too; here they are turned to the site's pages.
@@ -22,6 +22,8 @@ OUTWARD = re.compile(r"\]\((?:\.\./)+(CHANGELOG\.md|benchmarks/results/|examples
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Adds the pages, and the pictures that they show."""
     files.append(File.generated(config, "changelog.md", abs_src_path=str(ROOT / "CHANGELOG.md")))
+    contributing = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8").replace("](docs/", "](")
+    files.append(File.generated(config, "contributing.md", content=contributing))
     for path in sorted([*RESULTS.glob("*.md"), *RESULTS.glob("*.png"), *RESULTS.glob("*.svg")]):
         files.append(File.generated(config, f"results/{path.name}", abs_src_path=str(path)))
     listed = (EXAMPLES / "README.md").read_text(encoding="utf-8").replace("](../docs/", "](../")

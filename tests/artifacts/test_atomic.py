@@ -405,15 +405,13 @@ def test_a_full_disk_behind_stdout(place):
 KILLED = """
     import os, sys, torch
     import ddf_convert as ddf
-    from ddf_convert import artifact, disk
+    from ddf_convert.artifacts import artifact, atomic
     from ddf_convert.artifacts.atomic import write_file
     from pathlib import Path
     def stop(*arguments):
         print("stopped", flush=True)
         sys.stdin.read()
-    artifact.write_tensors = disk.flush = stop
-    import ddf_convert.artifacts.atomic
-    ddf_convert.artifacts.atomic.flush = stop
+    artifact.write_tensors = atomic.flush = stop
     {write}
 """
 

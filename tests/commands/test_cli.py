@@ -311,7 +311,7 @@ def test_arguments_of_timm_are_recorded_and_come_back(run: Any, folder: Path) ->
     assert (ran.code, ran.err) == (0, "")
     title = "resnet10t(num_classes=5, in_chans=1, drop_rate=0.25, output_stride=16)"
     assert " ".join(ran.out.split()).startswith(f"{title}, one 1x64x64 input")
-    manifest = ddf.artifact.read_manifest(folder / "out")
+    manifest = ddf.artifacts.artifact.read_manifest(folder / "out")
     expected = {"num_classes": 5, "in_chans": 1, "drop_rate": 0.25, "output_stride": 16}
     assert (manifest.source.name, manifest.source.kwargs) == ("resnet10t", expected)
     report = json.loads((folder / "out" / "report.json").read_text())
@@ -606,7 +606,7 @@ def test_work_is_not_lost_with_its_streams(folder: Path) -> None:
     """No file of ours takes the number of a stream that is closed, and then gets what is printed."""
     command = f"{sys.executable} -m ddf_convert convert net_for_cli:Net -o out --input-size 3 16 16 >&- 2>&- <&-"
     subprocess.run(["sh", "-c", command], check=True, timeout=120)
-    assert ddf.artifact.read_manifest(folder / "out").conversion.replaced
+    assert ddf.artifacts.artifact.read_manifest(folder / "out").conversion.replaced
     code = (
         "from ddf_convert.commands.console import secure_streams; secure_streams();"
         "file = open('opened', 'w'); print(file.fileno(), file=file); print('lost')"

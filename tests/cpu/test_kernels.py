@@ -367,7 +367,7 @@ def test_disable_jit_takes_the_reference_and_says_so_once() -> None:
         layer(x).sum().backward()
         ops.ddf_normalized(x, x.new_ones(1, 2, 3, 3), x.new_ones(1, 9, 3, 3), scale=1.0, padding=1)
         print(bool(x.grad.abs().sum() > 0), cpu.unusable() is not None)
-        from ddf_convert import doctor
+        from ddf_convert.bench import doctor
         print({check.name: str(check.state) for check in (doctor._cpu_kernels(), doctor._cpu_cache())})
     """
     result = python(CALL + textwrap.dedent(code), NUMBA_DISABLE_JIT="1")

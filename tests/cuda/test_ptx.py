@@ -176,7 +176,7 @@ def test_operator_and_its_gradients(
         check_forward(call)
         if not only_forward:
             check_backward(call)
-    assert {variant.module for variant in gpu.variants} == {"window", *(["filter_gradients"] * (not only_forward))}
+    assert {variant.kernel for variant in gpu.variants} == {"window", *(["filter_gradients"] * (not only_forward))}
 
 
 @pytest.mark.parametrize(("dtype", "layout"), [(torch.float32, "contiguous"), (torch.bfloat16, "channels_last")])
@@ -217,7 +217,7 @@ def test_plain_kernels(
     check_forward(call)
     for needs in ((True, True, True), (False, True, False), (True, False, True)):
         check_backward(call, needs)
-    assert {variant.module for variant in gpu.variants} == {"plain"}
+    assert {variant.kernel for variant in gpu.variants} == {"plain"}
     if dtype == torch.float32 and options["size"] > 1:
         check_forward(call, norm_scale=0.5)
 

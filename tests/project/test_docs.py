@@ -15,13 +15,13 @@ from support.paths import ROOT
 
 from ddf_convert import cli
 
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 # What the reader's own commands write, and what comes before the site is built.
 PRODUCTS = {"resnet50-ddf/model.safetensors", "demo-output/", "site/", "DIR/report.json"}
 
 FENCED = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PATH = re.compile(r"\.?[\w*-][\w.*-]*(/[\w.*-]+)*/?")
-MADE = {"changelog.md", "resnet50.html"}  # by docs/hooks, for the site
+MADE = {"changelog.md", "contributing.md", "resnet50.html"}  # by docs/hooks, for the site
 # "$ ddf-convert ...", and its output, until the next command or the end of the block.
 SHOWN = re.compile(r"^\$ (.+)\n((?:(?!\$ ).*\n)*)", re.MULTILINE)
 LAUNCHED = re.compile(r"(?:^|-m )ddf[-_]convert (.+)")

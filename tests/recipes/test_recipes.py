@@ -569,12 +569,12 @@ def test_the_record_and_the_original_travel_with_the_model(tmp_path):
     assert manifest["conversion"]["recipe"]["name"] == "quick"
     again = ddf.load(tmp_path / "kept")
     assert ddf.recipes.Recipe.model_validate(again.ddf_conversion.recipe) == recipe
-    teacher = ddf.artifact.load_original(tmp_path / "kept")
+    teacher = ddf.artifacts.artifact.load_original(tmp_path / "kept")
     with torch.no_grad():
         assert torch.equal(teacher(image), original(image))
         assert torch.equal(again(image), model(image))
     ddf.save(model, tmp_path / "kept")  # without the original this time
-    assert ddf.artifact.load_original(tmp_path / "kept") is None
+    assert ddf.artifacts.artifact.load_original(tmp_path / "kept") is None
     assert not (tmp_path / "kept" / "original.safetensors").exists()
 
 
@@ -582,13 +582,13 @@ def test_the_original_of_a_model_of_ones_own(tmp_path):
     original, model = converted()
     ddf.save(model, tmp_path / "own", original=original)
     with pytest.raises(ddf.ArtifactError, match="only you can build"):
-        ddf.artifact.load_original(tmp_path / "own")
-    teacher = ddf.artifact.load_original(tmp_path / "own", Small())
+        ddf.artifacts.artifact.load_original(tmp_path / "own")
+    teacher = ddf.artifacts.artifact.load_original(tmp_path / "own", Small())
     image = torch.randn(1, 3, 16, 16)
     with torch.no_grad():
         assert torch.equal(teacher(image), original(image))
     with pytest.raises(ddf.ArtifactError, match="do not fit"):
-        ddf.artifact.load_original(tmp_path / "own", Small(classes=7))
+        ddf.artifacts.artifact.load_original(tmp_path / "own", Small(classes=7))
 
 
 # --- on the command line ---
@@ -630,7 +630,7 @@ def test_convert_initializes_as_the_recipe_says(run, caplog):
     assert all(0 < layer["weight_error"] < 1 for layer in layers)
     with open("out/report.json") as file:
         assert json.load(file) == report
-    model, original = ddf.load("out"), ddf.artifact.load_original("out")
+    model, original = ddf.load("out"), ddf.artifacts.artifact.load_original("out")
     assert torch.equal(model.conv1[0].weight, original.conv1[0].weight)
     channel = model.get_submodule(layers[0]["name"]).ddf.channel_branch[4]
     assert not channel.std.any()

@@ -205,7 +205,7 @@ def prepare(folder: Path) -> Path:
         original = getattr(module, name)()
         model = recipe.convert(original, torch.zeros(1, *SIZE))
         recipe.initialize(model, original)
-        ddf.artifact.save(model, folder / name, original=original)
+        ddf.artifacts.artifact.save(model, folder / name, original=original)
     return folder
 
 

@@ -141,7 +141,7 @@ def test_a_run_folder_has_everything(place: Path) -> None:
     assert {row.stage for row in rows} == {"features", "labels"}
     assert outcome.last == rows[-1]
     for name in ("best", "last"):
-        assert ddf.artifact.load_original(folder / name, __import__("tinyruns").plain()) is not None
+        assert ddf.artifacts.artifact.load_original(folder / name, __import__("tinyruns").plain()) is not None
 
 
 def test_the_better_evaluation_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
