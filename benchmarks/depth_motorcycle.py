@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from common.markdown import paragraph, table
 from common.pool import LostError, call_each
-from common.results import RESULTS, ResumableLines, exit_code, figure, machine, png, run_study, study_parser
+from common.results import RESULTS, ResumableLines, exit_code, machine, png, run_study, study_parser
 from common.sources import MOTORCYCLE
 from torch import Tensor
 
@@ -41,6 +41,7 @@ from ddf_convert.errors import UsageError
 from ddf_convert.models.ddf_upnet import JointUpNet
 from ddf_convert.models.depth_holes import fill_holes
 from ddf_convert.recipes import Recipe, load
+from ddf_convert.utils.figures import new_figure
 
 NAME = "depth_motorcycle"
 OPENCV = "opencv-contrib-python-headless==5.0.0.93"
@@ -465,8 +466,8 @@ def _cell(found: dict[str, Any]) -> str:
 
 def plot(document: dict[str, Any]) -> Any:
     """Draws the RMSE by factor, a line for each method."""
-    drawn = figure(7, 4.5)
-    axes = drawn.subplots()
+    figure = new_figure(7, 4.5)
+    axes = figure.subplots()
     networks = {network.name for network in NETWORKS}
     factors = document["factors"]
     places = range(len(factors))
@@ -483,7 +484,7 @@ def plot(document: dict[str, Any]) -> Any:
     )
     axes.grid(True, alpha=0.3)
     axes.legend(fontsize=9)
-    return drawn
+    return figure
 
 
 def picture(parts: tuple[ScenePart, ScenePart], steps: int, measured: MeasuredRows) -> bytes:

@@ -10,7 +10,6 @@ batch norms have the statistics of random images, so that outputs are of size 1.
 
 from __future__ import annotations
 
-import copy
 import fnmatch
 import json
 import sys
@@ -22,7 +21,6 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import timm
 import torch
@@ -194,34 +192,25 @@ def row(family: Family) -> dict[str, Any]:
         return {"error": f"not converted: {' '.join(str(error).split())[:200]}"}
     found["layers"] = sum(isinstance(layer, DDF2d | DDFUp2d) for layer in model.modules())
     with tempfile.TemporaryDirectory() as folder:
-        ways = {"onnx": (export.to_onnx, f"{folder}/model.onnx")}
+        exporters = {"onnx": (export.to_onnx, f"{folder}/model.onnx")}
         if family.torch_export:
-            ways["torch-export"] = (export.to_torch_export, f"{folder}/model.pt2")
-        for way, (write, path) in ways.items():
+            exporters["torch-export"] = (export.to_torch_export, f"{folder}/model.pt2")
+        for format, (exporter, path) in exporters.items():
             start = time.process_time()
             try:
-                done = write(model, inputs, path)
+                report = exporter(model, inputs, path)
             except DDFError as error:
-                found[way] = {"error": " ".join(str(error).split())}
+                found[format] = {"error": " ".join(str(error).split())}
                 continue
-            found[way] = {"seconds": time.process_time() - start, **done.to_dict(), "file": ""}
-            found[way]["sizes"] = {size.name: str(size) for size in done.sizes}
+            found[format] = {"seconds": time.process_time() - start, **report.to_dict(), "file": ""}
+            found[format]["sizes"] = {size.name: str(size) for size in report.sizes}
     return found
 
 
 def latency() -> dict[str, Any]:
-    """Times DDF-ResNet-50, one image at a time, in PyTorch and onnxruntime, and forms that might be faster."""
+    """Times DDF-ResNet-50, one image at a time, in PyTorch and in onnxruntime."""
     model, (image,) = prepared(FAMILIES[FLAGSHIP])
-    calls: dict[str, Callable[[], object]] = {"PyTorch with DDF's kernels": partial(model, image)}
-    calls["onnxruntime"] = in_onnxruntime(model, image)
-    with mock.patch.object(torch.onnx, "export", partial(torch.onnx.export, optimize=False)):
-        calls["the same without torch.onnx's rewriting, which folds batch norms into convolutions"] = in_onnxruntime(
-            model, image
-        )
-    lighter = copy.deepcopy(model)
-    for block in [module for module in lighter.modules() if isinstance(getattr(module, "conv2", None), DDF2d)]:
-        block.bn2 = nn.Identity()
-    calls["without batch norms behind DDF, the most that folding them too could gain"] = in_onnxruntime(lighter, image)
+    calls = {"PyTorch with DDF's kernels": partial(model, image), "onnxruntime": in_onnxruntime(model, image)}
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
         for _ in range(7):  # in turns, and the least of them: the machine is not quiet

@@ -74,8 +74,9 @@ PARTS = (  # in order of importance
     Part("compiled", compiled, 0.3),
     Part("large", large, 0.2),
     Part("sanitizer", sanitizer),
+    Part("targets", targets),
 )
-NAMES = (*(part.name for part in PARTS), "targets")
+NAMES = tuple(part.name for part in PARTS)
 
 
 def main() -> int:
@@ -99,22 +100,19 @@ def main() -> int:
         write_file(file.with_suffix(".md"), page(report))
 
     seconds = options.minutes * 60
-    run = Run(device, options.dry_run, time.monotonic() + seconds, save)
+    run = Run(device, options.dry_run, time.monotonic() + seconds, save, report["parts"])
     faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=sys.__stderr__)
     for place, part in enumerate(PARTS):
         if part.name not in options.part:
             continue
         run.part_end = time.monotonic() + part.share * seconds
-        _run_part(run, report, part)
+        _run_part(run, part)
         remaining = [later.name for later in PARTS[place + 1 :] if later.name in options.part]
         if remaining and not _usable(device):
-            _continue_in_new_process([*remaining, *(["targets"] if "targets" in options.part else [])], folder, run)
-    if "targets" in options.part:
-        run.part_end = run.end
-        _run_part(run, report, Part("targets", lambda run, record: targets(run, record, report["parts"])))
+            _continue_in_new_process(remaining, folder, run)
     faulthandler.cancel_dump_traceback_later()
     names = {
-        status: [name for name, part in report["parts"].items() if part["status"] == status]
+        status: [name for name, record in run.parts.items() if record["status"] == status]
         for status in ("failed", "incomplete")
     }
     ending = "".join(f"; {status}: {', '.join(of_status)}" for status, of_status in names.items() if of_status)
@@ -122,10 +120,10 @@ def main() -> int:
     return 1 if names["failed"] else INCOMPLETE if names["incomplete"] else 0
 
 
-def _run_part(run: Run, report: dict[str, Any], part: Part) -> None:
+def _run_part(run: Run, part: Part) -> None:
     """Runs one part; the report says whatever happens."""
     record: dict[str, Any] = {"status": "running", "seconds": 0.0}
-    report["parts"][part.name] = record
+    run.parts[part.name] = record
     start = time.monotonic()
     print(f"{part.name} ...", end=" ", flush=True)
     run.save()

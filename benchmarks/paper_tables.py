@@ -17,7 +17,7 @@ from typing import Any
 import timm
 import torch
 from common.markdown import paragraph, table
-from common.results import figure, png, script_parser
+from common.results import png, script_parser
 from paper_values import IMAGE, TABLE_2, TABLE_3, TABLE_4, TABLE_5, PaperRow
 from torch import nn
 
@@ -28,6 +28,7 @@ from ddf_convert.bench import plot as bench_plot
 from ddf_convert.bench.peers import DENSE, DEPTHWISE, MODULE, OP, UNFOLD
 from ddf_convert.layers import DDF2d
 from ddf_convert.utils.device import called, choose
+from ddf_convert.utils.figures import new_figure
 
 DOCS = Path(__file__).parent.parent / "docs"
 SIZES = [(14, 64, 3, 0.25), (14, 64, 5, 0.25), (56, 128, 5, 0.5), (56, 256, 3, 0.25)]  # of table 1; the last is shown
@@ -176,7 +177,7 @@ def page(latency: dict[str, Any]) -> Iterator[str]:
     yield "## Table 4: filters"
     yield ""
     yield from paragraph(
-        "The rivals are [filters of the same rewriter](filters.md): the sixteen 3x3 convolutions of ResNet-50 are"
+        "The baselines are [filters of the same rewriter](filters.md): the sixteen 3x3 convolutions of ResNet-50 are"
         " replaced."
     )
     yield from _cost_table(TABLE_4, "conv type")
@@ -231,7 +232,7 @@ def _table_2_lines(latency: dict[str, Any]) -> Iterator[str]:
     yield "![Latency by resolution](paper_latency.png)"
     yield ""
     yield from paragraph(
-        "The paper's figure of memory, drawn from what was measured here: the peak of a forward and a backward pass"
+        "The paper's figure of memory, figure from what was measured here: the peak of a forward and a backward pass"
         " beyond what it began with. `unfold` stores a window of the input for every pixel, as dynamic filters usually"
         " do."
     )
@@ -255,10 +256,10 @@ def counts(row: PaperRow) -> tuple[str, str]:
 
 
 def memory_png(latency: dict[str, Any]) -> bytes:
-    """Peak memory of a forward and a backward pass, in MiB for each image, by the size of the map; a PNG."""
+    """Draws the peak memory of a forward and a backward pass for each image, by the size of the map."""
     _, results = next(iter(latency["results"].items()))
-    drawn = figure(7, 4.2)
-    axis = drawn.subplots()
+    figure = new_figure(7, 4.2)
+    axis = figure.subplots()
     for name, color in COLORS.items():
         points = [
             (int(size), row[name]["peak_mib"] / latency["batches"][size])
@@ -281,7 +282,7 @@ def memory_png(latency: dict[str, Any]) -> bytes:
     axis.grid(True, alpha=0.3)
     axis.legend()
     axis.set_title(f"forward + backward, 256 channels, 3x3, float32\n{called(latency['machine'])}", fontsize=10)
-    return png(drawn, dpi=150)
+    return png(figure, dpi=150)
 
 
 if __name__ == "__main__":

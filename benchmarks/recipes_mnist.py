@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from common.markdown import paragraph, table
-from common.results import exit_code, figure, machine, run_study, study_parser
+from common.results import exit_code, machine, run_study, study_parser
 from common.sources import digits
 from torch import Tensor, nn
 
@@ -28,6 +28,7 @@ import ddf_convert as ddf
 from ddf_convert import recipes
 from ddf_convert.layers import DDF2d
 from ddf_convert.recipes.schema import Losses, Optimizer
+from ddf_convert.utils.figures import new_figure
 
 NAME = "recipes_mnist"
 TEST = 1000
@@ -320,8 +321,8 @@ def _percent(numbers: dict[str, list[float]], epoch: int) -> str:
 
 def plot(document: dict[str, Any]) -> Any:
     """Draws wrong answers by epoch: a line for each row, and a band from the best seed to the worst."""
-    drawn = figure(10, 5.5)
-    axes = drawn.subplots()
+    figure = new_figure(10, 5.5)
+    axes = figure.subplots()
     least = 100 / document["digits"]["test"] / 2  # stands for 0, which a logarithmic axis cannot show
     for row in ROWS:
         numbers = document["rows"][row.name]["spread"]
@@ -340,7 +341,7 @@ def plot(document: dict[str, Any]) -> Any:
     axes.legend(loc="upper right", fontsize=9)
     seeds, training = len(document["seeds"]), document["digits"]["training"]
     axes.set_title(f"Small ResNet, {training:,} MNIST digits: mean and range of {seeds} seeds")
-    return drawn
+    return figure
 
 
 if __name__ == "__main__":

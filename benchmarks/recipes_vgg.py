@@ -22,7 +22,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common.markdown import paragraph, table
-from common.results import exit_code, figure, machine, run_study, study_parser
+from common.results import exit_code, machine, run_study, study_parser
 from common.sources import HED, center_crop, photos_to_fit_and_test, random_crops, read_photo
 from PIL import Image
 from torch import Tensor, nn
@@ -32,6 +32,7 @@ from ddf_convert import recipes
 from ddf_convert.errors import UsageError
 from ddf_convert.recipes.losses import Watched
 from ddf_convert.recipes.schema import Initialize, Losses, Optimizer, Schedule
+from ddf_convert.utils.figures import new_figure
 
 NAME = "recipes_vgg"
 CONVERSION: dict[str, Any] = {}  # tests give options
@@ -322,8 +323,8 @@ def page(document: dict[str, Any]) -> Iterator[str]:
 
 def plot(document: dict[str, Any]) -> Any:
     """Draws the error by layer, a line for each recipe."""
-    drawn = figure(10, 5)
-    axes = drawn.subplots()
+    figure = new_figure(10, 5)
+    axes = figure.subplots()
     for name, each in document["found"].items():
         errors = {layer: error for layer, error in each["test"]["error"].items() if error > 0}
         label = name if each["seconds"] < 1 else f"{name} ({each['seconds']:.0f} s)"
@@ -336,7 +337,7 @@ def plot(document: dict[str, Any]) -> Any:
     axes.tick_params(axis="x", rotation=45)
     axes.grid(True, alpha=0.3)
     axes.legend()
-    return drawn
+    return figure
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
 import sys
@@ -18,6 +17,7 @@ from common.markdown import paragraph
 from ddf_convert.artifacts.atomic import write_file
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.utils.device import called, describe
+from ddf_convert.utils.figures import encode_figure, require_matplotlib
 
 RESULTS = Path(__file__).parents[1] / "results"
 THREADS = 2
@@ -49,7 +49,7 @@ def run_study(
 ) -> None:
     """Measures, or reads what was measured; writes ``name.json``, ``name.md`` and ``name.png``; prints the page."""
     if plot is not None:
-        figure(1, 1)  # fails before hours of work if there is no matplotlib
+        require_matplotlib("the plot")
     start = time.monotonic()
     if options.page_only:
         document = json.loads((options.results / f"{name}.json").read_text())
@@ -76,7 +76,7 @@ def machine() -> dict[str, Any]:
     return {**describe(torch.device("cpu")), "load": os.getloadavg()[2]}
 
 
-def write(folder: Path, name: str, document: Document, lines: Iterable[str], drawn: Any = None) -> None:
+def write(folder: Path, name: str, document: Document, lines: Iterable[str], figure: Any = None) -> None:
     """Writes the results of a study.
 
     Args:
@@ -84,7 +84,7 @@ def write(folder: Path, name: str, document: Document, lines: Iterable[str], dra
         name: The study's; the names of the files without their endings.
         document: The numbers, with ``machine`` and ``seconds``.
         lines: The page, without the sentence on how it was made.
-        drawn: A matplotlib figure.
+        figure: A matplotlib figure.
     """
     folder.mkdir(parents=True, exist_ok=True)
     made = paragraph(
@@ -94,24 +94,13 @@ def write(folder: Path, name: str, document: Document, lines: Iterable[str], dra
     )
     write_file(folder / f"{name}.json", json.dumps(document, indent=1) + "\n")
     write_file(folder / f"{name}.md", "\n".join([*lines, *made]))
-    if drawn is not None:
-        write_file(folder / f"{name}.png", png(drawn, dpi=130))
+    if figure is not None:
+        write_file(folder / f"{name}.png", png(figure, dpi=130))
 
 
-def figure(width: float, height: float) -> Any:
-    """Returns an empty matplotlib figure that needs no window system."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise UsageError("the plot needs matplotlib: pip install 'ddf-convert[plot]'") from error
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def png(drawn: Any, dpi: int) -> bytes:
+def png(figure: Any, dpi: int) -> bytes:
     """Returns a figure as a PNG file's contents, without the version of matplotlib."""
-    contents = io.BytesIO()
-    drawn.savefig(contents, format="png", dpi=dpi, metadata={"Software": None})
-    return contents.getvalue()
+    return encode_figure(figure, dpi=dpi, metadata={"Software": None})
 
 
 class ResumableLines:

@@ -90,7 +90,7 @@ _corruptions: list[tuple[Callable[[Draft], Any], str]] = []
 
 
 def _corruption(expected: str, weight: int = 1) -> Callable[[Callable[[Draft], Any]], Any]:
-    """Registers a corruption: what must come of it, and how often it is drawn. It returns the details for people."""
+    """Registers a function that corrupts a draft and returns details; ``weight`` is how often it is drawn."""
 
     def register(corruption: Callable[[Draft], Any]) -> Callable[[Draft], Any]:
         _corruptions.extend([(corruption, expected)] * weight)
@@ -100,7 +100,7 @@ def _corruption(expected: str, weight: int = 1) -> Callable[[Callable[[Draft], A
 
 
 def _tensor_corruption(expected: str, weight: int = 1) -> Callable[[Callable[..., Any]], Any]:
-    """The same for a corruption that takes the tensors, too, which are then written."""
+    """Registers a function that corrupts the tensors of the weights that will be loaded."""
 
     def register(change: Callable[..., Any]) -> Any:
         @functools.wraps(change)
@@ -199,7 +199,7 @@ def _renamed(draft: Draft, tensors: Tensors) -> Any:
 
 @_tensor_corruption(REFUSED, 2)
 def _shared(draft: Draft, tensors: Tensors) -> Any:
-    """Names that lead to no tensor: round in a circle, on to another shared name, to nothing."""
+    """Adds shared names that lead to no tensor: in a circle, to another shared name, to nothing."""
     one, two = draft.rng.sample(sorted(tensors), 2)
     circle = {one: two, two: one}
     how = draft.rng.choice(({one: one}, circle, {"a": "b", "b": one}, {one: draft.rng.choice(_NAMES)}))
@@ -265,7 +265,7 @@ def _sites(draft: Draft) -> Any:
 
 @_corruption(REFUSED, 4)
 def _options(draft: Draft) -> Any:
-    """An option out of its range."""
+    """Sets an option out of its range."""
     replacement = draft.rng.choice(draft.replaced)["replacement"]
     options = replacement["mix"] if replacement["mix"] and draft.rng.random() < 0.2 else replacement["options"]
     key = draft.rng.choice((*options, "color"))
@@ -281,7 +281,7 @@ def _conversion_details(draft: Draft, *details: Any) -> Any:
 
 @_corruption(EITHER, 2)
 def _other_options(draft: Draft) -> Any:
-    """An option of another kind or value, or none; another layer."""
+    """Sets an option to another value, adds or removes one, or takes another layer."""
     replacement, rng = draft.rng.choice(draft.replaced)["replacement"], draft.rng
     options = replacement["options"]
     key, how = rng.choice(sorted(options)), rng.choice(("add", "without", "other", "layer"))
@@ -301,7 +301,7 @@ def _other_options(draft: Draft) -> Any:
 
 @_corruption(SAME, 2)
 def _words(draft: Draft) -> Any:
-    """What is for people."""
+    """Changes text that only people read."""
     manifest, text = draft.manifest, draft.rng.choice(("", "é", "1.2", "\x1b[31mred", LONG))
     manifest["versions"]["torch"] = manifest["dtype"] = manifest["conversion"]["source"] = text
     return text
@@ -309,7 +309,7 @@ def _words(draft: Draft) -> Any:
 
 @_corruption(EITHER, 2)
 def _format(draft: Draft) -> Any:
-    """An older format: none of what later ones brought. Before format 5 layers of few channels were narrower."""
+    """Takes an older format, without the fields that have their defaults. Before format 5 some layers were narrower."""
     formats = get_args(Manifest.model_fields["format_version"].annotation)
     kind = draft.manifest["source"]["kind"]
     draft.manifest = Manifest.model_validate(draft.manifest).model_dump(
@@ -336,7 +336,7 @@ def _record(draft: Draft) -> Any:
 
 @_corruption(EITHER, 3)
 def _value(draft: Draft) -> Any:
-    """Any value, anywhere."""
+    """Sets, deletes or repeats random places of the manifest."""
     return [_set(draft.manifest, draft.rng) for _ in range(draft.rng.choice((1, 1, 3)))]
 
 
@@ -355,7 +355,7 @@ def _set(document: Any, rng: random.Random) -> str:
 
 
 def _places(value: Any, path: str = "") -> list[tuple[Any, Any, str]]:
-    """Every place of a JSON document: what holds it, its key, its path."""
+    """Returns every place of a JSON document: its container, key and path."""
     items = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
     found = []
     for key, inner in list(items):
@@ -407,7 +407,7 @@ def _bytes(content: bytes, rng: random.Random) -> tuple[bytes, str]:
 
 @_corruption(EITHER, 4)
 def _header(draft: Draft) -> Any:
-    """The header of a safetensors file: eight bytes of length, then JSON of dtypes, shapes and offsets."""
+    """Changes the header of a safetensors file: eight bytes of length, then JSON of dtypes, shapes and offsets."""
     data, rng = (draft.folder / draft.file).read_bytes(), draft.rng
     (length,) = struct.unpack("<Q", data[:8])
     header, rest = json.loads(data[8 : 8 + length]), data[8 + length :]
@@ -431,7 +431,7 @@ def _header(draft: Draft) -> Any:
 
 @_corruption(SAME)
 def _report(draft: Draft) -> Any:
-    """What stands in no model's way."""
+    """Corrupts a file that the load does not need."""
     file = draft.folder / draft.rng.choice(("report.json", ORIGINAL if draft.file == WEIGHTS else WEIGHTS))
     content = draft.rng.choice((None, b"", b"garbage"))
     file.unlink()
@@ -442,7 +442,7 @@ def _report(draft: Draft) -> Any:
 
 @_corruption(SAME)
 def _pending(draft: Draft) -> Any:
-    """A save that was interrupted after its manifest."""
+    """Imitates a save that was interrupted after its manifest."""
     file = draft.folder / draft.file
     file.rename(f"{file}.new")
     content = draft.rng.choice((None, b"", b"garbage"))

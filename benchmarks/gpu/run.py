@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ class Run:
         dry: A dry run on the CPU, with tiny sizes.
         end: When the whole run ends, by ``time.monotonic``.
         save: Writes the report as it is now.
+        parts: The records of the parts so far.
         part_end: When the running part ends.
     """
 
@@ -32,7 +33,8 @@ class Run:
     dry: bool
     end: float
     save: Callable[[], None]
-    part_end: float = field(default=0.0)
+    parts: dict[str, Any]
+    part_end: float = 0.0
 
     def left(self) -> float:
         """Returns the seconds that the running part may still take."""

