@@ -41,8 +41,8 @@ from rich.table import Table
 from ddf_convert.bench.device import DTYPES, LAYOUTS
 from ddf_convert.cuda import dispatch
 from ddf_convert.cuda.codegen.ptx import Capability, compile_ptx
-from ddf_convert.cuda.kernel_spec import FilterGradients, Norm, Plain, Q, Variant, Window
-from ddf_convert.reference.checks import output_size
+from ddf_convert.cuda.kernel_spec import FilterNormSpec, GenericSpec, GradFiltersSpec, KernelSpec, Q, WindowSpec
+from ddf_convert.reference.checks import Geometry, output_size
 
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0))
 # Of one multiprocessor: threads, registers, bytes of shared memory, blocks (CUDA C++ Programming Guide, appendix on
@@ -68,18 +68,18 @@ class Usage(NamedTuple):
 class Compiled(NamedTuple):
     """A kernel for one architecture; usage is None without ptxas."""
 
-    variant: Variant
+    variant: KernelSpec
     capability: Capability
     ptx_bytes: int
     usage: Usage | None
 
 
 @contextlib.contextmanager
-def recorded() -> Iterator[dict[Variant, None]]:
+def recorded() -> Iterator[dict[KernelSpec, None]]:
     """Stops calls of the operator from running; yields the kernels that they would run, in order."""
-    found: dict[Variant, None] = {}
+    found: dict[KernelSpec, None] = {}
 
-    def note(variant: Variant, *rest: Any) -> None:
+    def note(variant: KernelSpec, *rest: Any) -> None:
         found.setdefault(variant)
 
     with mock.patch.object(dispatch, "_run", note):
@@ -88,7 +88,7 @@ def recorded() -> Iterator[dict[Variant, None]]:
 
 def variants(
     dtypes: Sequence[str] = tuple(DTYPES), sizes: Sequence[int] = (3, 5, 7), strides: Sequence[int] = (1, 2)
-) -> list[Variant]:
+) -> list[KernelSpec]:
     """Returns the kernels of layers with 256 channels on 56x56 maps, and the generic ones."""
     channels, side = 256, 56
     with recorded() as found:
@@ -104,21 +104,21 @@ def variants(
                     ((1, channels, rows, rows), layout),
                 )
             )
-            options = (stride, padding, 1, "mul")
-            dispatch.forward(input, channel, spatial, *options, layout)
-            dispatch.forward(input, channel, spatial, *options, layout, norm_scale=1.0)
-            dispatch.backward(grad, input, channel, spatial, *options, (True, True, True), layout)
+            geometry = Geometry(stride, padding)
+            dispatch.forward(input, channel, spatial, geometry)
+            dispatch.forward(input, channel, spatial, geometry, norm_scale=1.0)
+            dispatch.backward(grad, input, channel, spatial, geometry, (True, True, True))
     for dtype in dtypes:
         for function in ("forward", "grad_input", "grad_channel", "grad_spatial"):
-            found.setdefault(Plain(dtype, False, function))
+            found.setdefault(GenericSpec(dtype, False, function))
         for gradient in (False, True):
-            found.setdefault(Norm(dtype, False, gradient))
+            found.setdefault(FilterNormSpec(dtype, False, gradient))
     return list(found)
 
 
-def label(variant: Variant) -> str:
+def label(variant: KernelSpec) -> str:
     """Returns the variant's name, with an ending if it normalizes."""
-    return f"{variant.name}_normalized" if isinstance(variant, Window) and variant.normalize else variant.name
+    return f"{variant.name}_normalized" if isinstance(variant, WindowSpec) and variant.normalize else variant.name
 
 
 @functools.cache
@@ -188,7 +188,7 @@ def blocks_each(compiled: Compiled) -> int:
     )
 
 
-def compile_each(variant: Variant, capabilities: Sequence[Capability]) -> dict[Capability, str]:
+def compile_each(variant: KernelSpec, capabilities: Sequence[Capability]) -> dict[Capability, str]:
     """Returns PTX for several architectures.
 
     Unlike ``compile_ptx`` for each, Numba's part, which takes most of the time, is done once for all that share it.
@@ -212,7 +212,7 @@ def compile_each(variant: Variant, capabilities: Sequence[Capability]) -> dict[C
     return made
 
 
-def compiled(task: tuple[Variant, Sequence[Capability]]) -> list[Compiled]:
+def compiled(task: tuple[KernelSpec, Sequence[Capability]]) -> list[Compiled]:
     variant, capabilities = task
     return [
         Compiled(variant, capability, len(ptx), assemble(ptx, capability) if tool("ptxas") else None)
@@ -263,17 +263,17 @@ def _arithmetic(count: collections.Counter[str]) -> int:
     return sum(count[opcode] for opcode in CLASSES["multiply, add"])
 
 
-def elements(variant: Variant) -> int:
+def elements(variant: KernelSpec) -> int:
     """Returns the elements of the map that a thread works on in one turn of the loop."""
-    if isinstance(variant, Window):
+    if isinstance(variant, WindowSpec):
         return Q * variant.rows * variant.columns * variant.stencil.step_out**2
-    return variant.steps * variant.lanes if isinstance(variant, FilterGradients) else 1
+    return variant.steps * variant.lanes if isinstance(variant, GradFiltersSpec) else 1
 
 
-def sass_table(chosen: list[Variant], capability: Capability) -> Iterator[tuple[str, ...]]:
+def sass_table(chosen: list[KernelSpec], capability: Capability) -> Iterator[tuple[str, ...]]:
     yield ("kernel", "all", *CLASSES, "other")
     for variant in chosen:
-        if not isinstance(variant, Window | FilterGradients):
+        if not isinstance(variant, WindowSpec | GradFiltersSpec):
             continue
         count = loop_instructions(compile_ptx(variant, capability), capability)
         each = elements(variant)
@@ -286,7 +286,7 @@ def sass_table(chosen: list[Variant], capability: Capability) -> Iterator[tuple[
 
 
 def usage_table(results: list[Compiled]) -> Iterator[tuple[str, ...]]:
-    by_variant: dict[Variant, list[Compiled]] = collections.defaultdict(list)
+    by_variant: dict[KernelSpec, list[Compiled]] = collections.defaultdict(list)
     for result in results:
         by_variant[result.variant].append(result)
     capabilities = list(dict.fromkeys(result.capability for result in results))

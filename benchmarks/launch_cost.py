@@ -60,7 +60,7 @@ def measure() -> dict[str, float]:
 
     from ddf_convert.cuda import dispatch
     from ddf_convert.cuda.codegen import driver as launch
-    from ddf_convert.reference.checks import check_arguments, memory_format
+    from ddf_convert.reference.checks import Geometry, check_arguments
 
     driver = launch.driver()
     _, module = driver.cuModuleLoadData(b"\0")
@@ -81,8 +81,9 @@ def measure() -> dict[str, float]:
     dispatch._run = run
 
     def operator(input: Any, channel_filter: Any, spatial_filter: Any, *options: Any) -> Any:
-        check_arguments(input, channel_filter, spatial_filter, *options)
-        return dispatch.forward(input, channel_filter, spatial_filter, *options, memory_format(input))
+        geometry = Geometry(*options)
+        check_arguments(input, channel_filter, spatial_filter, geometry)
+        return dispatch.forward(input, channel_filter, spatial_filter, geometry)
 
     library = torch.library.Library("launch_cost", "DEF")
     signature = "(Tensor a, Tensor b, Tensor c, int stride, int padding, int dilation, str combine) -> Tensor"
@@ -102,7 +103,7 @@ def measure() -> dict[str, float]:
         "forward": microseconds(lambda: torch.ops.launch_cost.forward(*tensors, *options)),
         "of that, the launch": microseconds(lambda: launch.launch(*launched[0])),
         "all gradients (two launches)": microseconds(
-            lambda: dispatch.backward(tensors[0], *tensors, *options, needs, torch.contiguous_format)
+            lambda: dispatch.backward(tensors[0], *tensors, Geometry(*options), needs)
         ),
     }
 

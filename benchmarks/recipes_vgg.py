@@ -30,7 +30,7 @@ from torch import Tensor, nn
 import ddf_convert as ddf
 from ddf_convert import recipes
 from ddf_convert.errors import UsageError
-from ddf_convert.recipes.losses import Watched
+from ddf_convert.recipes.losses import FeatureExtractor
 from ddf_convert.recipes.schema import Initialize, Losses, Optimizer, Schedule
 from ddf_convert.utils.figures import new_figure
 
@@ -166,7 +166,7 @@ class Similarity:
 @torch.no_grad()
 def feature_maps(model: VGG16, images: Tensor) -> dict[str, Tensor]:
     """Returns the output of every convolution, and the last map."""
-    last, outputs = Watched(model, model.names)(images)
+    last, outputs = FeatureExtractor(model, model.names)(images)
     return {**dict(zip(model.names, outputs, strict=True)), LAST: last}
 
 

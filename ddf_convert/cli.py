@@ -14,7 +14,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 
-from ddf_convert.artifacts.atomic import is_full, why
+from ddf_convert.artifacts.atomic import is_full, os_error_text
 from ddf_convert.commands import bench, recipes
 from ddf_convert.commands.console import err, hush, secure_streams
 from ddf_convert.commands.conversion import convert, inspect
@@ -96,7 +96,7 @@ def _of_the_system(error: OSError) -> Exception:
     if is_full(error):
         _give_up_stdout()
         where = f" {error.filename}" if error.filename else ""
-        return DDFError(f"could not write{where}: {why(error)}")
+        return DDFError(f"could not write{where}: {os_error_text(error)}")
     if error.errno == errno.ENAMETOOLONG:  # wherever a name is looked up
         return UsageError(f"{str(error.filename)[:_SHOWN]}...: {error.strerror}")
     return error

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import ddf_convert as ddf
 from architectures.catalog import Architecture, build, example_inputs
 from architectures.forward import ForwardResult, device_of, for_real, on_shapes, tensors
-from ddf_convert.artifacts.checkpoint import describe_difference
+from ddf_convert.artifacts.state import describe_difference
 from ddf_convert.conversion.rewriter import prepare, swap
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)

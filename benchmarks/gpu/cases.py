@@ -16,7 +16,7 @@ BATCH = 2
 
 
 @dataclass(frozen=True)
-class Geometry:
+class MapGeometry:
     """Map and filter window; ``padding`` comes on top of what keeps the size, None is no padding at all."""
 
     height: int
@@ -27,20 +27,20 @@ class Geometry:
 
 
 GEOMETRIES = (
-    Geometry(13, 16),  # rows that can be read 4 elements at a time
-    Geometry(9, 14),  # ... 2
-    Geometry(11, 7),  # ... 1
-    Geometry(15, 18, stride=2),
-    Geometry(17, 20, dilation=2),
-    Geometry(12, 13, padding=None),
-    Geometry(19, 21, stride=2, dilation=2),
-    Geometry(5, 132),  # wider than a block
-    Geometry(40, 36),  # several blocks each way
-    Geometry(14, 16, stride=2),
-    Geometry(20, 17, stride=3, padding=None),
-    Geometry(22, 12, dilation=3),
-    Geometry(8, 9, padding=2),  # windows that see nothing but zeros
-    Geometry(1, 1),
+    MapGeometry(13, 16),  # rows that can be read 4 elements at a time
+    MapGeometry(9, 14),  # ... 2
+    MapGeometry(11, 7),  # ... 1
+    MapGeometry(15, 18, stride=2),
+    MapGeometry(17, 20, dilation=2),
+    MapGeometry(12, 13, padding=None),
+    MapGeometry(19, 21, stride=2, dilation=2),
+    MapGeometry(5, 132),  # wider than a block
+    MapGeometry(40, 36),  # several blocks each way
+    MapGeometry(14, 16, stride=2),
+    MapGeometry(20, 17, stride=3, padding=None),
+    MapGeometry(22, 12, dilation=3),
+    MapGeometry(8, 9, padding=2),  # windows that see nothing but zeros
+    MapGeometry(1, 1),
 )
 COMBINED = (GEOMETRIES[0], GEOMETRIES[3])  # with every combination of combine and heads
 LARGER = (GEOMETRIES[1], GEOMETRIES[2], GEOMETRIES[5], GEOMETRIES[9])  # for kernels larger than 3x3
@@ -55,7 +55,7 @@ class Case:
     kernel: int
     dtype: str
     layout: str
-    geometry: Geometry
+    geometry: MapGeometry
     channels: int
     heads: int
     combine: str
@@ -90,14 +90,14 @@ class Case:
 
     def __str__(self) -> str:
         """Returns everything that differs between cases, in one line."""
-        window = [f"{field.name} {getattr(self.geometry, field.name)}" for field in fields(Geometry)[2:]]
+        window = [f"{field.name} {getattr(self.geometry, field.name)}" for field in fields(MapGeometry)[2:]]
         map = f"{self.channels} channels of {self.geometry.height}x{self.geometry.width}"
         upscaled = f", upscaled {self.upscale}x" if self.upscale > 1 else ""
         kind = f"K {self.kernel}, {self.dtype}, {self.layout}{upscaled}"
         return f"{kind}, {map}, {', '.join(window)}, {self.heads} heads, {self.combine}"
 
 
-def cases(dtypes: Sequence[str], kernels: Sequence[int], geometries: Sequence[Geometry]) -> Iterator[Case]:
+def cases(dtypes: Sequence[str], kernels: Sequence[int], geometries: Sequence[MapGeometry]) -> Iterator[Case]:
     """Yields every combination for 3x3 in some geometries; elsewhere a sample in which combine and heads take turns.
 
     A kernel is compiled for its geometry, which takes seconds: too long to combine everything. Dtypes and layouts

@@ -29,10 +29,9 @@ from ddf_convert import ops, reference
 from ddf_convert.bench.device import DTYPES, LAYOUTS, convolution_settings
 from ddf_convert.cuda import dispatch
 from ddf_convert.cuda.codegen import ptx as compiler
-from ddf_convert.cuda.kernel_spec import Variant
+from ddf_convert.cuda.kernel_spec import KernelSpec
 from ddf_convert.layers import DDF2d
-from ddf_convert.reference.checks import memory_format
-from gpu.cases import GEOMETRIES, LARGER, Case, Geometry, cases
+from gpu.cases import GEOMETRIES, LARGER, Case, MapGeometry, cases
 from gpu.run import Run, fail, skip
 
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -142,14 +141,15 @@ def _operator(run: Run, record: dict[str, Any], case: Case) -> None:
     if not output.is_contiguous(memory_format=ops.memory_format(input)):
         fail(record, f"forward: the layout is not kept ({case})")
     kind = f"K {case.kernel}{' upscaled' if case.upscale > 1 else ''}"
-    expected = reference.forward(*exact[:3], *options, case.upscale)
-    bound = reference.forward(*terms[:3], *options, case.upscale)
+    geometry = reference.Geometry(*options, case.upscale)
+    expected = reference.forward(*exact[:3], geometry)
+    bound = reference.forward(*terms[:3], geometry)
     _judge(record, f"forward {kind}", case, output, expected, bound, rounded_once=True)
 
     needs = (True, True, True)
-    gradients = torch.ops.ddf_convert.ddf_backward(grad, input, channel, spatial, *options, list(needs), case.upscale)
-    expected = reference.backward(exact[3], *exact[:3], *options, needs, case.upscale)
-    bounds = reference.backward(terms[3], *terms[:3], *options, needs, case.upscale)
+    gradients = torch.ops.ddf_convert.ddf_backward(grad, input, channel, spatial, list(needs), *geometry)
+    expected = reference.backward(exact[3], *exact[:3], geometry, needs)
+    bounds = reference.backward(terms[3], *terms[:3], geometry, needs)
     for name, found, right, bound in zip(GRADIENTS, gradients, expected, bounds, strict=True):
         assert right is not None
         assert bound is not None
@@ -160,13 +160,13 @@ def _operator(run: Run, record: dict[str, Any], case: Case) -> None:
 def _subsets(run: Run, record: dict[str, Any], case: Case) -> None:
     """Checks that gradients that are not wanted are empty, and the others as with all."""
     input, channel, spatial, grad = case.tensors(run.device)
-    arguments = (grad, input, channel, spatial, *case.options())
+    tensors, geometry = (grad, input, channel, spatial), reference.Geometry(*case.options())
     exact = [tensor.double() for tensor in (grad, input, channel, spatial)]
     needs = (True, True, True)
-    expected = reference.backward(*exact, *case.options(), needs)
-    bounds = reference.backward(*[tensor.abs() for tensor in exact], *case.options(), needs)
+    expected = reference.backward(*exact, geometry, needs)
+    bounds = reference.backward(*[tensor.abs() for tensor in exact], geometry, needs)
     for wanted in itertools.product((False, True), repeat=3):
-        gradients = torch.ops.ddf_convert.ddf_backward(*arguments, list(wanted))
+        gradients = torch.ops.ddf_convert.ddf_backward(*tensors, list(wanted), *geometry)
         for name, want, found, right, bound in zip(GRADIENTS, wanted, gradients, expected, bounds, strict=True):
             if want:
                 assert right is not None
@@ -179,17 +179,15 @@ def _subsets(run: Run, record: dict[str, Any], case: Case) -> None:
 def _normalized(run: Run, record: dict[str, Any], case: Case) -> None:
     """Compares FilterNorm, and the operator with FilterNorm on the spatial filter, with the gradients of both."""
     input, channel, spatial, grad = case.tensors(run.device)
-    stride, padding, dilation, combine = case.options()
+    geometry = reference.Geometry(*case.options())
     taps = case.kernel**2
     leaves = [tensor.requires_grad_() for tensor in (input, channel, spatial)]
-    output = ops.ddf_normalized(
-        input, channel, spatial, scale=SCALE, stride=stride, padding=padding, dilation=dilation, combine=combine
-    )
+    output = ops.ddf(input, channel, spatial, **geometry._asdict(), norm_scale=SCALE)
     found = [output, *torch.autograd.grad(output, leaves, grad)]
 
     exact = [tensor.detach().double().requires_grad_() for tensor in leaves]
     filters = reference.filter_norm(exact[2], taps, SCALE)
-    right = reference.forward(exact[0], exact[1], filters, *case.options())
+    right = reference.forward(exact[0], exact[1], filters, geometry)
     expected = [right, *torch.autograd.grad(right, exact, grad.double())]
 
     raw = exact[2].detach()
@@ -203,9 +201,9 @@ def _normalized(run: Run, record: dict[str, Any], case: Case) -> None:
         return (terms.unflatten(1, (-1, taps)).amax(2, keepdim=True) * spread).expand_as(by_tap).flatten(1, 2)
 
     absolute = [exact[0].detach().abs(), exact[1].detach().abs(), norm_terms]
-    *bounds, by_filters = reference.backward(grad.double().abs(), *absolute, *case.options(), (True, True, True))
+    *bounds, by_filters = reference.backward(grad.double().abs(), *absolute, geometry, (True, True, True))
     assert by_filters is not None
-    bounds = [reference.forward(*absolute, *case.options()), *bounds, mixed(by_filters)]
+    bounds = [reference.forward(*absolute, geometry), *bounds, mixed(by_filters)]
     for name, one, other, bound in zip(("forward", *GRADIENTS), found, expected, bounds, strict=True):
         assert bound is not None
         _judge(record, f"{name}, normalized", case, one, other, bound)
@@ -244,14 +242,14 @@ def _layer(run: Run, record: dict[str, Any], dtype: str, layout: str) -> None:
 def small(device: torch.device) -> None:
     """Runs a few cases of every kind, for compute-sanitizer; results are not compared."""
     for kernel, layout, dtype in itertools.product((3, 5), LAYOUTS, ("float32", "bfloat16")):
-        for geometry in (Geometry(9, 14), Geometry(11, 7, stride=2)):
+        for geometry in (MapGeometry(9, 14), MapGeometry(11, 7, stride=2)):
             case = Case(kernel, dtype, layout, geometry, 6, 2, "mul")
             input, channel, spatial, grad = case.tensors(device)
             arguments = (input, channel, spatial, *case.options())
             torch.ops.ddf_convert.ddf(*arguments)
-            torch.ops.ddf_convert.ddf_backward(grad, *arguments, [True, True, True])
+            torch.ops.ddf_convert.ddf_backward(grad, *arguments[:3], [True, True, True], *case.options())
             leaf = spatial.requires_grad_()
-            torch.ops.ddf_convert.ddf_normalized(input, channel, leaf, SCALE, *case.options()).sum().backward()
+            torch.ops.ddf_convert.ddf(input, channel, leaf, *case.options(), 1, SCALE).sum().backward()
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
@@ -285,13 +283,13 @@ def compilation(run: Run, record: dict[str, Any]) -> None:
         record |= {"processes": workers, "compile_seconds": round(time.monotonic() - start, 1)}
 
 
-def kernel_variants(cases: Iterable[Case], multiprocessors: int) -> list[Variant]:
+def kernel_variants(cases: Iterable[Case], multiprocessors: int) -> list[KernelSpec]:
     """Returns the kernels of these cases, which are dispatched and not run."""
     host = torch.device("cpu")
     with recorded() as found, mock.patch.object(dispatch, "multiprocessors", return_value=multiprocessors):
         for case in cases:
             input, channel, spatial, grad = case.tensors(host)
-            options = (*case.options(), memory_format(input))
-            dispatch.forward(input, channel, spatial, *options)
-            dispatch.backward(grad, input, channel, spatial, *options[:-1], (True, True, True), options[-1])
+            geometry = reference.Geometry(*case.options())
+            dispatch.forward(input, channel, spatial, geometry)
+            dispatch.backward(grad, input, channel, spatial, geometry, (True, True, True))
     return list(found)

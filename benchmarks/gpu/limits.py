@@ -56,7 +56,7 @@ def _corners(run: Run, record: dict[str, Any], side: int, layout: str) -> None:
     channel = random(1, CHANNELS, 3, 3, like="contiguous")
     output = ops.ddf(input, channel, spatial, padding=1)
     grad = random(1, CHANNELS, side, side)
-    gradients = torch.ops.ddf_convert.ddf_backward(grad, input, channel, spatial, 1, 1, 1, "mul", [True, True, True])
+    gradients = torch.ops.ddf_convert.ddf_backward(grad, input, channel, spatial, [True] * 3, 1, 1, 1, "mul")
 
     worst = dict.fromkeys(("forward", *MAP_GRADIENTS), 0.0)
     for bottom, right in itertools.product((False, True), repeat=2):
@@ -82,8 +82,9 @@ def _corner(tensor: Tensor, bottom: bool, right: bool, size: int = CORNER + 2) -
 def _expected(cut: list[Tensor], channel: Tensor, bottom: bool, right: bool) -> list[Tensor]:
     """Returns output and gradients of the maps at a corner; the cut is larger, as it is wrong at its inner edge."""
     input, spatial, grad = cut
-    output = reference.forward(input, channel, spatial, 1, 1, 1, "mul")
-    by_input, _, by_spatial = reference.backward(grad, input, channel, spatial, 1, 1, 1, "mul", (True, False, True))
+    geometry = reference.Geometry(padding=1)
+    output = reference.forward(input, channel, spatial, geometry)
+    by_input, _, by_spatial = reference.backward(grad, input, channel, spatial, geometry, (True, False, True))
     assert by_input is not None
     assert by_spatial is not None
     return [_corner(tensor, bottom, right, CORNER) for tensor in (output, by_input, by_spatial)]

@@ -1,7 +1,7 @@
-"""Work in proportion to a file: what its description may ask for, by what it really holds.
+"""Limits on what a manifest can make the loader build, in proportion to the weights beside it.
 
-The numbers of a manifest say what is built before anything of it can be compared with the weights. So they are held
-against the header of the weights first, and what is built is counted while it is built.
+A manifest decides what is built before the result can be compared with the weights. So its numbers are first compared
+with the header of the weights file, and modules are counted while they are built.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as registration
 
-from ddf_convert.artifacts.atomic import why
+from ddf_convert.artifacts.atomic import MANIFEST, os_error_text
 from ddf_convert.errors import ArtifactError, UsageError
 
-# What a model may have for what is in its weights' file. A convolution has up to K * K times, and more, of what takes
-# its place; parts may be made and thrown away while a model is built; and there are buffers that are not saved.
-_ELEMENTS, _MORE_ELEMENTS = 64, 10**8
-_PARTS, _MORE_PARTS = 20, 5000
-_NUMBER = 10_000  # an argument may be so large whatever the file holds: sizes of images, temperatures
+# Limits are FACTOR * (count in the weights file) + MARGIN. The factors are large, because a convolution has up to K * K
+# times the weights of its replacement, models build parts and discard them, and some buffers are not saved.
+_ELEMENT_FACTOR, _ELEMENT_MARGIN = 64, 10**8
+_PART_FACTOR, _PART_MARGIN = 20, 5000
+_MAX_SMALL_NUMBER = 10_000  # arguments up to this size are never refused: sizes of images, temperatures
 
 _DTYPES = {
     "F64": torch.float64,
@@ -46,8 +46,8 @@ _DTYPES = {
     "U64": torch.uint64,
     "BOOL": torch.bool,
 }
-# A model takes the dtype of its weights within one of these.
-_ALIKE = (
+# A model takes over the dtype of its weights within each of these sets.
+_CASTABLE = (
     {torch.float64, torch.float32, torch.float16, torch.bfloat16},
     {torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8},
 )
@@ -55,37 +55,32 @@ _ALIKE = (
 
 @dataclass(frozen=True)
 class Header:
-    """What a safetensors file says of its tensors.
-
-    Attributes:
-        shapes: By name, those that share a tensor too.
-        dtypes: By name; in the words of the file where torch has no such dtype.
-    """
+    """Shapes and dtypes of the tensors in a safetensors file, by all their names."""
 
     shapes: dict[str, tuple[int, ...]]
-    dtypes: dict[str, torch.dtype | str]
+    dtypes: dict[str, torch.dtype | str]  # a str where torch has no such dtype
 
     @property
     def elements(self) -> int:
-        """Of all tensors together."""
+        """Returns the number of elements of all tensors together."""
         return sum(map(math.prod, self.shapes.values()))
 
     def unfit_dtypes(self, state: Mapping[str, Any]) -> str:
-        """The tensors whose dtype a model's cannot take, in words; empty if there is none."""
+        """Returns which dtypes a model's tensors cannot take over, in words; empty if there are none."""
         unfit = [
-            f"{name} is {_word(self.dtypes[name])} and should be {_word(own.dtype)}"
+            f"{name} is {_dtype_name(self.dtypes[name])} and should be {_dtype_name(own.dtype)}"
             for name, own in state.items()
-            if isinstance(own, Tensor) and name in self.dtypes and not _fits(self.dtypes[name], own.dtype)
+            if isinstance(own, Tensor) and name in self.dtypes and not _is_castable(self.dtypes[name], own.dtype)
         ]
         return f"{len(unfit)} of another dtype ({unfit[0]}{', ...' if len(unfit) > 1 else ''})" if unfit else ""
 
 
 def read_header(weights: Path, shared: Mapping[str, str]) -> Header:
-    """Reads the header of a safetensors file, which vouches for the size of the rest.
+    """Reads the header of a safetensors file; safetensors checks it against the file's size.
 
     Args:
         weights: The file.
-        shared: Names of tensors that are stored under another name, and that name.
+        shared: Further names of tensors: name to the name in the file.
 
     Raises:
         ArtifactError: The file is damaged, or lacks a tensor that is shared.
@@ -96,42 +91,38 @@ def read_header(weights: Path, shared: Mapping[str, str]) -> Header:
             shapes = {name: tuple(each.get_shape()) for name, each in slices.items()}
             dtypes = {name: _DTYPES.get(each.get_dtype(), each.get_dtype()) for name, each in slices.items()}
     except (safetensors.SafetensorError, OSError) as error:
-        raise ArtifactError(f"{weights} is damaged: {' '.join(why(error).split())}") from error
-    for name, kept in shared.items():
-        if kept not in shapes:
-            raise ArtifactError(f"{weights.parent / 'manifest.json'} is damaged: {kept} is not among the weights")
-        shapes[name], dtypes[name] = shapes[kept], dtypes[kept]
+        raise ArtifactError(f"{weights} is damaged: {' '.join(os_error_text(error).split())}") from error
+    for name, stored in shared.items():
+        if stored not in shapes:
+            raise ArtifactError(f"{weights.parent / MANIFEST} is damaged: {stored} is not among the weights")
+        shapes[name], dtypes[name] = shapes[stored], dtypes[stored]
     return Header(shapes, dtypes)
 
 
 def check_arguments(arguments: Mapping[str, Any], header: Header) -> None:
-    """Whether the numbers among arguments are such as a model with these weights can have been built with.
-
-    Raises:
-        UsageError: One is too large.
-    """
-    most = max(_NUMBER, len(header.shapes), *(max(shape, default=0) for shape in header.shapes.values()), 0)
+    """Raises UsageError for numbers that are too large to have built a model with these weights."""
+    most = max(_MAX_SMALL_NUMBER, len(header.shapes), *(max(shape, default=0) for shape in header.shapes.values()), 0)
     for name, value in arguments.items():
         numbers = [each for each in (value if isinstance(value, list) else [value]) if isinstance(each, int | float)]
-        if not sum(map(abs, numbers)) <= most:  # NaN is not, either
+        if not sum(map(abs, numbers)) <= most:  # refuses NaN too
             raise UsageError(f"{name} {value} is more than a model of these weights can have")
 
 
 @contextmanager
-def in_proportion(header: Header, model: nn.Module | None = None) -> Iterator[None]:
-    """A context in which modules are built, in this thread, no more and no larger than weights account for.
+def limit_construction(header: Header, model: nn.Module | None = None) -> Iterator[None]:
+    """Limits the modules that this thread builds in the body, in number and size.
 
     Args:
-        header: Of the weights.
-        model: A model that is there already, and of which parts may be made again.
+        header: The header of the weights.
+        model: A model that exists already, whose parts may be built again.
 
     Raises:
         UsageError: In the body, as soon as too much is built.
     """
-    there = list(model.state_dict().values()) if model is not None else []
-    tensors = [each for each in there if isinstance(each, Tensor)]
-    elements = _MORE_ELEMENTS + _ELEMENTS * (header.elements + sum(each.numel() for each in tensors))
-    parts = _MORE_PARTS + _PARTS * (len(header.shapes) + len(tensors))
+    existing = list(model.state_dict().values()) if model is not None else []
+    tensors = [each for each in existing if isinstance(each, Tensor)]
+    elements = _ELEMENT_MARGIN + _ELEMENT_FACTOR * (header.elements + sum(each.numel() for each in tensors))
+    parts = _PART_MARGIN + _PART_FACTOR * (len(header.shapes) + len(tensors))
     thread = threading.get_ident()
 
     def count(_: nn.Module, name: str, part: Any) -> None:
@@ -155,9 +146,9 @@ def in_proportion(header: Header, model: nn.Module | None = None) -> Iterator[No
             handle.remove()
 
 
-def _fits(saved: torch.dtype | str, own: torch.dtype) -> bool:
-    return saved == own or any(saved in alike and own in alike for alike in _ALIKE)
+def _is_castable(saved: torch.dtype | str, own: torch.dtype) -> bool:
+    return saved == own or any(saved in dtypes and own in dtypes for dtypes in _CASTABLE)
 
 
-def _word(dtype: torch.dtype | str) -> str:
+def _dtype_name(dtype: torch.dtype | str) -> str:
     return str(dtype).removeprefix("torch.")

@@ -1,4 +1,4 @@
-"""Weights by name: reading foreign checkpoints without running anything in them, and telling what does not fit."""
+"""Loads checkpoints of other programs without running any code in them."""
 
 from __future__ import annotations
 
@@ -17,37 +17,34 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from ddf_convert.artifacts.atomic import check_readable
-from ddf_convert.artifacts.extra_state import extra_state_names, without_extra_states
+from ddf_convert.artifacts.path_checks import check_readable
+from ddf_convert.artifacts.state import describe_difference, list_names, printable, state_shapes
 from ddf_convert.errors import UsageError
-from ddf_convert.utils.fake_copy import meta_copy
 from ddf_convert.utils.logging import warn
 
-_SHOWN = 3  # names in an error
-_DEEPEST = 6  # mappings in mappings that are looked into
-
-# What wrappers put into the names of parameters: DataParallel and DDP, torch.compile, FSDP, activation checkpointing.
+# Names that wrappers insert: DataParallel and DDP, torch.compile, FSDP, activation checkpointing.
 _WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
-_BOOKKEEPING = {"n_averaged"}  # of torch.optim.swa_utils.AveragedModel: no tensor of the model
-_COUNTER = "num_batches_tracked"  # of BatchNorm: checkpoints of before PyTorch 0.4.1 lack it
+_SWA_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel
+_BATCH_NORM_COUNTER = "num_batches_tracked"  # missing in checkpoints from before PyTorch 0.4.1
 _AVERAGED = re.compile(r"(?:^|[._])ema(?:[._]|$)", re.IGNORECASE)
-_OF_TRAINING = re.compile(r"optim|grad|momentum|exp_avg")  # holds tensors with the weights' names that are not weights
-# Where several mappings fit: timm's order, with the averaged weights of other libraries before what is not averaged.
-_TIMMS_AVERAGED = ("state_dict_ema", "model_ema")
-_TIMMS = ("state_dict", "model")
+_OPTIMIZER = re.compile(r"optim|grad|momentum|exp_avg")  # tensors under the weights' names that are not weights
+# Where several mappings fit: timm's order; averaged weights of other libraries before those that are not averaged.
+_TIMM_AVERAGED = ("state_dict_ema", "model_ema")
+_TIMM_PLAIN = ("state_dict", "model")
 
-# Types that hold settings and figures. Where a pickle names one of them, an object that does nothing takes its place.
-_DATA = re.compile(
+# Types that hold settings and metrics. Unpickling replaces their objects by stand-ins that do nothing.
+_HARMLESS_TYPES = re.compile(
     r"(?:numpy|pathlib|datetime|omegaconf|yacs|typing)\.|"
     r"(?:argparse\.Namespace|types\.SimpleNamespace|collections\.(?:deque|defaultdict)|decimal\.Decimal|uuid\.UUID|"
     r"builtins\.(?:complex|slice|set|frozenset|range|bytearray|dict|list|tuple|int|float|str|bool))$"
 )
-_MOST_TYPES = 64  # of those in one file
-_MOST_PREFIXES = 16  # that are tried
-_LONGEST = 80  # characters of a name in an error
-_HEAD = 4096  # bytes that say what a file is
+_MAX_TYPES = 64  # stand-ins in one file
+_MAX_PREFIXES = 16  # that are tried
+_MAX_DEPTH = 6  # of nested mappings
+_MAX_ALTERNATIVES = 3  # in a warning
+_HEAD_BYTES = 4096  # that say what kind a file is
 _ZIP = b"PK\x03\x04"
-_PART = re.compile(r"-0*\d+-of-0*(?!1\D)\d+\.")
+_SHARD_NAME = re.compile(r"-0*\d+-of-0*(?!1\D)\d+\.")
 
 _FOREIGN = (
     (b"version https://git-lfs", "a Git LFS pointer and not the file itself; run git lfs pull"),
@@ -64,16 +61,16 @@ _FOREIGN = (
 
 
 def load_checkpoint(model: nn.Module, file: str | os.PathLike[str]) -> None:
-    """Loads foreign weights into a model, in place: all of them or, if anything does not fit, none.
+    """Loads a checkpoint into a model, in place: all weights or, if any does not fit, none.
 
-    The weights may lie beside other things, such as an optimizer's state and the number of an epoch, under any key
-    ("state_dict", "model_state_dict", "net", "params", ...), and their names may have a prefix in common ("module.",
-    "_orig_mod.", "model.", ...). What fits the model in all names and shapes is taken, and a warning says what that
-    was. Where several mappings fit, averaged weights (EMA) go first, then "state_dict" and "model", as in timm.
+    The weights may be stored under any key ("state_dict", "model_state_dict", "net", "params", ...) beside other
+    content, such as an optimizer's state, and their names may share a prefix ("module.", "_orig_mod.", "model.", ...).
+    The mapping that fits the model in all names and shapes is loaded, and a warning says which one. If several fit,
+    averaged weights (EMA) come first, then "state_dict" and "model", as in timm.
 
     Args:
-        model: The model that the weights belong to (before conversion, for weights of the unconverted model).
-        file: A safetensors file, or one of torch.save that holds tensors and plain values alone.
+        model: The model that the weights belong to: the unconverted one, for weights from before conversion.
+        file: A file of safetensors or ``torch.save``, with nothing but tensors and plain values.
 
     Raises:
         UsageError: There is no such file, it is not a checkpoint, it holds code (which is never run), its names,
@@ -81,57 +78,19 @@ def load_checkpoint(model: nn.Module, file: str | os.PathLike[str]) -> None:
     """
     path = os.fspath(file)
     content = _read(path)
-    expected = state_of(model)
-    candidates = [each for each in _candidates(content) if not _OF_TRAINING.search(".".join(each.path))]
+    expected = state_shapes(model)
+    candidates = [each for each in _candidates(content) if not _OPTIMIZER.search(".".join(each.path))]
     if not candidates:
-        raise UsageError(f"{path} is not a checkpoint of weights: {_without_tensors(content)}")
+        raise UsageError(f"{path} is not a checkpoint of weights: {_describe_content(content)}")
     chosen, others = _choose(path, model, candidates, expected)
     own = model.state_dict()
     model.load_state_dict({name: chosen.tensors.get(name, own[name]) for name in expected})
-    notice = _notice(chosen, others, content)
-    if notice:
-        warn(f"{path}: {notice}")
-
-
-def state_of(module: nn.Module, extra_states: bool = True) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of a module's state dict.
-
-    Args:
-        module: Any module.
-        extra_states: With the modules' extra states, which then have to be tensors.
-
-    Raises:
-        UsageError: The state holds something besides tensors.
-    """
-    copied, left_out = meta_copy(module), set[str]()
-    if not extra_states:
-        left_out = extra_state_names(copied)
-        without_extra_states(copied)
-    state = {name: value for name, value in copied.state_dict().items() if name not in left_out}
-    odd = [name for name, value in state.items() if not isinstance(value, Tensor)]
-    if odd:
-        raise UsageError(f"{type(module).__name__}: {odd[0]} is not a tensor, and only tensors are saved and loaded")
-    return {name: tuple(value.shape) for name, value in state.items()}
-
-
-def describe_difference(
-    expected: Mapping[str, tuple[int, ...]], found: Mapping[str, Tensor] | Mapping[str, tuple[int, ...]]
-) -> str:
-    """What is missing, what is too much, and what has another shape, in one line; empty if all is right."""
-    shapes = {name: tuple(value.shape) if isinstance(value, Tensor) else value for name, value in found.items()}
-    reshaped = [
-        f"{name} is {_size(shapes[name])} and should be {_size(shape)}"
-        for name, shape in expected.items()
-        if name in shapes and shapes[name] != shape
-    ]
-    missing = [name for name in expected if name not in shapes]
-    surplus = [name for name in shapes if name not in expected]
-    parts = [("missing", missing), ("not in the model", surplus), ("of another shape", reshaped)]
-    return "; ".join(f"{len(names)} {what} ({_first(names)})" for what, names in parts if names)
+    if description := _describe_choice(chosen, others, content):
+        warn(f"{path}: {description}")
 
 
 def why_unreadable(error: BaseException) -> str:
-    """Why torch cannot read a file, in one line and without its advice to read it unsafely; empty if that was all."""
+    """Returns why torch cannot read a file, in one line, without its advice to read it unsafely; may be empty."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     text = str(error)
@@ -146,219 +105,187 @@ def why_unreadable(error: BaseException) -> str:
     return "" if "weights_only" in line else line
 
 
-# --- which of the tensors in a file are the model's ---
+# --- the mapping in a checkpoint that fits a model ---
 
 
 @dataclass(frozen=True, eq=False)
 class _Candidate:
-    """A mapping in a checkpoint that holds tensors, or the part of one under a prefix.
+    """A mapping in a checkpoint that holds tensors, or the part of one under a prefix."""
 
-    Attributes:
-        path: The keys that lead to it.
-        tensors: By name.
-        prefix: What was taken off the names; "" if nothing.
-        rest: Names in the mapping that are left out.
-    """
-
-    path: tuple[str, ...]
+    path: tuple[str, ...]  # keys that lead to it
     tensors: dict[str, Tensor]
-    prefix: str = ""
-    rest: tuple[str, ...] = ()
+    prefix: str = ""  # removed from the names
+    rest: tuple[str, ...] = ()  # names in the mapping that are left out
 
     def __str__(self) -> str:
         where = repr(".".join(self.path)) if self.path else ""
         prefix = f"prefix {self.prefix!r}" if self.prefix else ""
-        return " with ".join(each for each in (where, prefix) if each) or "the file's own names"
+        return " with ".join(filter(None, (where, prefix))) or "the file's own names"
 
     @property
     def rank(self) -> int:
-        """Lower ones go first where several fit."""
-        first = self.path[0] if len(self.path) == 1 else None
-        if first in _TIMMS_AVERAGED:
-            return _TIMMS_AVERAGED.index(first)
+        """Returns the preference where several fit: the lowest is taken."""
+        key = self.path[0] if len(self.path) == 1 else None
+        if key in _TIMM_AVERAGED:
+            return _TIMM_AVERAGED.index(key)
         if _AVERAGED.search(".".join((*self.path, self.prefix))):
             return 2
-        return 3 + _TIMMS.index(first) if first in _TIMMS else 5
+        return 3 + _TIMM_PLAIN.index(key) if key in _TIMM_PLAIN else 5
 
 
 def _candidates(content: Any) -> list[_Candidate]:
-    """The mappings in a checkpoint that hold tensors under names. A hostile file can contain itself, or all twice."""
-    found: list[_Candidate] = []
+    """Returns the mappings in a checkpoint that hold named tensors, each once: a hostile file can contain itself."""
+    candidates: list[_Candidate] = []
     seen: set[int] = set()
 
-    def look(value: Any, path: tuple[str, ...]) -> None:
-        if id(value) in seen or len(path) > _DEEPEST:
+    def visit(value: Any, path: tuple[str, ...]) -> None:
+        if id(value) in seen or len(path) > _MAX_DEPTH:
             return
         if isinstance(value, Mapping):
             seen.add(id(value))
             tensors = {name: each for name, each in value.items() if isinstance(name, str) and isinstance(each, Tensor)}
             if tensors:
                 rest = tuple(str(name) for name in value if name not in tensors)
-                found.append(_Candidate(path, tensors, rest=rest))
+                candidates.append(_Candidate(path, tensors, rest=rest))
             for name, each in value.items():
-                look(each, (*path, str(name)))
+                visit(each, (*path, str(name)))
         elif isinstance(value, list | tuple):
             seen.add(id(value))
-            for place, each in enumerate(value):
-                look(each, (*path, str(place)))
+            for index, each in enumerate(value):
+                visit(each, (*path, str(index)))
 
-    look(content, ())
-    return found
+    visit(content, ())
+    return candidates
 
 
 def _choose(
     path: str, model: nn.Module, candidates: list[_Candidate], expected: Mapping[str, tuple[int, ...]]
 ) -> tuple[_Candidate, list[_Candidate]]:
-    """The one that fits, and the others that would.
-
-    Raises:
-        UsageError: None fits, or several do.
-    """
-    parts = [part for candidate in candidates for part in _without_prefix(candidate, expected)]
+    """Returns the candidate to load, and the others that would fit; raises UsageError if none or several do."""
+    parts = [part for candidate in candidates for part in _strip_prefixes(candidate, expected)]
     fitting = sorted((part for part in parts if not _difference(part, expected)), key=lambda part: part.rank)
     if not fitting:
         nearest = max(parts, key=lambda part: (_agreement(part, expected), -part.rank))
         where = f" ({nearest})" if nearest.path or nearest.prefix else ""
         raise UsageError(
-            f"{path}{where} does not fit {type(model).__name__}: {_difference(nearest, expected)}{_hint(path)}"
+            f"{path}{where} does not fit {type(model).__name__}: {_difference(nearest, expected)}{_shard_hint(path)}"
         )
     best = [part for part in fitting if part.rank == fitting[0].rank]
-    if any(not _same(best[0], part) for part in best[1:]):
+    if any(not _is_equal(best[0], part) for part in best[1:]):
         raise UsageError(
             f"{path} holds several mappings that fit {type(model).__name__}: {' and '.join(map(str, best))}; save the"
             " one that is meant by itself"
         )
-    wrong = _wrong_kind(best[0], model)
-    if wrong:
-        raise UsageError(f"{path} does not fit {type(model).__name__}: {wrong}")
+    if problem := _unloadable_tensor(best[0], model):
+        raise UsageError(f"{path} does not fit {type(model).__name__}: {problem}")
     return best[0], [part for part in fitting if all(part is not each for each in best)]
 
 
-def _without_prefix(candidate: _Candidate, expected: Mapping[str, tuple[int, ...]]) -> Iterator[_Candidate]:
-    """The parts of a mapping whose names, without a prefix, are those of the model; the fullest one first."""
-    wanted = _unwrapped(expected)
-    tensors = _unwrapped(candidate.tensors)
+def _strip_prefixes(candidate: _Candidate, expected: Mapping[str, tuple[int, ...]]) -> Iterator[_Candidate]:
+    """Yields the parts of a mapping whose names, without a prefix, are the model's; the fullest one first."""
+    wanted = _without_wrappers(expected)
+    tensors = _without_wrappers(candidate.tensors)
     prefixes: Counter[str] = Counter()
     for name in tensors:
         words = name.split(".")
-        endings = (place for place in range(len(words)) if ".".join(words[place:]) in wanted)
-        prefixes.update(".".join((*words[:place], "")) for place in endings)
-    for prefix, _ in prefixes.most_common(_MOST_PREFIXES) or [("", 0)]:
+        starts = (start for start in range(len(words)) if ".".join(words[start:]) in wanted)
+        prefixes.update(".".join((*words[:start], "")) for start in starts)
+    for prefix, _ in prefixes.most_common(_MAX_PREFIXES) or [("", 0)]:
         part = {name.removeprefix(prefix): full for name, full in tensors.items() if name.startswith(prefix)}
         yield _Candidate(
             candidate.path,
             {
                 wanted.get(name, full): candidate.tensors[full]
                 for name, full in part.items()
-                if name in wanted or name not in _BOOKKEEPING
+                if name in wanted or name != _SWA_COUNTER
             },
-            _taken_off(part),
+            _removed_prefix(part),
             (*candidate.rest, *(full for name, full in tensors.items() if not name.startswith(prefix))),
         )
 
 
-def _unwrapped(names: Iterable[str]) -> dict[str, str]:
-    """The names, by what they are without wrappers; by themselves if two would become one."""
+def _without_wrappers(names: Iterable[str]) -> dict[str, str]:
+    """Returns the names by their form without wrappers; by themselves if two forms would be the same."""
     full = list(names)
     short = [".".join(word for word in name.split(".") if word not in _WRAPPERS) for name in full]
     return dict(zip(short if len(set(short)) == len(full) else full, full, strict=True))
 
 
-def _taken_off(part: Mapping[str, str]) -> str:
-    """What the full names have that the short ones have not: a prefix, if it is the same one, or words in between."""
-    starts = {full.removesuffix(name) for name, full in part.items() if name not in _BOOKKEEPING}
-    if len(starts) == 1:
-        return starts.pop()
-    words = {word for full in part.values() for word in full.split(".")} & _WRAPPERS
-    return f"{'.'.join(sorted(words))}." if words else ""
+def _removed_prefix(part: Mapping[str, str]) -> str:
+    """Returns what only the full names have: a common prefix, or wrappers in between."""
+    prefixes = {full.removesuffix(name) for name, full in part.items() if name != _SWA_COUNTER}
+    if len(prefixes) == 1:
+        return prefixes.pop()
+    wrappers = {word for full in part.values() for word in full.split(".")} & _WRAPPERS
+    return f"{'.'.join(sorted(wrappers))}." if wrappers else ""
 
 
 def _difference(part: _Candidate, expected: Mapping[str, tuple[int, ...]]) -> str:
-    needed = {n: shape for n, shape in expected.items() if n in part.tensors or n.rpartition(".")[2] != _COUNTER}
-    return describe_difference(needed, part.tensors)
+    optional = {name for name in expected if name.rpartition(".")[2] == _BATCH_NORM_COUNTER} - part.tensors.keys()
+    return describe_difference({n: shape for n, shape in expected.items() if n not in optional}, part.tensors)
 
 
 def _agreement(part: _Candidate, expected: Mapping[str, tuple[int, ...]]) -> tuple[int, int]:
-    """How many names are the model's, and how many shapes of those."""
+    """Returns how many names are the model's, and how many of those have its shapes."""
     named = [name for name in part.tensors if name in expected]
     return len(named), sum(tuple(part.tensors[name].shape) == expected[name] for name in named)
 
 
-def _same(one: _Candidate, other: _Candidate) -> bool:
+def _is_equal(one: _Candidate, other: _Candidate) -> bool:
     return one.tensors.keys() == other.tensors.keys() and all(
         tensor.dtype == other.tensors[name].dtype and torch.equal(tensor, other.tensors[name])
         for name, tensor in one.tensors.items()
     )
 
 
-def _wrong_kind(part: _Candidate, model: nn.Module) -> str | None:
-    """Which tensor cannot be taken over as it is: a copy would round, or fail when others were copied already."""
+def _unloadable_tensor(part: _Candidate, model: nn.Module) -> str | None:
+    """Returns which tensor a copy would round, or fail at when others were copied already; None if there is none."""
     own = model.state_dict()
     for name, tensor in part.tensors.items():
         if tensor.is_meta:
             return f"{name} has no data (it is on the meta device)"
         if tensor.is_quantized or tensor.layout is not torch.strided:
             return f"{name} is {'quantized' if tensor.is_quantized else 'sparse'}, and should be a plain tensor"
-        counter = name.rpartition(".")[2] == _COUNTER  # averaged as a float by some EMAs
-        if not counter and _kind(tensor) != _kind(own[name]):
-            return f"{name} is {_words(tensor)} and should be {_words(own[name])}"
+        counter = name.rpartition(".")[2] == _BATCH_NORM_COUNTER  # averaged as a float by some EMAs
+        kinds = [(each.is_complex(), each.is_floating_point()) for each in (tensor, own[name])]
+        if not counter and kinds[0] != kinds[1]:
+            dtypes = [str(each.dtype).removeprefix("torch.") for each in (tensor, own[name])]
+            return f"{name} is {dtypes[0]} and should be {dtypes[1]}"
     return None
 
 
-def _kind(tensor: Tensor) -> tuple[bool, bool]:
-    return tensor.is_complex(), tensor.is_floating_point()
-
-
-def _words(tensor: Tensor) -> str:
-    return str(tensor.dtype).removeprefix("torch.")
-
-
-def _notice(chosen: _Candidate, others: Sequence[_Candidate], content: Any) -> str:
-    """What was taken and what was not; empty if the file holds the model's weights by their names and nothing else."""
+def _describe_choice(chosen: _Candidate, others: Sequence[_Candidate], content: Any) -> str:
+    """Returns what was loaded and what was not; empty if the file holds only the weights, under the model's names."""
     beside = [str(name) for name in content if str(name) != chosen.path[0]] if chosen.path else []
     beside = [*beside, *chosen.rest] if not isinstance(content, list | tuple) else list(chosen.rest)
-    taken = [f"took the weights under {_brief('.'.join(chosen.path))!r}"] if chosen.path else []
-    taken += [f"took {_brief(chosen.prefix)!r} off their names"] if chosen.prefix else []
-    taken += [f"left out {_first(beside)}"] if beside else []
-    taken += [f"{' and '.join(map(str, others[:_SHOWN]))} would fit too"] if others else []
-    return "; ".join(taken)
+    notes = [f"took the weights under {printable('.'.join(chosen.path))!r}"] if chosen.path else []
+    notes += [f"took {printable(chosen.prefix)!r} off their names"] if chosen.prefix else []
+    notes += [f"left out {list_names(beside)}"] if beside else []
+    notes += [f"{' and '.join(map(str, others[:_MAX_ALTERNATIVES]))} would fit too"] if others else []
+    return "; ".join(notes)
 
 
-def _without_tensors(content: Any, depth: int = 0) -> str:
-    """What there is in the place of tensors."""
+def _describe_content(content: Any, depth: int = 0) -> str:
+    """Returns what a file without named tensors holds."""
     if not isinstance(content, Mapping) or not content:
         return f"it holds {'a tensor without a name' if isinstance(content, Tensor) else 'no named tensors'}"
     name, value = next(iter(content.items()))
-    if isinstance(value, Mapping) and value and depth < _DEEPEST:
-        return _without_tensors(value, depth + 1)
-    return f"{_brief(str(name))!r} is not a tensor" if isinstance(name, str) else "its tensors have no names"
+    if isinstance(value, Mapping) and value and depth < _MAX_DEPTH:
+        return _describe_content(value, depth + 1)
+    return f"{printable(str(name))!r} is not a tensor" if isinstance(name, str) else "its tensors have no names"
 
 
-def _hint(path: str) -> str:
-    return "; the file is one part of several: join them first" if _PART.search(os.path.basename(path)) else ""
+def _shard_hint(path: str) -> str:
+    return "; the file is one part of several: join them first" if _SHARD_NAME.search(os.path.basename(path)) else ""
 
 
-def _size(shape: tuple[int, ...]) -> str:
-    return "x".join(map(str, shape)) or "a number"
+# --- reading files without running their code ---
 
 
-def _first(names: Sequence[str]) -> str:
-    return ", ".join(map(_brief, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")
+class _StandIn:
+    """Replaces settings and metrics in a pickle; it accepts everything and does nothing."""
 
-
-def _brief(name: str) -> str:
-    """A name from a file that can hold anything, for people."""
-    printable = "".join(letter if letter.isprintable() else "?" for letter in name[:_LONGEST])
-    return printable + ("..." if len(name) > _LONGEST else "")
-
-
-# --- files of others ---
-
-
-class _Ignored:
-    """What takes the place of settings and figures in a pickle: it accepts everything and does nothing."""
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> _Ignored:
+    def __new__(cls, *args: Any, **kwargs: Any) -> _StandIn:
         return super().__new__(cls)
 
     def __init__(self, *args: Any, **kwargs: Any) -> None: ...
@@ -366,40 +293,27 @@ class _Ignored:
     def __setstate__(self, state: Any) -> None: ...
 
 
-def _ignored_mapping(*args: Any) -> dict[Any, Any]:
-    return {}
-
-
-def _ignored_list(*args: Any) -> list[Any]:
-    return []
-
-
-# torch fills only dicts and lists.
-_FILLED: dict[str, Callable[..., Any]] = {
-    "collections.defaultdict": _ignored_mapping,
-    "collections.deque": _ignored_list,
+# torch's unpickler fills only dicts and lists.
+_CONTAINER_STAND_INS: dict[str, Callable[..., Any]] = {
+    "collections.defaultdict": lambda *args: {},
+    "collections.deque": lambda *args: [],
 }
 
 
 def _read(path: str) -> Any:
-    """What a file holds, whatever it is; nothing in it is run.
-
-    Raises:
-        UsageError: It is not there, is no checkpoint, or holds code.
-    """
+    """Returns the content of a checkpoint; raises UsageError if it cannot be read, or holds code."""
     file = Path(path)
     check_readable(path, file)
     try:
         with file.open("rb") as opened:
-            head = opened.read(_HEAD)
+            head = opened.read(_HEAD_BYTES)
         if _begins_as_safetensors(head, file):
             return safetensors.torch.load_file(path)
-        foreign = _foreign(head, file)
-        if foreign:
-            raise UsageError(f"{path} cannot be read as a checkpoint: it is {foreign}")
+        if kind := _foreign_kind(head, file):
+            raise UsageError(f"{path} cannot be read as a checkpoint: it is {kind}")
         if file.suffix == ".safetensors" and not head.startswith((_ZIP, b"\x80")):
-            return safetensors.torch.load_file(path)  # says what is wrong with it
-        return _unpickled(path)
+            return safetensors.torch.load_file(path)  # raises what is wrong with it
+        return _unpickle(path)
     except UsageError:
         raise
     except Exception as error:  # a damaged file can fail anywhere in zipfile, pickle, safetensors or torch
@@ -407,17 +321,17 @@ def _read(path: str) -> Any:
         # Without torch's error, whose text advises weights_only=False.
         raise UsageError(
             f"{path} cannot be read as a checkpoint: it is damaged, incomplete or of another kind"
-            + (f" ({_brief(why)})" if why else "")
+            + (f" ({printable(why)})" if why else "")
         ) from None
 
 
 def _begins_as_safetensors(head: bytes, file: Path) -> bool:
-    """Whether the length of a header comes first, and then the header."""
+    """Returns whether a file begins with the length of a header and the header."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") < file.stat().st_size
 
 
-def _foreign(head: bytes, file: Path) -> str | None:
-    """What a file is if torch does not read it, by its first bytes or by the directory of a zip file."""
+def _foreign_kind(head: bytes, file: Path) -> str | None:
+    """Returns the kind of a file that torch does not read, by its first bytes or its zip directory."""
     if not head:
         return "empty"
     known = next((words for start, words in _FOREIGN if head.startswith(start)), None)
@@ -435,7 +349,7 @@ def _foreign(head: bytes, file: Path) -> str | None:
 
 
 def _foreign_archive(file: Path) -> str | None:
-    """The same of a zip file, and whether it would grow when it is read: torch.save compresses nothing."""
+    """Returns the kind of a zip file that torch.save did not write, or that would grow when it is read."""
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
@@ -452,39 +366,35 @@ def _foreign_archive(file: Path) -> str | None:
     return None
 
 
-def _unpickled(path: str) -> Any:
-    """What torch.save wrote. Types of :data:`_DATA` become objects that do nothing; other types are refused.
-
-    Raises:
-        UsageError: It names other types or functions.
-    """
+def _unpickle(path: str) -> Any:
+    """Returns what torch.save wrote, with stand-ins for :data:`_HARMLESS_TYPES`; raises UsageError for other types."""
     names: set[str] = set()
-    with suppress(Exception):  # only new files can be asked; of old ones torch names one after the other
+    with suppress(Exception):  # in files of the old format torch names one type after the other
         names.update(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    for _ in range(_MOST_TYPES):
-        code = sorted(name for name in names if not _DATA.match(name))
+    for _ in range(_MAX_TYPES):
+        code = sorted(name for name in names if not _HARMLESS_TYPES.match(name))
         if code:
             raise UsageError(
-                f"{path} holds code ({_first(code)}), which is never run, and not weights alone; save the model's"
+                f"{path} holds code ({list_names(code)}), which is never run, and not weights alone; save the model's"
                 " state_dict() by itself"
             )
-        stand_ins: list[Any] = [(_FILLED.get(name, _Ignored), name) for name in names]
+        stand_ins: list[Any] = [(_CONTAINER_STAND_INS.get(name, _StandIn), name) for name in names]
         try:
             with warnings.catch_warnings(), torch.serialization.safe_globals(stand_ins):
-                warnings.simplefilter("ignore", UserWarning)  # of pickle protocols and sparse tensors: both are refused
+                warnings.simplefilter("ignore", UserWarning)  # pickle protocols and sparse tensors are refused
                 return torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:
             unsafe = _unsafe_global(str(error))
             if unsafe is None or unsafe in names:
                 raise
             names.add(unsafe)
-    raise UsageError(f"{path} cannot be read as a checkpoint: it names more than {_MOST_TYPES} types")
+    raise UsageError(f"{path} cannot be read as a checkpoint: it names more than {_MAX_TYPES} types")
 
 
 def _unsafe_global(text: str) -> str | None:
-    """The type or function that torch refused to look up, by torch's message."""
-    found = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)|Unsupported class (\S+)", text)
-    if not found:
+    """Returns the type or function that torch refused to look up, according to torch's message."""
+    match = re.search(r"[Uu]nsupported (?:global: )?GLOBAL (\S+)|Unsupported class (\S+)", text)
+    if not match:
         return None
-    name = found[1] or found[2]
+    name = match[1] or match[2]
     return name if "." in name else f"builtins.{name}"

@@ -1,7 +1,7 @@
-"""A folder that one process writes at a time.
+"""A lock on a folder, held by one process at a time.
 
-The lock is that of the operating system on the file ``.lock`` in the folder. It ends with the process, however that
-ends, so that a file left behind blocks nothing. What the file says, who holds it, is for people.
+The operating system locks the file ``.lock`` in the folder, and releases it when the process ends, in whatever way: a
+file left behind blocks nothing. The file's content, the holder's name, is only for error messages.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -28,42 +28,42 @@ class InUseError(UsageError):
 
 @contextmanager
 def locked(path: str | os.PathLike[str], option: str = "-o") -> Iterator[None]:
-    """A context in which no other process enters this context for the same folder.
+    """Holds the lock of a folder.
 
-    A folder that does not exist is made, and removed at the end if nothing else was put there. Where the file system
-    has no locks a warning says so, once, and the context is entered.
+    A folder that does not exist is made, and removed at the end if it is empty. Where the file system has no locks, a
+    warning says so once, and no lock is held.
 
     Args:
         path: The folder.
-        option: The option that names it, for the error.
+        option: The command-line option that names it, for the error.
 
     Raises:
-        InUseError: Another process holds it; the message names that process.
+        InUseError: Another process holds the lock; the message names that process.
         ArtifactError: The folder cannot be written.
     """
     folder = Path(path)
     check_writable(folder)
-    made = [each for each in (folder, *folder.parents) if not each.exists()]
+    made = [parent for parent in (folder, *folder.parents) if not parent.exists()]
     file, owner = folder / LOCK, os.getpid()
-    descriptor = _acquired(file, folder, option)
+    descriptor = _acquire(file, folder, option)
     try:
         yield
     finally:
-        if os.getpid() == owner:  # and not in a process that was forked meanwhile
+        if os.getpid() == owner:  # not in a process that was forked meanwhile
             _release(descriptor, file)
-            with suppress(OSError):  # the first one that is not empty
-                for each in made:
-                    each.rmdir()
+            with suppress(OSError):  # the first one that is not empty ends it
+                for parent in made:
+                    parent.rmdir()
 
 
-def _acquired(file: Path, folder: Path, option: str) -> int:
-    """A descriptor of the file that stands at its path, locked."""
+def _acquire(file: Path, folder: Path, option: str) -> int:
+    """Returns a locked descriptor of the file that is at this path."""
     while True:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except FileNotFoundError:
-            continue  # whoever made the folder removed it in between
+            continue  # another process removed the folder in between
         except OSError as error:
             raise UsageError(f"cannot write {file}: {error.strerror}") from error
         _held.add(descriptor)
@@ -77,9 +77,9 @@ def _acquired(file: Path, folder: Path, option: str) -> int:
             ) from None
         except OSError as error:
             warn_once(f"{folder} cannot be locked ({error.strerror}): let one process at a time write there")
-        if _is_at(descriptor, file):
+        if _is_same_file(descriptor, file):
             break
-        _close(descriptor)  # whoever held it removed it in between
+        _close(descriptor)  # its last holder removed the file in between
     with suppress(OSError):
         os.ftruncate(descriptor, 0)
         os.write(descriptor, json.dumps({"process": os.getpid(), "host": socket.gethostname()}).encode())
@@ -87,9 +87,9 @@ def _acquired(file: Path, folder: Path, option: str) -> int:
 
 
 def _release(descriptor: int, file: Path) -> None:
-    """Removes the file while it is still locked: nobody can lock what is about to go."""
-    with suppress(OSError):  # Windows removes no open file; it stays, unlocked
-        if _is_at(descriptor, file):
+    """Removes the file while it is still locked, so that no process can lock a file about to go, and closes it."""
+    with suppress(OSError):  # Windows does not remove open files; it stays, unlocked
+        if _is_same_file(descriptor, file):
             file.unlink()
     _close(descriptor)
 
@@ -99,7 +99,7 @@ def _close(descriptor: int) -> None:
     os.close(descriptor)
 
 
-def _is_at(descriptor: int, file: Path) -> bool:
+def _is_same_file(descriptor: int, file: Path) -> bool:
     try:
         return os.path.samestat(os.fstat(descriptor), file.stat())
     except FileNotFoundError:
@@ -114,38 +114,31 @@ def _holder(file: Path) -> str:
         return "another process"
 
 
-def _system_lock() -> Callable[[int], None]:
-    """What locks a descriptor, and raises ``BlockingIOError`` if another has locked it."""
-    if sys.platform == "win32":
-        import msvcrt
+if sys.platform == "win32":
+    import msvcrt
 
-        def lock(descriptor: int) -> None:
-            os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # a lock keeps others from reading, too: not what the file says
-            try:
-                msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
-            except PermissionError as error:
-                raise BlockingIOError from error
-            finally:
-                os.lseek(descriptor, 0, os.SEEK_SET)
-    else:
-        import fcntl
+    def _lock(descriptor: int) -> None:
+        os.lseek(descriptor, 1 << 30, os.SEEK_SET)  # locked bytes cannot be read: lock one behind the content
+        try:
+            msvcrt.locking(descriptor, msvcrt.LK_NBLCK, 1)
+        except PermissionError as error:
+            raise BlockingIOError from error
+        finally:
+            os.lseek(descriptor, 0, os.SEEK_SET)
+else:
+    import fcntl
 
-        def lock(descriptor: int) -> None:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    return lock
+    def _lock(descriptor: int) -> None:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
-_lock = _system_lock()
-
-
-def _let_go() -> None:
-    """In a process that was forked: the lock is its parent's, and must end with it."""
+def _close_in_child() -> None:
+    """Closes the descriptors in a forked process: the locks are its parent's, and must end with that."""
     for descriptor in _held:
         with suppress(OSError):
             os.close(descriptor)
     _held.clear()
 
 
-if hasattr(os, "register_at_fork"):  # not on Windows, which does not fork
-    os.register_at_fork(after_in_child=_let_go)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_close_in_child)

@@ -1,4 +1,4 @@
-"""What makes two modules with equal weights compute differently: classes, attributes, buffers, sharing."""
+"""Compares everything but weights that makes two modules compute differently: classes, attributes, buffers, sharing."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ import numpy
 import torch
 from torch import Tensor, fx, nn
 
-# Switches of a run, which leave the function as it is: memory for time, and which kernels compute it.
+# Switches that change no result: memory for time, and which kernels run.
 _RUN_TIME = {"grad_checkpointing", "fused_attn", "_fast_norm", "_compiled_call_impl"}
-# How timm describes a model and the call that built it.
+# timm's descriptions of a model and of the call that built it.
 _DESCRIPTIVE = {"pretrained_cfg", "default_cfg", "pretrained_model_args", "_model_args", "_traits"}
 _IGNORED = set(vars(nn.Module())) | _RUN_TIME | _DESCRIPTIVE | {"ddf_conversion"}
 _PLAIN = (int, float, complex, str, bytes, torch.dtype)
-_SHOWN = 60  # characters of a module
-_ULPS = 16  # tables of sines and the like differ by a few between devices
+_MAX_REPR = 60  # characters of a module
+_ULPS = 16  # computed tables, such as sines, differ by a few between devices
 
 
-class _Words(str):
-    """In the place of a value."""
+class _Description(str):
+    """Describes a value in a difference, instead of the value itself."""
 
     __slots__ = ()
 
 
-_ABSENT = _Words("nothing")
+_ABSENT = _Description("nothing")
 
 
 @dataclass(frozen=True)
-class Difference:
-    """One thing in which two modules differ.
+class ModuleDifference:
+    """One difference between two modules.
 
     Attributes:
         path: The submodule.
@@ -52,43 +52,39 @@ class Difference:
 
     @property
     def name(self) -> str:
-        """The path of the attribute."""
+        """Returns the path of the attribute."""
         return ".".join(filter(None, (self.path, self.attribute)))
 
-    def values(self) -> tuple[str, str]:
-        """Both values, each in one short line."""
-        return _in_words(self.first), _in_words(self.second)
+    def describe_values(self) -> tuple[str, str]:
+        """Returns both values, each in one short line."""
+        return _describe(self.first), _describe(self.second)
 
 
 @dataclass
-class Differences:
-    """What a comparison found.
+class ModuleDiff:
+    """The result of a comparison.
 
     Attributes:
-        found: The differences, in the order of the module tree.
-        undecided: Names of the attributes that cannot be compared: objects whose contents Python cannot see.
-        without_values: Names of the tensors whose values were not compared, because one is on the meta device.
+        differences: In the order of the module tree.
+        undecided: Names of attributes that cannot be compared: objects whose contents Python cannot see.
+        without_values: Names of tensors whose values were not compared, because one is on the meta device.
     """
 
-    found: list[Difference] = field(default_factory=list)
+    differences: list[ModuleDifference] = field(default_factory=list)
     undecided: list[str] = field(default_factory=list)
     without_values: list[str] = field(default_factory=list)
 
 
-def differences(first: nn.Module, second: nn.Module) -> Differences:
-    """Compares all that makes two forward passes differ if parameters and persistent buffers are equal.
+def diff_modules(first: nn.Module, second: nn.Module) -> ModuleDiff:
+    """Compares everything that makes two forward passes differ if parameters and persistent buffers are equal.
 
-    That is: the class of every submodule; which submodules and parameters are one and the same; every instance
-    attribute (numbers, texts, containers, functions by their code, other objects by their contents); the values of
-    buffers that a state dict does not hold.
+    That is: the class of every submodule; which submodules and parameters are shared; every instance attribute
+    (numbers, texts, containers, functions by their code, other objects by their contents); the values of buffers that a
+    state dict does not hold.
 
-    Left out are training modes, hooks, caches, switches of a run that change no result (``grad_checkpointing``,
+    Not compared are training modes, hooks, caches, switches that change no result (``grad_checkpointing``,
     ``fused_attn``), devices, timm's descriptions of a model, and attributes that only the first module has and that no
     code of its classes mentions: a user's notes.
-
-    Args:
-        first: A module.
-        second: The module to compare it with.
     """
     return _Comparison(first, second).run()
 
@@ -97,23 +93,23 @@ class _Comparison:
     def __init__(self, first: nn.Module, second: nn.Module) -> None:
         self._first = dict(first.named_modules(remove_duplicate=False))
         self._second = dict(second.named_modules(remove_duplicate=False))
-        self._paths = _first_names(self._first.items()), _first_names(self._second.items())
+        self._paths = _name_by_id(self._first.items()), _name_by_id(self._second.items())
         self._parameters = tuple(
-            _first_names(module.named_parameters(remove_duplicate=False)) for module in (first, second)
+            _name_by_id(module.named_parameters(remove_duplicate=False)) for module in (first, second)
         )
-        self._mentioned = {name for kind in set(map(type, self._first.values())) for name in _mentioned_by(kind)}
-        self._compared: dict[tuple[int, int], Any] = {}  # keeps the objects, so that no id is used again
+        self._mentioned = {name for kind in set(map(type, self._first.values())) for name in _names_in_class(kind)}
+        self._compared: dict[tuple[int, int], Any] = {}  # holds the objects, so that no id is reused
         self._name = ""  # of the attribute that is being compared
-        self._result = Differences()
+        self._result = ModuleDiff()
 
-    def run(self) -> Differences:
+    def run(self) -> ModuleDiff:
         for path in dict.fromkeys((*self._first, *self._second)):
             first, second = self._first.get(path), self._second.get(path)
             if first is None or second is None:
                 parent = path.rpartition(".")[0]
-                if parent in self._first and parent in self._second:  # what is below is missing with it
+                if parent in self._first and parent in self._second:  # submodules of a missing module are not reported
                     self._note(path, "", first or _ABSENT, second or _ABSENT)
-            elif _name_of(type(first)) != _name_of(type(second)):
+            elif _class_name(type(first)) != _class_name(type(second)):
                 self._note(path, "", first, second)
             else:
                 self._compare_sharing(path, first, second)
@@ -121,17 +117,17 @@ class _Comparison:
         return self._result
 
     def _note(self, path: str, attribute: str, first: Any, second: Any) -> None:
-        self._result.found.append(Difference(path, attribute, first, second))
+        self._result.differences.append(ModuleDifference(path, attribute, first, second))
 
     def _compare_sharing(self, path: str, first: nn.Module, second: nn.Module) -> None:
         kept = [names[id(part)] for names, part in zip(self._paths, (first, second), strict=True)]
         if kept[0] != kept[1]:
-            self._note(path, "", *(_Words(f"the module {name}") for name in kept))
+            self._note(path, "", *(_Description(f"the module {name}") for name in kept))
         for name in first._parameters.keys() & second._parameters.keys():
             parameters = first._parameters[name], second._parameters[name]
             kept = [names.get(id(each), "") for names, each in zip(self._parameters, parameters, strict=True)]
             if kept[0] != kept[1]:
-                self._note(path, name, *(_Words(f"the parameter {name}") for name in kept))
+                self._note(path, name, *(_Description(f"the parameter {name}") for name in kept))
 
     def _compare_parts(self, path: str, first: nn.Module, second: nn.Module) -> None:
         if isinstance(first, torch.jit.ScriptModule):
@@ -160,13 +156,15 @@ class _Comparison:
         if isinstance(first, Tensor) and isinstance(second, Tensor):
             return self._same_tensors(first, second)
         if first is None or isinstance(first, _PLAIN):
-            return bool(first == second or (first != first and second != second))  # NaN is like NaN
+            return bool(first == second or (first != first and second != second))  # NaN equals NaN
         if (id(first), id(second)) in self._compared:
-            return True  # or on the way to be found different
+            return True  # if not, the comparison in progress finds it
         self._compared[id(first), id(second)] = first, second
-        if isinstance(first, list | tuple | deque) and isinstance(second, list | tuple | deque):  # JSON has lists alone
+        if isinstance(first, list | tuple | deque) and isinstance(
+            second, list | tuple | deque
+        ):  # JSON turns tuples into lists
             return len(first) == len(second) and all(map(self._same, first, second))
-        if _name_of(type(first)) != _name_of(type(second)):
+        if _class_name(type(first)) != _class_name(type(second)):
             return False
         return self._same_objects(first, second)
 
@@ -178,9 +176,9 @@ class _Comparison:
             case Mapping():
                 return first.keys() == second.keys() and all(self._same(first[key], second[key]) for key in first)
             case type():
-                return _name_of(first) == _name_of(second)
+                return _class_name(first) == _class_name(second)
             case FunctionType():
-                return self._same(_parts_of(first), _parts_of(second))
+                return self._same(_function_parts(first), _function_parts(second))
             case MethodType():
                 return self._same(first.__func__, second.__func__) and self._same(first.__self__, second.__self__)
             case functools.partial():
@@ -218,7 +216,7 @@ class _Comparison:
 
 
 def _unsaved_buffers(first: nn.Module, second: nn.Module) -> Iterator[tuple[str, Any, Any]]:
-    """Buffers of which a state dict says nothing."""
+    """Yields buffers that a state dict does not hold."""
     saved = (
         {*first._buffers} - first._non_persistent_buffers_set,
         {*second._buffers} - second._non_persistent_buffers_set,
@@ -229,16 +227,16 @@ def _unsaved_buffers(first: nn.Module, second: nn.Module) -> Iterator[tuple[str,
             yield name, one, other
 
 
-def _first_names(named: Iterable[tuple[str, Any]]) -> dict[int, str]:
-    """The first name of every object, by its id."""
-    found: dict[int, str] = {}
+def _name_by_id(named: Iterable[tuple[str, Any]]) -> dict[int, str]:
+    """Returns the first name of every object, by its id."""
+    names: dict[int, str] = {}
     for name, value in named:
-        found.setdefault(id(value), name)
-    return found
+        names.setdefault(id(value), name)
+    return names
 
 
-def _name_of(kind: type) -> tuple[str, str]:
-    """A class by its name: one that a function defines is another object at each call."""
+def _class_name(kind: type) -> tuple[str, str]:
+    """Returns what identifies a class: one that a function defines is a new object at each call."""
     return kind.__module__, kind.__qualname__
 
 
@@ -246,29 +244,30 @@ def _is_cache(name: str, *values: Any) -> bool:
     return "cache" in name.lower() and not any(isinstance(value, int | float | str) for value in values)
 
 
-def _parts_of(function: FunctionType) -> tuple[Any, ...]:
-    """Everything that a function's result can depend on, but for globals."""
+def _function_parts(function: FunctionType) -> tuple[Any, ...]:
+    """Returns everything but globals that a function's result can depend on."""
     cells = [cell for cell in function.__closure__ or () if cell != CellType()]  # without the empty ones
     closure = [cell.cell_contents for cell in cells]
     return function.__code__, function.__defaults__, function.__kwdefaults__, closure
 
 
 def _contents(value: Any) -> dict[str, Any] | None:
-    """The attributes of an object; None for an object that cannot have any."""
-    slots = [name for kind in type(value).__mro__ for name in _names(vars(kind).get("__slots__", ()))]
+    """Returns the attributes of an object; None if it cannot have any."""
+    slots = [name for kind in type(value).__mro__ for name in _slot_names(kind)]
     if not slots and not hasattr(value, "__dict__"):
         return None
     found = {name: getattr(value, name) for name in slots if not name.startswith("__") and hasattr(value, name)}
     return {**found, **getattr(value, "__dict__", {})}
 
 
-def _names(slots: str | Iterable[str]) -> Iterable[str]:
+def _slot_names(kind: type) -> Iterable[str]:
+    slots = vars(kind).get("__slots__", ())
     return (slots,) if isinstance(slots, str) else slots
 
 
 @functools.cache
-def _mentioned_by(kind: type) -> frozenset[str]:
-    """All names and texts in the code of a class and of those that it is made of."""
+def _names_in_class(kind: type) -> frozenset[str]:
+    """Returns all names and strings in the code of a class and its bases."""
     found: set[str] = set()
     for each in kind.__mro__:
         if each in (nn.Module, object):
@@ -277,22 +276,22 @@ def _mentioned_by(kind: type) -> frozenset[str]:
             functions = (value, getattr(value, "__func__", None), getattr(value, "fget", None))
             for function in functions:
                 if isinstance(code := getattr(function, "__code__", None), CodeType):
-                    found |= _mentioned_in(code)
+                    found |= _names_in_code(code)
     return frozenset(found)
 
 
-def _mentioned_in(code: CodeType) -> set[str]:
+def _names_in_code(code: CodeType) -> set[str]:
     inner = [constant for constant in code.co_consts if isinstance(constant, CodeType)]
     texts = {constant for constant in code.co_consts if isinstance(constant, str)}
-    return {*code.co_names, *texts}.union(*map(_mentioned_in, inner))
+    return {*code.co_names, *texts}.union(*map(_names_in_code, inner))
 
 
-def _in_words(value: Any) -> str:
-    if isinstance(value, _Words):
+def _describe(value: Any) -> str:
+    if isinstance(value, _Description):
         return value
     if isinstance(value, nn.Module):
         text = type(value).__name__ if any(value.children()) else repr(value)
-        return text if len(text) <= _SHOWN else type(value).__name__
+        return text if len(text) <= _MAX_REPR else type(value).__name__
     if isinstance(value, Tensor):
         return "other values" if value.numel() > 1 else str(value.tolist())
     if isinstance(value, type | FunctionType):

@@ -1,9 +1,12 @@
-"""Where a model comes from: timm, if timm provably builds the same network, or its user."""
+"""The source of a model before conversion: timm, if timm provably builds the same network, or else its user."""
 
 from __future__ import annotations
 
+import difflib
+import inspect
 import itertools
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,17 +17,17 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError, field_validator
 from torch import fx, nn
 
-from ddf_convert.artifacts.checkpoint import describe_difference, state_of
-from ddf_convert.artifacts.module_diff import Difference, Differences, differences
+from ddf_convert.artifacts.module_diff import ModuleDiff, ModuleDifference, diff_modules
+from ddf_convert.artifacts.state import describe_difference, state_shapes
 from ddf_convert.conversion.convert import Conversion
 from ddf_convert.conversion.interpolate_hook import class_of
 from ddf_convert.conversion.rewriter import prepare, swap
 from ddf_convert.conversion.tracer import describe
-from ddf_convert.errors import UsageError, first_line, in_one_line
+from ddf_convert.errors import DDFError, UsageError, first_line, in_one_line
 from ddf_convert.utils.fake_copy import real_copy
 
-# Arguments of timm.create_model that make it read or fetch files: an artifact never carries them.
-_READING = {
+# Arguments of timm.create_model that make it read or download files; an artifact never contains them.
+FILE_ARGUMENTS = {
     "pretrained",
     "pretrained_cfg",
     "pretrained_cfg_overlay",
@@ -32,7 +35,7 @@ _READING = {
     "checkpoint_path",
     "cache_dir",
 }
-_MOST_BUILDS = 12  # of a search for arguments; each takes a fraction of a second
+_MAX_TRIALS = 12  # in a search for arguments; each takes a fraction of a second
 _FEATURE_CLASSES = {
     "FeatureListNet": "list",
     "FeatureDictNet": "dict",
@@ -40,15 +43,15 @@ _FEATURE_CLASSES = {
     "FeatureGetterNet": "getter",
     "FeatureGraphNet": "fx",
 }
-# Arguments that set the dropout of modules with these names.
-_DROPOUTS = {
+# Module names, and the argument that sets their dropout.
+_DROPOUT_ARGUMENTS = {
     "attn_drop": "attn_drop_rate",
     "head_drop": "drop_rate",
     "pos_drop": "pos_drop_rate",
     "proj_drop": "proj_drop_rate",
 }
-# Arguments that set these attributes somewhere inside a model.
-_SAME_VALUE = {
+# Attributes inside a model, and the arguments that set them.
+_VALUE_ARGUMENTS = {
     "pool_type": ("global_pool",),
     "img_size": ("img_size",),
     "eps": ("norm_eps", "bn_eps"),
@@ -64,8 +67,8 @@ class TimmSource(BaseModel):
     """A model that timm can build: ``timm.create_model(name, pretrained=False, **kwargs)``.
 
     Args:
-        name: timm's name of the model, with or without the tag of its weights.
-        kwargs: Further arguments of ``timm.create_model``: numbers, texts, booleans, None, and lists or dicts of them.
+        name: timm's model name, with or without the tag of its weights.
+        kwargs: Further arguments of ``timm.create_model``, of types that JSON has.
 
     Raises:
         UsageError: A name or an argument is something else.
@@ -89,17 +92,17 @@ class TimmSource(BaseModel):
         if not isinstance(kwargs, Mapping):
             return kwargs
         for name, value in kwargs.items():
-            if not isinstance(name, str) or not _is_json(value):
+            if not isinstance(name, str) or not is_json(value):
                 raise ValueError(f"{name} is {type(value).__name__}, which JSON does not have")
         return {name: json.loads(json.dumps(value)) for name, value in kwargs.items()}  # tuples become lists
 
 
 class OwnSource(BaseModel):
-    """A model of the user's own: it is built by the user and filled by ``restore``.
+    """A model that only its user can build; ``restore`` loads its weights.
 
     Attributes:
-        model_class: Module and name of its class, to recognize it by; never imported.
-        reason: Why it is not timm's, if timm has a model of its name.
+        model_class: Module and name of its class, for messages; never imported.
+        reason: Why the source is not timm, if timm has a model of its name.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -110,62 +113,101 @@ class OwnSource(BaseModel):
 
 
 def find_source(
-    model: nn.Module, conversion: Conversion, asked: TimmSource | str | None = None
+    model: nn.Module, conversion: Conversion, requested: TimmSource | str | None = None
 ) -> TimmSource | OwnSource:
-    """The source of a converted model.
+    """Finds the source of a converted model.
 
-    timm is the source only if what it builds, converted, is the same network: names and shapes of the weights, and
-    everything that ``module_diff.differences`` compares. If some of that cannot be compared, both also
-    have to give the same outputs. timm's arguments are those that timm noted in the model, or are looked for.
+    timm is the source only if what it builds, converted, is the same network: the same names and shapes of weights, and
+    no difference that ``module_diff`` finds. If something cannot be compared, both also have to give the same outputs.
+    The arguments are those that timm noted in the model, or are searched for.
 
     Args:
         model: The converted model, without wrappers.
         conversion: Its record.
-        asked: The source that the user gave: a timm name, for which arguments are looked for, or name and arguments.
+        requested: The user's source: a timm name, whose arguments are searched for, or name and arguments.
 
     Raises:
-        UsageError: The source that was asked for builds another network.
+        UsageError: The requested source builds another network.
     """
-    # A GraphModule is a class of its own each time: the name of what it was made of says more.
+    # A GraphModule is a class of its own each time: the name of the model that it was made of identifies it better.
     graph = isinstance(model, fx.GraphModule)
     described = conversion.source if graph else describe(model)
-    given = asked if isinstance(asked, TimmSource) else None
-    name = given.name if given else str(asked or described)
+    given = requested if isinstance(requested, TimmSource) else None
+    name = given.name if given else str(requested or described)
     known = timm.is_model(name)
     reason = f"timm has no model {name!r}"
     if known:
-        trial = _try(model, conversion, given) if given else _search(model, conversion, _tagged(model, name))
+        trial = _try(model, conversion, given) if given else _search(model, conversion, _with_tag(model, name))
         if not trial.reason:
             return trial.source
         reason = trial.reason
-    if asked is not None:
+    if requested is not None:
         raise UsageError(f"the model cannot be saved as timm's {name}: {reason}")
     kind = class_of(model)
     fields = {"class": described if graph else f"{kind.__module__}.{kind.__qualname__}"}
     return OwnSource.model_validate({**fields, "reason": reason if known else ""})
 
 
-def built_by_timm(source: TimmSource, device: str) -> nn.Module:
-    """A fresh model from timm; nothing is downloaded or read, and torch's random state stays as it is.
+def build_source(source: TimmSource, device: str) -> nn.Module:
+    """Builds a fresh model; nothing is downloaded or read, and torch's random state stays unchanged.
 
     Raises:
         UsageError: timm has no such model, or cannot build it with these arguments.
     """
     if not timm.is_model(source.name):
         raise UsageError(f"timm {timm.__version__} has no model {source.name!r}")
-    reading = [name for name in source.kwargs if name in _READING]
+    reading = [name for name in source.kwargs if name in FILE_ARGUMENTS]
     if reading:
         raise UsageError(f"{reading[0]} is not an argument that an artifact may give to timm")
+    with torch.random.fork_rng(devices=[]):
+        return build_timm_model(source.name, source.kwargs, device)
+
+
+def build_timm_model(name: str, kwargs: Mapping[str, Any], device: str) -> nn.Module:
+    """Calls ``timm.create_model`` without pretrained weights.
+
+    Args:
+        name: timm's model name.
+        kwargs: Further arguments.
+        device: "meta" falls back to the CPU: some models look at values while they are built.
+
+    Raises:
+        UsageError: timm cannot build it with these arguments.
+    """
     try:
-        with torch.random.fork_rng(devices=[]), torch.device(device):
-            arguments: dict[str, Any] = dict(source.kwargs)
-            return timm.create_model(source.name, pretrained=False, **arguments)
-    except UsageError:  # it becomes too large, on any device
+        with torch.device(device):
+            return timm.create_model(name, pretrained=False, **kwargs)
+    except DDFError:  # it becomes too large, on any device
         raise
     except Exception as error:
-        if device == "meta":  # some models look at values while they are built
-            return built_by_timm(source, "cpu")
-        raise UsageError(f"timm {timm.__version__} cannot build {source.name}: {first_line(error)}") from error
+        if device == "meta":
+            return build_timm_model(name, kwargs, "cpu")
+        reason = f"it knows no {error}" if isinstance(error, KeyError) else first_line(error)
+        hint = _argument_hint(name, error) if kwargs else ""
+        raise UsageError(f"timm {timm.__version__} cannot build {name}: {reason}{hint}") from error
+
+
+def is_json(value: Any) -> bool:
+    """Returns whether JSON can hold a value; NaN and infinity are not JSON."""
+    try:
+        json.dumps(value, allow_nan=False)
+    except (TypeError, ValueError, RecursionError):
+        return False
+    return True
+
+
+def _argument_hint(name: str, error: Exception) -> str:
+    """Returns the arguments of a timm model that are spelled nearly like one that it refused."""
+    unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+    if not unknown:
+        return ""
+    try:
+        with torch.device("meta"):
+            known = inspect.signature(type(timm.create_model(name, pretrained=False))).parameters
+    except Exception:  # the hint is not worth an error
+        return ""
+    near = difflib.get_close_matches(unknown[1], [*known, "features_only", "out_indices"], n=2, cutoff=0.6)
+    return f"; did you mean {' or '.join(near)}?" if near else ""
 
 
 # --- the proof that timm builds the same network ---
@@ -173,54 +215,45 @@ def built_by_timm(source: TimmSource, device: str) -> nn.Module:
 
 @dataclass(frozen=True)
 class _Trial:
-    """What timm builds from a source, converted, beside the model.
-
-    Attributes:
-        source: The source.
-        reason: Why the two are not the same network; "" if they are.
-        found: What they differ in, beside names and shapes of the weights.
-        distance: The number of differences in all.
-    """
+    """The comparison of a model with what timm builds from a source."""
 
     source: TimmSource
-    reason: str
-    found: tuple[Difference, ...] = ()
-    distance: float = float("inf")
+    reason: str  # why the two are not the same network; "" if they are
+    differences: tuple[ModuleDifference, ...] = ()
+    distance: float = float("inf")  # number of differences, including names and shapes of the weights
 
 
 def _try(model: nn.Module, conversion: Conversion, source: TimmSource) -> _Trial:
     try:
-        built = _converted(source, conversion, "meta")
+        built = _build_converted(source, conversion, "meta")
     except UsageError as error:
         return _Trial(source, str(error))
-    mine, theirs = state_of(model, extra_states=False), state_of(built, extra_states=False)
+    mine, theirs = state_shapes(model, extra_states=False), state_shapes(built, extra_states=False)
     unequal = sum(mine.get(name) != theirs.get(name) for name in {*mine, *theirs})
-    compared = differences(model, built)
-    if not unequal and not compared.found and (compared.without_values or compared.undecided):
-        built = _converted(source, conversion, "cpu")
-        compared = differences(model, built)
-    reason = (
-        describe_difference(theirs, mine) or _first_in_words(compared) or _unlike_in_outputs(model, built, compared)
-    )
-    return _Trial(source, reason, tuple(compared.found), unequal + len(compared.found))
+    diff = diff_modules(model, built)
+    if not unequal and not diff.differences and (diff.without_values or diff.undecided):
+        built = _build_converted(source, conversion, "cpu")
+        diff = diff_modules(model, built)
+    reason = describe_difference(theirs, mine) or _first_difference(diff) or _output_difference(model, built, diff)
+    return _Trial(source, reason, tuple(diff.differences), unequal + len(diff.differences))
 
 
-def _converted(source: TimmSource, conversion: Conversion, device: str) -> nn.Module:
-    built = built_by_timm(source, device)
+def _build_converted(source: TimmSource, conversion: Conversion, device: str) -> nn.Module:
+    built = build_source(source, device)
     return swap(built, prepare(built, conversion.replaced))
 
 
-def _first_in_words(compared: Differences) -> str:
-    if not compared.found:
+def _first_difference(diff: ModuleDiff) -> str:
+    if not diff.differences:
         return ""
-    first = compared.found[0]
-    mine, theirs = first.values()
+    first = diff.differences[0]
+    mine, theirs = first.describe_values()
     return f"it has {first.name or 'the class'} {mine} where timm builds {theirs}"
 
 
-def _unlike_in_outputs(model: nn.Module, built: nn.Module, compared: Differences) -> str:
-    """Why the outputs for equal weights are not known to be equal; only what cannot be compared makes the two run."""
-    open_questions = [*compared.undecided, *compared.without_values]
+def _output_difference(model: nn.Module, built: nn.Module, diff: ModuleDiff) -> str:
+    """Returns why the outputs for equal weights may differ; models run only if something else cannot be compared."""
+    open_questions = [*diff.undecided, *diff.without_values]
     if not open_questions:
         return ""
     like = next(iter(model.parameters()), torch.empty(0))
@@ -238,15 +271,15 @@ def _unlike_in_outputs(model: nn.Module, built: nn.Module, compared: Differences
     return ""
 
 
-# --- the arguments that timm was given ---
+# --- the search for the arguments that timm was given ---
 
 
 def _search(model: nn.Module, conversion: Conversion, name: str) -> _Trial:
-    """The nearest that timm comes to a model: with the arguments that it noted, then with one more at a time."""
+    """Returns the nearest trial: with the arguments that timm noted, then with one more at a time."""
     tried: list[TimmSource] = []
     best = None
     sources = iter(_first_guesses(model, name))
-    while len(tried) < _MOST_BUILDS:
+    while len(tried) < _MAX_TRIALS:
         source = next((each for each in sources if each not in tried), None)
         if source is None:
             break
@@ -254,7 +287,7 @@ def _search(model: nn.Module, conversion: Conversion, name: str) -> _Trial:
         trial = _try(model, conversion, source)
         if best is None or not trial.reason or trial.distance < best.distance:
             best = trial
-            sources = itertools.chain(sources if len(tried) == 1 else (), _refined(model, best))
+            sources = itertools.chain(sources if len(tried) == 1 else (), _refine(model, best))
         if not best.reason:
             break
     assert best is not None
@@ -262,9 +295,9 @@ def _search(model: nn.Module, conversion: Conversion, name: str) -> _Trial:
 
 
 def _first_guesses(model: nn.Module, name: str) -> Iterator[TimmSource]:
-    """Sources with the arguments that timm noted, if it did, and with none; both with the model's present sizes."""
+    """Yields sources with the arguments that timm noted, and with none; both with the model's present sizes."""
     noted: dict[str, Any] = getattr(model, "_model_args", {})
-    noted = {key: value for key, value in noted.items() if _is_json(value) and key not in _READING}
+    noted = {key: value for key, value in noted.items() if is_json(value) and key not in FILE_ARGUMENTS}
     configuration = getattr(model, "pretrained_cfg", None) or {}
     first, modules = configuration.get("first_conv"), dict(model.named_modules())
     channels = getattr(modules.get(first), "in_channels", 3) if isinstance(first, str) else 3
@@ -273,22 +306,22 @@ def _first_guesses(model: nn.Module, name: str) -> Iterator[TimmSource]:
         classes = getattr(model, "num_classes", None)
         if isinstance(classes, int) and classes != arguments.get("num_classes", configuration.get("num_classes")):
             sizes["num_classes"] = classes
-        # Either the image has so many channels, or the model folds pixels into channels before its first convolution.
+        # The image may have this many channels, or the model folds pixels into channels before its first convolution.
         if channels != arguments.get("in_chans", 3):
             yield TimmSource(name, {**arguments, **sizes, "in_chans": channels})
         yield TimmSource(name, {**arguments, **sizes})
 
 
-def _refined(model: nn.Module, trial: _Trial) -> Iterator[TimmSource]:
-    """The source of a trial with one argument more: each that can explain a difference."""
-    for difference in trial.found:
+def _refine(model: nn.Module, trial: _Trial) -> Iterator[TimmSource]:
+    """Yields the source of a trial with one argument more: each that can explain a difference."""
+    for difference in trial.differences:
         for arguments in _arguments_for(model, difference):
-            if _is_json(arguments):
+            if is_json(arguments):
                 yield TimmSource(trial.source.name, {**trial.source.kwargs, **arguments})
 
 
-def _arguments_for(model: nn.Module, difference: Difference) -> Iterator[dict[str, Any]]:
-    """Arguments of timm's models that can make a difference, the likeliest first."""
+def _arguments_for(model: nn.Module, difference: ModuleDifference) -> Iterator[dict[str, Any]]:
+    """Yields arguments of timm's models that can make a difference, the likeliest first."""
     attribute, value = difference.attribute, difference.first
     name = difference.path.rpartition(".")[2]
     if not difference.path and attribute:
@@ -300,27 +333,19 @@ def _arguments_for(model: nn.Module, difference: Difference) -> Iterator[dict[st
     elif attribute == "drop_prob" or name.startswith("drop_path") or attribute.startswith("drop_path"):
         rates = [module.drop_prob for module in model.modules() if isinstance(module, timm.layers.DropPath)]
         yield {"drop_path_rate": round(max(rates, default=0.0), 6)}
-    elif attribute == "p" and name in _DROPOUTS:
-        yield {_DROPOUTS[name]: value}
+    elif attribute == "p" and name in _DROPOUT_ARGUMENTS:
+        yield {_DROPOUT_ARGUMENTS[name]: value}
     elif not attribute and isinstance(value, nn.Module):
         yield from ({"act_layer": act} for act in _ACTIVATIONS if timm.layers.get_act_layer(act) is type(value))
-    for argument in _SAME_VALUE.get(attribute, ()):
+    for argument in _VALUE_ARGUMENTS.get(attribute, ()):
         yield {argument: value}
 
 
-def _tagged(model: nn.Module, name: str) -> str:
-    """The name with the tag of the model's weights, if timm would take another one: of other classes or pixels."""
+def _with_tag(model: nn.Module, name: str) -> str:
+    """Returns the name with the tag of the model's weights, if timm's default tag has other classes or pixels."""
     tag = (getattr(model, "pretrained_cfg", None) or {}).get("tag")
     default = timm.get_pretrained_cfg(name)
     tagged = f"{name}.{tag}"
     if "." in name or not tag or default is None or default.tag == tag:
         return name
     return tagged if tagged in timm.list_pretrained(f"{name}.*") else name
-
-
-def _is_json(value: Any) -> bool:
-    try:
-        json.dumps(value, allow_nan=False)
-    except (TypeError, ValueError, RecursionError):
-        return False
-    return True

@@ -1,4 +1,4 @@
-"""Changes to a model that are made whole or not at all."""
+"""Restores a model when a change to it fails."""
 
 from __future__ import annotations
 
@@ -12,56 +12,54 @@ from torch import Tensor, nn
 
 from ddf_convert.utils.fake_copy import tensors_of
 
-_CONTAINERS = (dict, list, set)  # with their subclasses, OrderedDict and defaultdict among them
+_CONTAINERS = (dict, list, set)  # and subclasses, such as OrderedDict and defaultdict
 
 
 @contextmanager
 def unchanged_on_failure(model: nn.Module) -> Iterator[None]:
-    """A context in which a model may be changed; if the body raises, the model is as it was before.
+    """Restores a model to its previous state if the body raises.
 
-    Put back are modules, parameters and buffers with their values, dtypes and gradient flags, classes, hooks, modes,
-    and attributes, also in containers. The values are kept on the CPU meanwhile.
+    That is: modules, parameters and buffers with their values, dtypes and gradient flags, classes, hooks, training
+    modes, and attributes, including the contents of containers. Copies of the values are kept on the CPU meanwhile.
     """
-    values = [_Value(tensor) for tensor in {id(each): each for each in tensors_of(model)}.values()]
-    objects: list[_Object] = []
-    containers: dict[int, _Container] = {}
+    tensors = [_TensorSnapshot(tensor) for tensor in {id(each): each for each in tensors_of(model)}.values()]
+    modules: list[_ModuleSnapshot] = []
+    containers: dict[int, _ContainerSnapshot] = {}
     for part in model.modules():
-        objects.append(_Object(part))
+        modules.append(_ModuleSnapshot(part))
         for attribute in vars(part).values():
-            _note(attribute, containers)
+            _snapshot_containers(attribute, containers)
     try:
         yield
     except BaseException:
-        for module in objects:
-            module.put_back()
-        for container in containers.values():
-            container.put_back()
-        for value in values:
-            value.put_back()
+        snapshots: list[_ModuleSnapshot | _ContainerSnapshot | _TensorSnapshot]
+        snapshots = [*modules, *containers.values(), *tensors]
+        for snapshot in snapshots:
+            snapshot.restore()
         raise
 
 
-class _Object:
+class _ModuleSnapshot:
     """A module's class and attributes."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module, self.kind, self.attributes = module, type(module), dict(vars(module))
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         object.__setattr__(self.module, "__class__", self.kind)
         own = vars(self.module)
         own.clear()
         own.update(self.attributes)
 
 
-class _Container:
-    """What a container holds, in its order."""
+class _ContainerSnapshot:
+    """The content of a container, in its order."""
 
     def __init__(self, container: Any) -> None:
         self.container = container
         self.content = dict(container) if isinstance(container, dict) else list(container)
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         self.container.clear()
         if isinstance(self.container, list):
             self.container.extend(self.content)
@@ -69,35 +67,36 @@ class _Container:
             self.container.update(self.content)
 
 
-class _Value:
-    """A tensor's memory, and what stands in it."""
+class _TensorSnapshot:
+    """A tensor's memory, and the values in it."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self.tensor, self.memory, self.learns = tensor, tensor.data, tensor.requires_grad
-        plain = tensor.layout is torch.strided and tensor.device.type != "meta"
-        self.content = tensor.detach().to("cpu", copy=True) if plain else None
+        self.tensor, self.memory, self.requires_grad = tensor, tensor.data, tensor.requires_grad
+        dense = tensor.layout is torch.strided and tensor.device.type != "meta"
+        self.values = tensor.detach().to("cpu", copy=True) if dense else None
 
     @torch.no_grad()
-    def put_back(self) -> None:
+    def restore(self) -> None:
         self.tensor.data = self.memory
-        if self.content is not None and not _same_bits(self.memory, self.content):
-            self.memory.copy_(self.content)
-        if self.tensor.is_leaf and self.tensor.requires_grad != self.learns:
-            self.tensor.requires_grad_(self.learns)
+        # Only what was written: some memory, such as that of expanded views, cannot be.
+        if self.values is not None and not _same_bits(self.memory, self.values):
+            self.memory.copy_(self.values)
+        if self.tensor.is_leaf and self.tensor.requires_grad != self.requires_grad:
+            self.tensor.requires_grad_(self.requires_grad)
 
 
-def _same_bits(memory: Tensor, content: Tensor) -> bool:
-    """Whether nothing was written; what was not is not written again, since not all memory can be (expanded views)."""
-    bits = [each.contiguous().reshape(-1).view(torch.uint8) for each in (memory.cpu(), content)]
+def _same_bits(one: Tensor, other: Tensor) -> bool:
+    bits = [each.cpu().contiguous().reshape(-1).view(torch.uint8) for each in (one, other)]
     return torch.equal(*bits)
 
 
-def _note(value: Any, noted: dict[int, _Container]) -> None:
+def _snapshot_containers(value: Any, snapshots: dict[int, _ContainerSnapshot]) -> None:
+    """Adds a container and those inside it, by id; for an object of the user's, its attributes."""
     if isinstance(value, nn.Module | Tensor | type | ModuleType | FunctionType):
         return
     if not isinstance(value, _CONTAINERS):
-        value = getattr(value, "__dict__", None)  # of an object of the user's
-    if isinstance(value, _CONTAINERS) and id(value) not in noted:
-        noted[id(value)] = _Container(value)
+        value = getattr(value, "__dict__", None)
+    if isinstance(value, _CONTAINERS) and id(value) not in snapshots:
+        snapshots[id(value)] = _ContainerSnapshot(value)
         for inner in value.values() if isinstance(value, dict) else value:
-            _note(inner, noted)
+            _snapshot_containers(inner, snapshots)

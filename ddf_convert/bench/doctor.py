@@ -145,7 +145,7 @@ def _small_case(name: str, device: str) -> Check:
     first, results = timed()
     again = min(timed()[0] for _ in range(3))
     input, channel, spatial = exact = [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
-    output = reference.forward(input, channel, spatial, 2, 1, 1, "mul")
+    output = reference.forward(input, channel, spatial, reference.Geometry(stride=2, padding=1))
     expected = [output, *torch.autograd.grad(output.square().sum(), exact)]
     error = max(
         ((result.cpu().double() - right).abs().max() / right.abs().max()).item()
@@ -261,7 +261,7 @@ def _cuda_compiler() -> Check:
     capability = torch.cuda.get_device_capability(0) if has_gpu else _ANY_CAPABILITY
     start = time.perf_counter()
     try:
-        ptx.compile_ptx(kernel_spec.Norm("float32", add=False, gradient=False), capability)
+        ptx.compile_ptx(kernel_spec.FilterNormSpec("float32", add=False, gradient=False), capability)
     except Exception as error:
         if os.environ.get("NUMBA_ENABLE_CUDASIM", "0") != "0":
             mend = "NUMBA_ENABLE_CUDASIM is set, so Numba simulates CUDA: unset it"

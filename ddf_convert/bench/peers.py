@@ -97,7 +97,7 @@ def columns(work: Workload, compiled: bool) -> Iterator[Column]:
         return (windows * filters).sum(2)
 
     def sliced(input: Tensor, channel: Tensor, spatial: Tensor) -> Tensor:
-        return reference.forward(input, channel, spatial, 1, padding, 1, "mul")
+        return reference.forward(input, channel, spatial, reference.Geometry(padding=padding))
 
     def operator(input: Tensor, channel: Tensor, spatial: Tensor) -> Tensor:
         return ops.ddf(input, channel, spatial, padding=padding)

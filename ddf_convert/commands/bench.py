@@ -11,7 +11,8 @@ from typing import Annotated, Any
 
 import typer
 
-from ddf_convert.artifacts.atomic import check_different, check_output, write_file
+from ddf_convert.artifacts.atomic import write_file
+from ddf_convert.artifacts.path_checks import check_distinct, check_output
 from ddf_convert.commands.console import busy, only_results_on_stdout, out, print_file, print_json
 from ddf_convert.commands.conversion import planned
 from ddf_convert.commands.options import (
@@ -273,7 +274,7 @@ def _measuring(json_file: Path | None, plot: Path | None, overwrite: bool, reads
     """Checks the files before hours are spent; what models print while they run is kept out of JSON on stdout."""
     if json_file and json_file != _STDOUT:
         check_output("--json", json_file, overwrite, reads)
-        check_different([("--json", json_file), ("--plot", plot)])
+        check_distinct([("--json", json_file), ("--plot", plot)])
     if plot:
         check_output("--plot", plot, overwrite, reads)
     with busy("Measuring") as say, only_results_on_stdout():

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.markup import escape
 
-from ddf_convert.artifacts.atomic import check_different, check_not_read, check_output, check_readable
+from ddf_convert.artifacts.path_checks import check_distinct, check_not_input, check_output, check_readable
 from ddf_convert.commands.console import busy, out, print_file, print_json
 from ddf_convert.commands.options import (
     AsJson,
@@ -31,7 +31,7 @@ from ddf_convert.utils.logging import warn
 if TYPE_CHECKING:
     import torch
 
-    from ddf_convert.artifacts.source import Opened
+    from ddf_convert.artifacts.source import OpenedModel
     from ddf_convert.conversion import Plan
     from ddf_convert.recipes import Initialized
     from ddf_convert.utils.example_input import ExampleInput
@@ -117,7 +117,7 @@ def convert(
     reads = read_by(model, checkpoint, conversion.recipe_file, images)
     if html:
         check_output("--html", html, overwrite, reads, beside=output)
-        check_different([("--html", html), *(("--output", output / name) for name in FILES)])
+        check_distinct([("--html", html), *(("--output", output / name) for name in FILES)])
     recipe = conversion.recipe
     chosen = conversion.config["filter"]
     if recipe and recipe.initialize_with.method != "paper" and chosen != "ddf":
@@ -136,7 +136,7 @@ def convert(
         from ddf_convert.artifacts import artifact
 
         for name in FILES:
-            check_not_read(f"--output {output}: {name}", output / name, reads)
+            check_not_input(f"--output {output}: {name}", output / name, reads)
         artifact.check_free(output, original=recipe is not None and recipe.needs_teacher)
         if (output / "manifest.json").exists() and not overwrite:
             raise UsageError(
@@ -184,7 +184,7 @@ def convert(
 
 
 def planned(
-    opened: Opened,
+    opened: OpenedModel,
     input_size: tuple[int, int, int] | None,
     conversion: Conversion,
     measure: torch.device | None = None,

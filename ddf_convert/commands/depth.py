@@ -10,7 +10,8 @@ import typer
 from rich.markup import escape
 from rich.table import Column
 
-from ddf_convert.artifacts.atomic import check_file, check_output, write_file
+from ddf_convert.artifacts.atomic import write_file
+from ddf_convert.artifacts.path_checks import check_file, check_output
 from ddf_convert.commands.completion import recipe_names
 from ddf_convert.commands.console import err, only_results_on_stdout, out, print_file, print_json
 from ddf_convert.commands.options import (

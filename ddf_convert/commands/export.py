@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from ddf_convert.artifacts.atomic import check_output
+from ddf_convert.artifacts.path_checks import check_output
 from ddf_convert.commands.completion import timm_names
 from ddf_convert.commands.console import busy, only_results_on_stdout, out, print_file, print_json
 from ddf_convert.commands.options import (
@@ -26,7 +26,7 @@ from ddf_convert.commands.options import (
 from ddf_convert.errors import UsageError
 
 if TYPE_CHECKING:
-    from ddf_convert.artifacts.source import Opened
+    from ddf_convert.artifacts.source import OpenedModel
     from ddf_convert.export import Exported
     from ddf_convert.utils.example_input import ExampleInput
 
@@ -112,7 +112,7 @@ def export(
         _present(done, keep_operator)
 
 
-def _example(opened: Opened, input_size: tuple[int, int, int] | None) -> ExampleInput:
+def _example(opened: OpenedModel, input_size: tuple[int, int, int] | None) -> ExampleInput:
     """The model's own, or one random image."""
     if input_size is None and opened.example_input is not None:
         return opened.example_input

@@ -9,7 +9,8 @@ import typer
 from rich.table import Column
 from rich.text import Text
 
-from ddf_convert.artifacts.atomic import check_output, check_readable, write_file
+from ddf_convert.artifacts.atomic import write_file
+from ddf_convert.artifacts.path_checks import check_output, check_readable
 from ddf_convert.commands.completion import timm_names
 from ddf_convert.commands.console import busy, only_results_on_stdout, out, print_file, print_json
 from ddf_convert.commands.options import (

@@ -1,22 +1,22 @@
-"""Numba CPU kernels of the DDF operator: from tensors to addresses, tiles and threads."""
+"""Numba kernels of the DDF operator on the CPU: from tensors to addresses, tiles and threads."""
 
 from __future__ import annotations
 
-from types import ModuleType
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ddf_convert import reference
 from ddf_convert.cpu import kernels_nchw, kernels_nhwc
 from ddf_convert.cpu.jit_cache import unusable, usable
 from ddf_convert.cpu.thread_pool import run
-from ddf_convert.reference.checks import output_shape
+from ddf_convert.reference.checks import Geometry, memory_format, output_shape
 
 __all__ = ["backward", "forward", "unusable", "usable"]
 
-# A scalar that tells the kernels how elements are stored, and the dtype in which they calculate (see storage.py).
+# For each dtype, a scalar whose type tells the kernels how elements are stored (see dtypes.py), and the dtype of sums.
 _STORED_AS = {
     torch.float32: (np.float32(0), torch.float32),
     torch.float64: (np.float64(0), torch.float64),
@@ -25,7 +25,7 @@ _STORED_AS = {
 }
 
 # Sizes of tiles, measured best on x86 with 32 KiB of L1 and 512 KiB of L2 cache a core.
-_PIXELS_PER_TILE = 512  # contiguous: so many pixels' spatial filters stay in L1
+_PIXELS_PER_TILE = 512  # contiguous: the spatial filters of as many pixels stay in L1
 _CHANNELS_PER_ITEM = 32
 _BLOCK_LANES = 16  # a block of channels is a multiple of any vector's lanes
 _WINDOW_BYTES = 400 * 1024  # channels_last: what the rows under a window may take of L2
@@ -36,34 +36,25 @@ def forward(
     input: Tensor,
     channel_filter: Tensor,
     spatial_filter: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
-    combine: str,
-    layout: torch.memory_format,
-    upscale_factor: int = 1,
+    geometry: Geometry,
+    norm_scale: float | None = None,
 ) -> Tensor:
-    """See :func:`ddf_convert.ops.ddf`; the arguments have been checked. The output has ``layout``."""
-    shape = output_shape(input, spatial_filter, upscale_factor)
-    output = torch.empty(shape, dtype=input.dtype, memory_format=layout)
-    if output.numel() == 0:
-        return output
-    input = input.contiguous(memory_format=layout)
-    channel_filter = channel_filter.contiguous()
-    spatial_filter = spatial_filter.contiguous(memory_format=layout)
-    call = _Call(input, channel_filter, spatial_filter, stride, padding, dilation, combine, layout, upscale_factor)
-    height, width = spatial_filter.shape[-2:]
-    tile_rows, chunk = call.tiling(height, width, span=(call.size - 1) * dilation, step=stride)
-    run(
-        call.kernels.forward,
-        call.items(height, tile_rows, chunk),
-        call.work,
-        *_addresses(output, input, channel_filter, spatial_filter),
-        *call.geometry,
-        tile_rows,
-        chunk,
-        call.like,
-    )
+    """Computes :func:`ddf_convert.ops.ddf` of arguments that have been checked."""
+    if norm_scale is not None:
+        taps = channel_filter.shape[-1] ** 2
+        spatial_filter = reference.filter_norm(spatial_filter, taps, norm_scale).to(input.dtype)
+    call = _Call(input, channel_filter, spatial_filter, geometry)
+    shape = output_shape(input, spatial_filter, geometry.upscale_factor)
+    output = torch.empty(shape, dtype=input.dtype, memory_format=call.layout)
+    if output.numel():
+        tile_rows, chunk = call.tiling(*call.out_size, span=(call.size - 1) * geometry.dilation, step=geometry.stride)
+        call.run(
+            call.kernels.forward,
+            call.items(call.out_size[0], tile_rows, chunk),
+            (output, call.input, call.channel_filter, call.spatial_filter),
+            tile_rows,
+            chunk,
+        )
     return output
 
 
@@ -72,134 +63,100 @@ def backward(
     input: Tensor,
     channel_filter: Tensor,
     spatial_filter: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
-    combine: str,
+    geometry: Geometry,
     needs: tuple[bool, bool, bool],
-    layout: torch.memory_format,
-    upscale_factor: int = 1,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of (input, channel_filter, spatial_filter); those not needed have no elements.
-
-    The arguments have been checked. The gradients of the maps have ``layout``.
-    """
-    grads = [input.new_empty(0) for _ in range(3)]
-    grad_output = grad_output.contiguous(memory_format=layout)
-    input = input.contiguous(memory_format=layout)
-    channel_filter = channel_filter.contiguous()
-    spatial_filter = spatial_filter.contiguous(memory_format=layout)
-    call = _Call(input, channel_filter, spatial_filter, stride, padding, dilation, combine, layout, upscale_factor)
-    if needs[0]:
-        grads[0] = _grad_input(call, grad_output, input, channel_filter, spatial_filter)
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Returns the gradients by (input, channel_filter, spatial_filter), None where not needed."""
+    call = _Call(input, channel_filter, spatial_filter, geometry)
+    grad_output = grad_output.contiguous(memory_format=call.layout)
+    grad_input = _grad_input(call, grad_output) if needs[0] else None
+    grad_channel = grad_spatial = None
     if needs[1] or needs[2]:
-        grad_channel, grad_spatial = _grad_filters(call, grad_output, input, channel_filter, spatial_filter)
-        if needs[1]:
-            grads[1] = grad_channel
-        if needs[2]:
-            grads[2] = grad_spatial
-    return grads[0], grads[1], grads[2]
+        grad_channel, grad_spatial = _grad_filters(call, grad_output)
+    return grad_input, grad_channel if needs[1] else None, grad_spatial if needs[2] else None
 
 
-def _grad_input(
-    call: _Call, grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor
-) -> Tensor:
-    batch, channels, height, width = input.shape
+def _grad_input(call: _Call, grad_output: Tensor) -> Tensor:
+    batch, channels, height, width = call.input.shape
     # A gradient for each filter of a pixel, added up below.
-    gradient = torch.empty(
-        (batch * call.filters, channels, height, width), dtype=input.dtype, memory_format=call.layout
-    )
+    shape = (batch * call.filters, channels, height, width)
+    gradient = torch.empty(shape, dtype=call.input.dtype, memory_format=call.layout)
     if gradient.numel() == 0:
-        return torch.empty_like(input, memory_format=call.layout)
-    # The kernel tiles the rows, and the columns, of one phase of the padded input (see geometry.py).
-    rows, columns = (
-        (size + call.padding - 1) // call.stride + 1 - call.padding // call.stride for size in input.shape[-2:]
-    )
-    reach = (call.size - 1) * call.dilation // call.stride
-    tile_rows, chunk = call.tiling(rows, columns, span=reach, step=1)
-    run(
+        return torch.empty_like(call.input, memory_format=call.layout)
+    # The kernel tiles the rows, and the columns, of one phase of the padded input (see inner_loops.py).
+    stride, padding, dilation, *_ = call.geometry
+    rows, columns = ((size + padding - 1) // stride + 1 - padding // stride for size in (height, width))
+    tile_rows, chunk = call.tiling(rows, columns, span=(call.size - 1) * dilation // stride, step=1)
+    call.run(
         call.kernels.grad_input,
         call.items(rows, tile_rows, chunk),
-        call.work,
-        *_addresses(gradient, grad_output, channel_filter, spatial_filter),
-        *call.geometry,
+        (gradient, grad_output, call.channel_filter, call.spatial_filter),
         tile_rows,
         chunk,
-        call.like,
     )
     if call.filters == 1:
         return gradient
-    total = torch.empty_like(input, memory_format=call.layout)
+    total = torch.empty_like(call.input, memory_format=call.layout)
     return torch.sum(gradient.unflatten(0, (batch, call.filters)), 1, out=total)
 
 
-def _grad_filters(
-    call: _Call, grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor
-) -> tuple[Tensor, Tensor]:
-    grad_spatial = torch.empty_like(spatial_filter, memory_format=call.layout)
+def _grad_filters(call: _Call, grad_output: Tensor) -> tuple[Tensor, Tensor]:
+    grad_spatial = torch.empty_like(call.spatial_filter, memory_format=call.layout)
     if grad_output.numel() == 0:
-        return torch.zeros_like(channel_filter), grad_spatial.zero_()
-    height, width = spatial_filter.shape[-2:]
-    tile_rows, chunk = call.tiling(height, width, span=(call.size - 1) * call.dilation, step=call.stride)
-    # Items cannot be split by channel here, over which the spatial filter's gradient is summed: small tiles instead.
-    images = call.batch * call.filters * call.heads
+        return torch.zeros_like(call.channel_filter), grad_spatial.zero_()
+    span, step = (call.size - 1) * call.geometry.dilation, call.geometry.stride
+    tile_rows, chunk = call.tiling(*call.out_size, span=span, step=step)
+    # Items cannot be split by channel, over which the spatial filter's gradient is summed: small tiles instead.
+    height, images = call.out_size[0], call.batch * call.filters * call.heads
     tile_rows = min(tile_rows, max(1, height * images // _LEAST_ITEMS))
     tiles = -(-height // tile_rows)
-    parts = torch.empty((tiles, *channel_filter.shape), dtype=call.sums)
-    run(
+    parts = torch.empty((tiles, *call.channel_filter.shape), dtype=call.sums)
+    call.run(
         call.kernels.grad_filters,
         images * tiles,
-        2 * call.work,
-        *_addresses(parts, grad_spatial, grad_output, input, channel_filter, spatial_filter),
-        *call.geometry,
+        (parts, grad_spatial, grad_output, call.input, call.channel_filter, call.spatial_filter),
         tile_rows,
         *((chunk,) if call.kernels is kernels_nhwc else ()),
         call.batch,
         _STORED_AS[call.sums][0],
-        call.like,
+        work=2 * call.work,
     )
-    # The tiles depend on the shapes alone, and so does the order of this sum: results repeat on any number of threads.
-    return parts.sum(0).to(channel_filter.dtype), grad_spatial
+    # The tiles, and so the order of this sum, depend on the shapes alone: results repeat on any number of threads.
+    return parts.sum(0).to(call.channel_filter.dtype), grad_spatial
 
 
 class _Call:
-    """What all kernels of one call are told."""
+    """One call of the operator: its tensors as the kernels read them, and the numbers that all kernels take."""
 
-    def __init__(
-        self,
-        input: Tensor,
-        channel_filter: Tensor,
-        spatial_filter: Tensor,
-        stride: int,
-        padding: int,
-        dilation: int,
-        combine: str,
-        layout: torch.memory_format,
-        upscale_factor: int,
-    ) -> None:
-        self.batch, self.channels, height, width = input.shape
-        out_height, out_width = spatial_filter.shape[-2:]
-        self.size = channel_filter.shape[-1]
-        self.filters = upscale_factor**2
-        self.heads = spatial_filter.shape[1] // (self.filters * self.size**2)
-        self.stride, self.padding, self.dilation = stride, padding, dilation
-        self.layout = layout
-        self.kernels: ModuleType = kernels_nhwc if layout == torch.channels_last else kernels_nchw
+    def __init__(self, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, geometry: Geometry) -> None:
+        self.geometry = geometry
+        self.layout = memory_format(input)
+        self.input = input.contiguous(memory_format=self.layout)
+        self.channel_filter = channel_filter.contiguous()
+        self.spatial_filter = spatial_filter.contiguous(memory_format=self.layout)
+        self.kernels: Any = kernels_nhwc if self.layout == torch.channels_last else kernels_nchw
         self.like, self.sums = _STORED_AS[input.dtype]
-        self.work = self.batch * self.filters * self.channels * out_height * out_width * self.size**2
-        self.geometry: tuple[Any, ...] = (
-            *(self.channels, height, width, out_height, out_width, self.heads),
-            *(self.size, stride, padding, dilation, combine == "add", upscale_factor),
+        self.batch, self.channels, height, width = input.shape
+        self.out_size: tuple[int, int] = spatial_filter.shape[2:]  # type: ignore[assignment]
+        self.size = channel_filter.shape[-1]
+        self.filters = geometry.upscale_factor**2
+        self.heads = spatial_filter.shape[1] // (self.filters * self.size**2)
+        stride, padding, dilation, combine, factor = geometry
+        self.work = self.batch * self.filters * self.channels * self.out_size[0] * self.out_size[1] * self.size**2
+        self.numbers: tuple[Any, ...] = (
+            *(self.channels, height, width, *self.out_size, self.heads),
+            *(self.size, stride, padding, dilation, combine == "add", factor),
         )
 
-    def tiling(self, rows: int, columns: int, span: int, step: int) -> tuple[int, int]:
-        """Rows of a tile, and channels of an item, for maps of this size.
+    def run(self, kernel: Any, items: int, tensors: tuple[Tensor, ...], *numbers: Any, work: int | None = None) -> None:
+        """Runs a kernel on all items; ``work`` is in multiply-accumulates, by default those of one pass."""
+        addresses = (tensor.data_ptr() for tensor in tensors)
+        run(kernel, items, self.work if work is None else work, *addresses, *self.numbers, *numbers, self.like)
 
-        Args:
-            rows: Rows to tile.
-            columns: Pixels of a row.
-            span: Rows that a tile reads beyond its own.
-            step: Rows that it reads for each of its own.
+    def tiling(self, rows: int, columns: int, span: int, step: int) -> tuple[int, int]:
+        """Returns the rows of a tile and the channels of an item, for maps of ``rows`` x ``columns``.
+
+        A tile reads ``step`` rows for each of its own, and ``span`` more.
         """
         per_head = self.channels // self.heads
         if self.kernels is kernels_nchw:
@@ -210,10 +167,6 @@ class _Call:
         return min(rows, 8), chunk
 
     def items(self, rows: int, tile_rows: int, chunk: int) -> int:
-        """Independent items: tiles of each head's chunks of channels."""
+        """Returns the number of independent items: tiles of each head's chunks of channels."""
         images = self.batch * self.filters * self.heads
         return images * -(-rows // tile_rows) * -(-(self.channels // self.heads) // chunk)
-
-
-def _addresses(*tensors: Tensor) -> tuple[int, ...]:
-    return tuple(tensor.data_ptr() for tensor in tensors)

@@ -10,9 +10,16 @@ import torch
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 from safetensors.torch import load_file
 
-from ddf_convert.artifacts.atomic import MANIFEST, FileRecord, check_replaceable, finished, replacing, write_tensors
-from ddf_convert.artifacts.bounds import check_arguments, in_proportion, read_header
-from ddf_convert.artifacts.checkpoint import describe_difference
+from ddf_convert.artifacts.atomic import (
+    MANIFEST,
+    FileRecord,
+    atomic_folder,
+    check_replaceable,
+    locate_files,
+    write_tensors,
+)
+from ddf_convert.artifacts.bounds import check_arguments, limit_construction, read_header
+from ddf_convert.artifacts.state import describe_difference
 from ddf_convert.depth.lowres import Downsampling
 from ddf_convert.depth.maps import Unit
 from ddf_convert.errors import ArtifactError
@@ -92,7 +99,7 @@ def save(model: JointUpNet, folder: str | os.PathLike[str], unit: Unit, **said: 
     """
     upsampler: Upsampler = "ddf" if isinstance(model, DDFUpNet) else "conv"
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
-    with replacing(folder, [_WEIGHTS], _files_of) as stage:
+    with atomic_folder(folder, [_WEIGHTS], _files_of) as stage:
         write_tensors(weights, stage / _WEIGHTS)
         manifest = Manifest(
             upsampler=upsampler,
@@ -113,10 +120,10 @@ def load(folder: str | os.PathLike[str]) -> tuple[JointUpNet, Manifest]:
     place = Path(folder)
     manifest = read_manifest(place)
     try:
-        weights = finished(place, manifest.files)[_WEIGHTS]
+        weights = locate_files(place, manifest.files)[_WEIGHTS]
         header = read_header(weights, {})
         check_arguments(manifest.arguments, header)
-        with in_proportion(header), torch.device("meta"):
+        with limit_construction(header), torch.device("meta"):
             sketch = build(manifest.upsampler, **manifest.arguments)
         state = sketch.state_dict()
         shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}

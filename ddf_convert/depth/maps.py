@@ -15,12 +15,12 @@ from typing import IO
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
 from ddf_convert.depth import pfm
 from ddf_convert.errors import UsageError
-from ddf_convert.training.dataset import upright
+from ddf_convert.utils.images import open_image
 
 PHOTOS = (".png", ".jpg", ".jpeg")
 DEPTHS = (".png", ".npy", ".pfm")
@@ -67,8 +67,8 @@ def read_photo(file: Path) -> Tensor:
     Raises:
         UsageError: It cannot be read as a photo.
     """
-    with _opened(file, "photo") as image:
-        pixels = np.array(upright(image).convert("RGB"))
+    image = open_image(file, "photo", _FORMATS, MOST_PIXELS, exif_orientation=True)
+    pixels = np.array(image.convert("RGB"))
     return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
 
 
@@ -137,17 +137,17 @@ def encode_depth(depth: Tensor, file: Path, unit: Unit, whole: bool) -> tuple[by
 
 
 def _read_png(file: Path, allow_8bit: bool) -> NDArray[np.generic]:
-    with _opened(file, "depth map") as image:
-        if image.mode in ("I;16", "I;16B", "I"):
-            return np.array(image.convert("I") if image.mode == "I;16B" else image)
-        if image.mode not in ("1", "L", "P"):
-            raise UsageError(f"{file}: is a picture in color ({image.mode}); a depth map has one channel of 16 bits")
-        if not allow_8bit or image.mode != "L":
-            raise UsageError(
-                f"{file}: has 8 bits, which hold 256 depths: save the depth with 16 bits, or as .npy or .pfm;"
-                " --allow-8bit takes it as it is"
-            )
-        return np.array(image)
+    image = open_image(file, "depth map", _FORMATS, MOST_PIXELS)
+    if image.mode in ("I;16", "I;16B", "I"):
+        return np.array(image.convert("I") if image.mode == "I;16B" else image)
+    if image.mode not in ("1", "L", "P"):
+        raise UsageError(f"{file}: is a picture in color ({image.mode}); a depth map has one channel of 16 bits")
+    if not allow_8bit or image.mode != "L":
+        raise UsageError(
+            f"{file}: has 8 bits, which hold 256 depths: save the depth with 16 bits, or as .npy or .pfm;"
+            " --allow-8bit takes it as it is"
+        )
+    return np.array(image)
 
 
 def _read_numbers(file: Path) -> NDArray[np.generic]:
@@ -185,17 +185,3 @@ def _read_npy(opened: IO[bytes], size: int) -> NDArray[np.generic]:
     opened.seek(0)
     values: NDArray[np.generic] = np.lib.format.read_array(opened, allow_pickle=False)
     return values
-
-
-def _opened(file: Path, what: str) -> Image.Image:
-    try:
-        image = Image.open(file, formats=_FORMATS)
-        if image.width * image.height > MOST_PIXELS:
-            raise ValueError(f"it has {image.width} x {image.height} pixels, and up to {MOST_PIXELS:,} are read")
-        image.load()
-    except UnidentifiedImageError:
-        raise UsageError(f"{file}: is not an image") from None
-    except Exception as error:  # a damaged file can fail anywhere in PIL
-        reason = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-        raise UsageError(f"{file}: the {what} cannot be read: {' '.join(reason.split())}") from error
-    return image

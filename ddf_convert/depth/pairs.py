@@ -18,8 +18,8 @@ from ddf_convert.depth import nyu
 from ddf_convert.depth.maps import DEPTHS, PHOTOS, Unit, read_depth, read_photo, unit_of
 from ddf_convert.errors import UsageError
 from ddf_convert.training import fingerprint
-from ddf_convert.training.dataset import sideways
 from ddf_convert.training.fingerprint import Entry
+from ddf_convert.utils.images import exif_orientation_note
 
 _VALIDATION = ("validation", "val", "test")
 _PROBED = 8
@@ -73,7 +73,7 @@ class Files:
             sizes = [f"{image.shape[-1]}x{image.shape[-2]}" for image in (photo, depth)]
             raise UsageError(
                 f"{photo_file} is {sizes[0]} and {depth_file} is {sizes[1]}: a pair to learn from shows the same view"
-                f" at the same size; small depth maps are made in training{sideways(photo_file)}"
+                f" at the same size; small depth maps are made in training{exif_orientation_note(photo_file)}"
             )
         return photo, depth
 

@@ -13,8 +13,8 @@ from ddf_convert.depth.inference import interpolate, upsample
 from ddf_convert.depth.maps import Unit, encode_depth, read_depth, read_photo, unit_of
 from ddf_convert.depth.metrics import errors
 from ddf_convert.errors import UsageError
-from ddf_convert.training.dataset import sideways
 from ddf_convert.utils.device import choose
+from ddf_convert.utils.images import exif_orientation_note
 
 _NAMES = {"ddf": "DDF-Up-Net", "conv": "joint convolutions"}
 
@@ -145,7 +145,7 @@ def upsample_files(request: Request) -> Upsampled:
     try:
         found, padded = upsample(model.to(device), photo, depth)
     except UsageError as error:  # the sizes do not fit
-        raise UsageError(f"{error}{sideways(request.photo)}") from error
+        raise UsageError(f"{error}{exif_orientation_note(request.photo)}") from error
     bicubic = interpolate(depth, factor, photo.shape[-2:])
     whole = bool((depth == depth.round()).all())
     content, written = encode_depth(found, request.output, unit, whole)
@@ -168,7 +168,7 @@ def _truth(request: Request, photo: Tensor, unit: Unit) -> Tensor:
     if truth.shape[-2:] != photo.shape[-2:]:
         sizes = [f"{image.shape[-1]}x{image.shape[-2]}" for image in (truth, photo)]
         raise UsageError(
-            f"--truth {request.truth}: is {sizes[0]}, and the photo is {sizes[1]}{sideways(request.photo)}"
+            f"--truth {request.truth}: is {sizes[0]}, and the photo is {sizes[1]}{exif_orientation_note(request.photo)}"
         )
     other = unit_of(request.truth, request.unit)
     if other != unit:

@@ -28,7 +28,7 @@ from ddf_convert.recipes import Recipe, Stage
 from ddf_convert.recipes.parameters import parameter_groups
 from ddf_convert.training.diagnostics import gradient_not_finite, memory_explained, not_finite
 from ddf_convert.training.progress import Progress
-from ddf_convert.training.sampler import TrainingOrder
+from ddf_convert.training.sampler import TrainingSampler
 from ddf_convert.training.signals import Interrupted, Interruption
 from ddf_convert.training.stage import Position, Stepping, amp_of, make_optimizer, make_scheduler
 
@@ -309,7 +309,7 @@ def check(recipe: Recipe, settings: Settings, factor: int) -> None:
                 )
 
 
-def _order(stage: Stage, pairs: int) -> TrainingOrder:
+def _order(stage: Stage, pairs: int) -> TrainingSampler:
     """How many steps make an epoch: a crop of every pair, those left over after the last whole step left out."""
     step = stage.batch_size * stage.accumulate
-    return TrainingOrder(max(pairs, step), 0, stage.batch_size, stage.accumulate)
+    return TrainingSampler(max(pairs, step), 0, stage.batch_size, stage.accumulate)

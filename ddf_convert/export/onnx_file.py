@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from ddf_convert.artifacts.atomic import check_file, write_file
+from ddf_convert.artifacts.atomic import write_file
+from ddf_convert.artifacts.path_checks import check_file
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.export.checking import Run, tolerance
 from ddf_convert.export.checking import check as check_against

@@ -48,28 +48,25 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         factor = op.Div(number(scale), op.Add(deviation, number(EPSILON)))
         return op.Reshape(op.Mul(centered, factor), op.Shape(filters))
 
-    def ddf(input: Any, channel_filter: Any, spatial_filter: Any, *options: Any) -> Any:
-        return filtered(input, channel_filter, widened(spatial_filter), spatial_filter.shape[1], *options)
-
-    def ddf_normalized(input: Any, channel_filter: Any, spatial_filter: Any, scale: float, *options: Any) -> Any:
-        spatial = normalized(spatial_filter, channel_filter.shape[-1] ** 2, scale)
-        return filtered(input, channel_filter, spatial, spatial_filter.shape[1], *options)
-
-    def filtered(
+    def ddf(
         input: Any,
         channel_filter: Any,
-        spatial: Any,  # widened, and its shape need not be known
-        spatial_channels: int,
+        spatial_filter: Any,
         stride: int,
         padding: int,
         dilation: int,
         combine: str,
         upscale_factor: int = 1,
+        norm_scale: float | None = None,
     ) -> Any:
+        if norm_scale is None:
+            spatial = widened(spatial_filter)
+        else:
+            spatial = normalized(spatial_filter, channel_filter.shape[-1] ** 2, norm_scale)
         whole = constants()
         channels, size = input.shape[1], channel_filter.shape[-1]
         taps, cells = size**2, upscale_factor**2
-        heads = spatial_channels // (cells * taps)
+        heads = spatial_filter.shape[1] // (cells * taps)
         padded = widened(input)
         if padding:
             padded = op.Pad(padded, whole(*(0, 0, padding, padding) * 2))
@@ -117,11 +114,7 @@ def translations() -> dict[Callable[..., Any], Callable[..., Any]]:
         return op.Gather(per_head, op.Constant(value_ints=heads_of_channels), axis=1)
 
     operators = torch.ops.ddf_convert
-    return {
-        operators.ddf.default: ddf,
-        operators.ddf_normalized.default: ddf_normalized,
-        operators.filter_norm.default: filter_norm,
-    }
+    return {operators.ddf.default: ddf, operators.filter_norm.default: filter_norm}
 
 
 _FLOAT = 1  # ONNX's number for float32

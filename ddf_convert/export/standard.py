@@ -12,24 +12,24 @@ from ddf_convert import reference
 
 
 def decompositions() -> dict[Any, Callable[..., Tensor]]:
-    """What ``ExportedProgram.run_decompositions`` takes: the reference, in the place of the three operators."""
+    """Returns the reference of both operators, for ``ExportedProgram.run_decompositions``."""
     operators = torch.ops.ddf_convert
-    return {
-        operators.ddf.default: _ddf,
-        operators.ddf_normalized.default: _ddf_normalized,
-        operators.filter_norm.default: _filter_norm,
-    }
+    return {operators.ddf.default: _ddf, operators.filter_norm.default: _filter_norm}
 
 
-def _ddf(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
-    return reference.forward(input, channel_filter, spatial_filter, *options)
-
-
-def _ddf_normalized(
-    input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
+def _ddf(
+    input: Tensor,
+    channel_filter: Tensor,
+    spatial_filter: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    combine: str,
+    upscale_factor: int = 1,
+    norm_scale: float | None = None,
 ) -> Tensor:
-    normalized = reference.filter_norm(spatial_filter, channel_filter.shape[-1] ** 2, scale)
-    return reference.forward(input, channel_filter, normalized, *options)
+    geometry = reference.Geometry(stride, padding, dilation, combine, upscale_factor)
+    return reference.forward(input, channel_filter, spatial_filter, geometry, norm_scale)
 
 
 def _filter_norm(filters: Tensor, taps: int, scale: float) -> Tensor:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
-from ddf_convert.artifacts.atomic import check_file, write_file
+from ddf_convert.artifacts.atomic import write_file
+from ddf_convert.artifacts.path_checks import check_file
 from ddf_convert.errors import DDFError
 from ddf_convert.export.checking import check as check_against
 from ddf_convert.export.checking import tolerance

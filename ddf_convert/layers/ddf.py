@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ddf_convert.layers.base import ConvAttributes, Size, SlidingWindow2d, add_bias, batched
 from ddf_convert.layers.branches import ChannelBranch, SpatialBranch, has_default_forward
 from ddf_convert.layers.filter_norm import ChannelFilterNorm, SpatialFilterNorm
-from ddf_convert.ops import COMBINATIONS, ddf, ddf_normalized
+from ddf_convert.ops import COMBINATIONS, ddf
 
 
 def normalizes_inside(branch: nn.Sequential, input: Tensor) -> bool:
@@ -121,7 +121,7 @@ class DDF2d(SlidingWindow2d):
         }
         if normalizes_inside(self.spatial_branch, input):
             conv, norm = self.spatial_branch[0], cast(SpatialFilterNorm, self.spatial_branch[1])
-            output = ddf_normalized(input, channel_filter, conv(centers), scale=norm.scale, **options)
+            output = ddf(input, channel_filter, conv(centers), norm_scale=norm.scale, **options)
         else:
             output = ddf(input, channel_filter, self.spatial_branch(centers), **options)
         return add_bias(output, self.bias)

@@ -21,7 +21,7 @@ from ddf_convert.layers.base import (
 from ddf_convert.layers.branches import ChannelBranch, SpatialBranch
 from ddf_convert.layers.ddf import check_options, normalizes_inside
 from ddf_convert.layers.fused_branches import alike_spatial_branches, channel_filters, normalized, raw_spatial_filters
-from ddf_convert.ops import ddf, ddf_normalized
+from ddf_convert.ops import ddf
 
 
 class DDFUp2d(ConvAttributes):
@@ -157,7 +157,7 @@ class DDFUp2d(ConvAttributes):
         elif normalizes_inside(branches[0][1], read):
             spatial_filter = raw_spatial_filters(branches, read)
             scale = branches[0][1].norm.scale
-            output = ddf_normalized(input, channel_filter, spatial_filter, scale=scale, **options)
+            output = ddf(input, channel_filter, spatial_filter, norm_scale=scale, **options)
         else:
             spatial_filter = normalized(branches, raw_spatial_filters(branches, read))
             output = ddf(input, channel_filter, spatial_filter, **options)

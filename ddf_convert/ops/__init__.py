@@ -1,15 +1,15 @@
 """The DDF and FilterNorm operators (``ddf_convert::*``), registered with torch.library."""
 
-from ddf_convert.ops.ddf import ddf, ddf_normalized
+from ddf_convert.ops.ddf import ddf
 from ddf_convert.ops.filter_norm import filter_norm
-from ddf_convert.reference.checks import COMBINATIONS, DTYPES, check_arguments, memory_format, output_size
+from ddf_convert.reference.checks import COMBINATIONS, DTYPES, Geometry, check_arguments, memory_format, output_size
 
 __all__ = [
     "COMBINATIONS",
     "DTYPES",
+    "Geometry",
     "check_arguments",
     "ddf",
-    "ddf_normalized",
     "filter_norm",
     "memory_format",
     "output_size",

@@ -1,9 +1,7 @@
-"""The contract of the DDF operator: ``ddf_convert::ddf`` and its gradient, registered with torch.library.
+"""The DDF operator ``ddf_convert::ddf`` and its gradient, registered with torch.library.
 
-One operator, whatever the device: Numba kernels on the CPU, Numba-CUDA kernels on NVIDIA GPUs, the plain PyTorch
-reference anywhere else. It has a fake (shape, dtype, memory format), autograd to any order, autocast that follows the
-current autocast dtype, and a formula for ``torch.utils.flop_counter.FlopCounterMode``. ``ddf_convert::ddf_normalized``
-is the same with FilterNorm on the way in, which spares CUDA kernels a pass over the filters.
+It has kernels by device, a fake kernel, autograd to any order, a batching rule, autocast that follows the current
+dtype, and a formula for ``torch.utils.flop_counter.FlopCounterMode``.
 
 Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, equation 1 and section 3.2.
 """
@@ -18,48 +16,27 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ddf_convert import reference
 from ddf_convert.ops.filter_norm import filter_norm
-from ddf_convert.ops.registration import register_autograd, register_vmap
+from ddf_convert.ops.registration import Backend, register_autograd, register_backends, register_vmap
 from ddf_convert.reference.checks import (
-    COMBINATIONS,
-    DTYPES,
+    Geometry,
     check_arguments,
-    check_filters,
     check_gradient,
     gradient_formats,
     memory_format,
     output_shape,
-    output_size,
 )
 
-__all__ = [
-    "COMBINATIONS",
-    "DTYPES",
-    "check_arguments",
-    "ddf",
-    "ddf_normalized",
-    "filter_norm",
-    "memory_format",
-    "output_size",
-]
-
+_GEOMETRY = "int stride, int padding, int dilation, str combine, int upscale_factor=1"  # the fields of Geometry
 _library = torch.library.Library("ddf_convert", "DEF")
 _library.define(
-    "ddf(Tensor input, Tensor channel_filter, Tensor spatial_filter,"
-    " int stride, int padding, int dilation, str combine, int upscale_factor=1) -> Tensor",
+    f"ddf(Tensor input, Tensor channel_filter, Tensor spatial_filter, {_GEOMETRY}, float? norm_scale=None) -> Tensor",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
+# A gradient that is not needed comes back with no elements: torch.library has no optional outputs.
 _library.define(
-    "ddf_normalized(Tensor input, Tensor channel_filter, Tensor spatial_filter, float scale,"
-    " int stride, int padding, int dilation, str combine, int upscale_factor=1) -> Tensor",
-    tags=(torch.Tag.pt2_compliant_tag,),
-)
-# A gradient that is not wanted comes back with no elements: torch.library has no optional outputs.
-_library.define(
-    "ddf_backward(Tensor grad_output, Tensor input, Tensor channel_filter, Tensor spatial_filter,"
-    " int stride, int padding, int dilation, str combine, bool[3] needs, int upscale_factor=1)"
-    " -> (Tensor, Tensor, Tensor)",
+    "ddf_backward(Tensor grad_output, Tensor input, Tensor channel_filter, Tensor spatial_filter, bool[3] needs,"
+    f" {_GEOMETRY}) -> (Tensor, Tensor, Tensor)",
     tags=(torch.Tag.pt2_compliant_tag,),
 )
 
@@ -74,6 +51,7 @@ def ddf(
     dilation: int = 1,
     combine: str = "mul",
     upscale_factor: int = 1,
+    norm_scale: float | None = None,
 ) -> Tensor:
     """Decoupled dynamic filter: a K x K filter of its own at every pixel of every channel.
 
@@ -87,75 +65,35 @@ def ddf(
     Args:
         input: (B, C, H, W), float32, float64, float16 or bfloat16; contiguous or channels_last (kept).
         channel_filter: (B, s*s*C, K, K), K odd, same dtype and device; all channels of the first filter come first.
-        spatial_filter: (B, s*s*G*K*K, Ho, Wo), likewise, G dividing C; Ho and Wo as for conv2d.
+        spatial_filter: (B, s*s*G*K*K, Ho, Wo), same dtype and device, G dividing C; Ho and Wo as for conv2d.
         stride: Step between output pixels, in input pixels.
         padding: Zeros around the input, in pixels.
         dilation: Distance between taps, in pixels.
         combine: "mul" (the paper's equation 1) or "add" (the authors' second variant).
         upscale_factor: s.
-
-    Returns:
-        (B, C, s*Ho, s*Wo), dtype and memory format of ``input``. Half types accumulate in float32.
-
-    Raises:
-        ValueError: A shape, a device, or ``combine``, stride, padding, dilation or the factor, does not fit.
-        TypeError: The dtypes differ or are not among those above.
-    """
-    output: Tensor = torch.ops.ddf_convert.ddf(
-        input, channel_filter, spatial_filter, stride, padding, dilation, combine, upscale_factor
-    )
-    return output
-
-
-def ddf_normalized(
-    input: Tensor,
-    channel_filter: Tensor,
-    spatial_filter: Tensor,
-    *,
-    scale: float,
-    stride: int = 1,
-    padding: int = 0,
-    dilation: int = 1,
-    combine: str = "mul",
-    upscale_factor: int = 1,
-) -> Tensor:
-    """:func:`ddf` of spatial filters as the 1x1 convolution made them: FilterNorm is part of the operator.
-
-    The result is that of ``ddf(input, channel_filter, filter_norm(spatial_filter, K*K, scale), ...)``. CUDA kernels
-    and the reference do not round normalized half filters to their type first.
-
-    Args:
-        input: As for :func:`ddf`.
-        channel_filter: As for :func:`ddf`, with K of 3 or more.
-        spatial_filter: (B, s*s*G*K*K, Ho, Wo), as for :func:`ddf`, not normalized.
-        scale: The deviation of a normalized filter over its taps.
-        stride: As for :func:`ddf`.
-        padding: As for :func:`ddf`.
-        dilation: As for :func:`ddf`.
-        combine: As for :func:`ddf`.
-        upscale_factor: As for :func:`ddf`.
+        norm_scale: Takes ``filter_norm(spatial_filter, K*K, norm_scale)`` as spatial filter; None for the filter as it
+            is. Only CPU kernels round a normalized half filter to its dtype first.
 
     Returns:
         (B, C, s*Ho, s*Wo), dtype and memory format of ``input``. Half types are normalized and accumulate in float32.
 
     Raises:
         ValueError: A shape, a device, or ``combine``, stride, padding, dilation or the factor, does not fit.
-        TypeError: The dtypes differ or are not among those of :func:`ddf`.
+        TypeError: The dtypes differ or are not among those above.
     """
-    output: Tensor = torch.ops.ddf_convert.ddf_normalized(
-        input, channel_filter, spatial_filter, scale, stride, padding, dilation, combine, upscale_factor
+    output: Tensor = torch.ops.ddf_convert.ddf(
+        input, channel_filter, spatial_filter, stride, padding, dilation, combine, upscale_factor, norm_scale
     )
     return output
 
 
-def _check_normalized(
-    input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
-) -> int:
-    """The taps of a filter, once the arguments are found to fit."""
-    check_arguments(input, channel_filter, spatial_filter, *options)
-    taps = int(channel_filter.shape[-1]) ** 2
-    check_filters(spatial_filter, taps)
-    return taps
+def _check(
+    input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any
+) -> tuple[Geometry, float | None]:
+    """Checks the arguments of ``ddf``; returns those after the tensors."""
+    geometry, norm_scale = Geometry(*options[:5]), options[5] if len(options) > 5 else None
+    check_arguments(input, channel_filter, spatial_filter, geometry, norm_scale)
+    return geometry, norm_scale
 
 
 def _check_backward(
@@ -163,139 +101,45 @@ def _check_backward(
     input: Tensor,
     channel_filter: Tensor,
     spatial_filter: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
-    combine: str,
     needs: Sequence[bool],
-    upscale_factor: int = 1,
-) -> tuple[tuple[int, int, int, str], tuple[bool, ...], int]:
-    """The arguments after the tensors, in three parts, once all are found to fit."""
-    geometry = (stride, padding, dilation, combine)
-    check_arguments(input, channel_filter, spatial_filter, *geometry, upscale_factor)
-    check_gradient(grad_output, input, spatial_filter, upscale_factor)
-    return geometry, tuple(needs), upscale_factor
+    *options: Any,
+) -> Geometry:
+    """Checks the arguments of ``ddf_backward``; returns those after ``needs``."""
+    geometry = Geometry(*options)
+    check_arguments(input, channel_filter, spatial_filter, geometry)
+    check_gradient(grad_output, input, spatial_filter, geometry.upscale_factor)
+    return geometry
 
 
-# --- any device: the reference ----------------------------------------------------------------------------------------
+# --- kernels by device ------------------------------------------------------------------------------------------------
 
 
-def _forward_reference(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
-    check_arguments(input, channel_filter, spatial_filter, *options)
-    output = reference.forward(input, channel_filter, spatial_filter, *options)
+def _forward(backend: Backend, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
+    geometry, norm_scale = _check(input, channel_filter, spatial_filter, *options)
+    output: Tensor = backend(input).forward(input, channel_filter, spatial_filter, geometry, norm_scale)
     return output.contiguous(memory_format=memory_format(input))
 
 
-def _normalized_reference(
-    input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
-) -> Tensor:
-    taps = _check_normalized(input, channel_filter, spatial_filter, scale, *options)
-    normalized = reference.filter_norm(spatial_filter, taps, scale)
-    output = reference.forward(input, channel_filter, normalized, *options)
-    return output.contiguous(memory_format=memory_format(input))
-
-
-def _backward_reference(
-    grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any
+def _backward(
+    backend: Backend,
+    grad_output: Tensor,
+    input: Tensor,
+    channel_filter: Tensor,
+    spatial_filter: Tensor,
+    needs: Sequence[bool],
+    *options: Any,
 ) -> tuple[Tensor, ...]:
-    geometry, needs, factor = _check_backward(grad_output, input, channel_filter, spatial_filter, *options)
-    arguments: list[Any] = [*geometry, needs, factor]
-    gradients = reference.backward(grad_output, input, channel_filter, spatial_filter, *arguments)
-    formats = gradient_formats(input)
+    tensors = (grad_output, input, channel_filter, spatial_filter)
+    geometry = _check_backward(*tensors, needs, *options)
+    gradients = backend(input).backward(*tensors, geometry, tuple(needs))
     return tuple(
         input.new_empty(0) if gradient is None else gradient.contiguous(memory_format=layout)
-        for gradient, layout in zip(gradients, formats, strict=True)
+        for gradient, layout in zip(gradients, gradient_formats(input), strict=True)
     )
 
 
-_library.impl("ddf", _forward_reference, "CompositeExplicitAutograd")
-_library.impl("ddf_normalized", _normalized_reference, "CompositeExplicitAutograd")
-_library.impl("ddf_backward", _backward_reference, "CompositeExplicitAutograd")
-
-
-# --- the CPU: Numba kernels, imported at first use; the reference where Numba may not compile -------------------------
-
-
-def _forward_cpu(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
-    from ddf_convert.cpu import dispatch as cpu
-
-    check_arguments(input, channel_filter, spatial_filter, *options)
-    if not cpu.usable():
-        return _forward_reference(input, channel_filter, spatial_filter, *options)
-    return cpu.forward(input, channel_filter, spatial_filter, *[*options[:4], memory_format(input), *options[4:]])
-
-
-def _normalized_cpu(
-    input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
-) -> Tensor:
-    from ddf_convert.cpu import dispatch as cpu
-
-    taps = _check_normalized(input, channel_filter, spatial_filter, scale, *options)
-    if not cpu.usable():
-        return _normalized_reference(input, channel_filter, spatial_filter, scale, *options)
-    normalized = reference.filter_norm(spatial_filter, taps, scale).to(input.dtype)
-    return cpu.forward(input, channel_filter, normalized, *[*options[:4], memory_format(input), *options[4:]])
-
-
-def _backward_cpu(
-    grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any
-) -> tuple[Tensor, ...]:
-    from ddf_convert.cpu import dispatch as cpu
-
-    geometry, needs, factor = _check_backward(grad_output, input, channel_filter, spatial_filter, *options)
-    if not cpu.usable():
-        return _backward_reference(grad_output, input, channel_filter, spatial_filter, *options)
-    arguments: list[Any] = [*geometry, needs, memory_format(input), factor]
-    return cpu.backward(grad_output, input, channel_filter, spatial_filter, *arguments)
-
-
-_library.impl("ddf", _forward_cpu, "CPU")
-_library.impl("ddf_normalized", _normalized_cpu, "CPU")
-_library.impl("ddf_backward", _backward_cpu, "CPU")
-
-
-# --- CUDA: Numba-CUDA kernels where they can run, imported at first use; the reference where not ----------------------
-
-
-def _forward_cuda(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
-    from ddf_convert import cuda
-
-    check_arguments(input, channel_filter, spatial_filter, *options)
-    if not cuda.usable(input):
-        return _forward_reference(input, channel_filter, spatial_filter, *options)
-    return cuda.forward(
-        input, channel_filter, spatial_filter, *[*options[:4], memory_format(input), None, *options[4:]]
-    )
-
-
-def _normalized_cuda(
-    input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
-) -> Tensor:
-    from ddf_convert import cuda
-
-    _check_normalized(input, channel_filter, spatial_filter, scale, *options)
-    if not cuda.usable(input):
-        return _normalized_reference(input, channel_filter, spatial_filter, scale, *options)
-    return cuda.forward(
-        input, channel_filter, spatial_filter, *[*options[:4], memory_format(input), scale, *options[4:]]
-    )
-
-
-def _backward_cuda(
-    grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any
-) -> tuple[Tensor, ...]:
-    from ddf_convert import cuda
-
-    geometry, needs, factor = _check_backward(grad_output, input, channel_filter, spatial_filter, *options)
-    if not cuda.usable(input):
-        return _backward_reference(grad_output, input, channel_filter, spatial_filter, *options)
-    arguments: list[Any] = [*geometry, needs, memory_format(input), factor]
-    return cuda.backward(grad_output, input, channel_filter, spatial_filter, *arguments)
-
-
-_library.impl("ddf", _forward_cuda, "CUDA")
-_library.impl("ddf_normalized", _normalized_cuda, "CUDA")
-_library.impl("ddf_backward", _backward_cuda, "CUDA")
+register_backends(_library, "ddf", _forward)
+register_backends(_library, "ddf_backward", _backward)
 
 
 # --- fake: shapes, dtypes and memory formats --------------------------------------------------------------------------
@@ -303,29 +147,22 @@ _library.impl("ddf_backward", _backward_cuda, "CUDA")
 
 @torch.library.register_fake("ddf_convert::ddf")  # type: ignore[untyped-decorator]
 def _forward_fake(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
-    check_arguments(input, channel_filter, spatial_filter, *options)
-    return _empty(input, spatial_filter, *options[4:])
-
-
-@torch.library.register_fake("ddf_convert::ddf_normalized")  # type: ignore[untyped-decorator]
-def _normalized_fake(
-    input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, scale: float, *options: Any
-) -> Tensor:
-    _check_normalized(input, channel_filter, spatial_filter, scale, *options)
-    return _empty(input, spatial_filter, *options[4:])
-
-
-def _empty(input: Tensor, spatial_filter: Tensor, *upscale_factor: int) -> Tensor:
-    shape = output_shape(input, spatial_filter, *upscale_factor)
+    geometry, _ = _check(input, channel_filter, spatial_filter, *options)
+    shape = output_shape(input, spatial_filter, geometry.upscale_factor)
     return torch.empty(shape, dtype=input.dtype, device=input.device, memory_format=memory_format(input))
 
 
 @torch.library.register_fake("ddf_convert::ddf_backward")  # type: ignore[untyped-decorator]
 def _backward_fake(
-    grad_output: Tensor, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any
+    grad_output: Tensor,
+    input: Tensor,
+    channel_filter: Tensor,
+    spatial_filter: Tensor,
+    needs: Sequence[bool],
+    *options: Any,
 ) -> tuple[Tensor, ...]:
-    _, needs, _ = _check_backward(grad_output, input, channel_filter, spatial_filter, *options)
     tensors = (input, channel_filter, spatial_filter)
+    _check_backward(grad_output, *tensors, needs, *options)
     return tuple(
         torch.empty(tensor.shape, dtype=tensor.dtype, device=tensor.device, memory_format=layout)
         if needed
@@ -338,44 +175,32 @@ def _backward_fake(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    tensors, options = inputs[:3], inputs[3:]
-    ctx.save_for_backward(*tensors)
-    *ctx.options, ctx.factor = options
+    ctx.save_for_backward(*inputs[:3])
+    *ctx.geometry, ctx.norm_scale = inputs[3:]
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    needs = list(ctx.needs_input_grad[:3])
-    gradients = torch.ops.ddf_convert.ddf_backward(grad_output, *ctx.saved_tensors, *ctx.options, needs, ctx.factor)
-    wanted = (gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True))
-    return (*wanted, None, None, None, None, None)
-
-
-def _backward_normalized(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-    """The chain rule, in operators that have gradients of their own."""
+def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, channel_filter, spatial_filter = ctx.saved_tensors
-    scale, *options = ctx.options
+    taps, scale = channel_filter.shape[-1] ** 2, ctx.norm_scale
+    filters = spatial_filter if scale is None else filter_norm(spatial_filter, taps, scale)
     needs = list(ctx.needs_input_grad[:3])
-    taps = channel_filter.shape[-1] ** 2
-    normalized = filter_norm(spatial_filter, taps, scale)
-    gradients = torch.ops.ddf_convert.ddf_backward(
-        grad_output, input, channel_filter, normalized, *options, needs, ctx.factor
-    )
-    wanted = [gradient if needed else None for gradient, needed in zip(gradients, needs, strict=True)]
-    if needs[2]:
-        wanted[2] = torch.ops.ddf_convert.filter_norm_backward(gradients[2], spatial_filter, taps, scale)
-    return (*wanted, None, None, None, None, None, None)
+    made = torch.ops.ddf_convert.ddf_backward(grad_output, input, channel_filter, filters, needs, *ctx.geometry)
+    gradients = [gradient if needed else None for gradient, needed in zip(made, needs, strict=True)]
+    if needs[2] and scale is not None:
+        gradients[2] = torch.ops.ddf_convert.filter_norm_backward(made[2], spatial_filter, taps, scale)
+    return (*gradients, *[None] * 6)
 
 
 def _save_second(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
     ctx.save_for_backward(*inputs[:4])
-    ctx.options, ctx.needs, ctx.factor = inputs[4:8], inputs[8], inputs[9]
+    ctx.needs, *ctx.geometry = inputs[4:]
 
 
-def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of the gradients.
+def _second_gradients(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]:
+    """Returns the gradients of the gradients.
 
-    Write T(F, C, S) for the operator. With cotangents (u, v, w) of its gradients, the scalar whose gradient is asked
-    for is <g, T(u, C, S) + T(F, v, S) + T(F, C, w)> under ``mul``, where T is linear in each argument, and
+    Write T(F, C, S) for the operator. With cotangents (u, v, w) of its gradients, the scalar to differentiate is
+    <g, T(u, C, S) + T(F, v, S) + T(F, C, w)> under ``mul``, where T is linear in each argument, and
     <g, T(u, C, S) + T(F, v, w)> under ``add``, where T(F, C, S) = A(F, C) + B(F, S).
     """
     grad_output, input, channel, spatial = ctx.saved_tensors
@@ -383,9 +208,9 @@ def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
         cotangent if needed else torch.zeros_like(tensor)
         for cotangent, needed, tensor in zip(cotangents, ctx.needs, (input, channel, spatial), strict=True)
     )
-    # Each term of the sum, with the places of (F, C, S) that it holds as themselves: those it is differentiated by.
+    # Each term of the sum, and which of (F, C, S) it holds itself: it is differentiated by those.
     terms = [((u, channel, spatial), (False, True, True))]
-    if ctx.options[-1] == "mul":
+    if Geometry(*ctx.geometry).combine == "mul":
         terms.append(((input, v, spatial), (True, False, True)))
         terms.append(((input, channel, w), (True, True, False)))
     else:
@@ -399,35 +224,28 @@ def _second_backward(ctx: Any, *cotangents: Tensor) -> tuple[Tensor | None, ...]
 
     for tensors, own in terms:
         if wants[0]:
-            add(0, torch.ops.ddf_convert.ddf(*tensors, *ctx.options, ctx.factor))
+            add(0, torch.ops.ddf_convert.ddf(*tensors, *ctx.geometry))
         needs = [here and wanted for here, wanted in zip(own, wants[1:4], strict=True)]
         if any(needs):
-            gradients = torch.ops.ddf_convert.ddf_backward(grad_output, *tensors, *ctx.options, needs, ctx.factor)
+            gradients = torch.ops.ddf_convert.ddf_backward(grad_output, *tensors, needs, *ctx.geometry)
             for place, needed in enumerate(needs):
                 if needed:
                     add(place + 1, gradients[place])
-    return (*totals, None, None, None, None, None, None)
+    return (*totals, *[None] * 6)
 
 
-register_autograd(_library, "ddf", _backward, _save)
-register_autograd(_library, "ddf_normalized", _backward_normalized, _save)
-register_autograd(_library, "ddf_backward", _second_backward, _save_second)
+register_autograd(_library, "ddf", _gradients, _save)
+register_autograd(_library, "ddf_backward", _second_gradients, _save_second)
 
-
-# --- vmap: the mapped dimension becomes part of the batch -------------------------------------------------------------
-
-register_vmap("ddf", 3, check_arguments)
-register_vmap("ddf_normalized", 3, _check_normalized)
+register_vmap("ddf", 3, _check)
 register_vmap("ddf_backward", 4, _check_backward)
 
 
-# --- autocast: the current autocast dtype of the device, not a fixed one ----------------------------------------------
+# --- autocast: the tensors take the current autocast dtype of the device, and the operator runs below it --------------
 
 
-def _autocast(operator: str, device: str) -> None:
-    """Registers what autocast does: the three tensors take its dtype, and the operator runs below it."""
+def _register_autocast(device: str) -> None:
     key = getattr(torch._C.DispatchKey, f"Autocast{device.upper()}")
-    run = getattr(torch.ops.ddf_convert, operator)
 
     def cast(tensor: Tensor) -> Tensor:
         eligible = tensor.is_floating_point() and tensor.device.type == device and tensor.dtype != torch.float64
@@ -436,28 +254,28 @@ def _autocast(operator: str, device: str) -> None:
     def call(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
         tensors = [cast(tensor) for tensor in (input, channel_filter, spatial_filter)]
         with torch._C._ExcludeDispatchKeyGuard(torch._C.DispatchKeySet(key)):
-            output: Tensor = run(*tensors, *options)
+            output: Tensor = torch.ops.ddf_convert.ddf(*tensors, *options)
             return output
 
-    _library.impl(operator, call, f"Autocast{device.upper()}")
+    _library.impl("ddf", call, f"Autocast{device.upper()}")
 
 
-for _operator in ("ddf", "ddf_normalized"):
-    for _device in ("cpu", "cuda"):
-        _autocast(_operator, _device)
+_register_autocast("cpu")
+_register_autocast("cuda")
 
 
-# --- FLOPs: two for each of the K * K multiply-accumulates of an output element; FilterNorm, as any norm, not counted -
+# --- FLOPs: two for each of the K * K multiply-accumulates of an output element; FilterNorm is not counted ------------
 
 
-@register_flop_formula([torch.ops.ddf_convert.ddf, torch.ops.ddf_convert.ddf_normalized])
+@register_flop_formula(torch.ops.ddf_convert.ddf)
 def _forward_flops(input: Any, channel_filter: Any, *rest: Any, out_shape: Any, **kwargs: Any) -> int:
     outputs: int = math.prod(out_shape)
     return 2 * int(channel_filter[-1]) ** 2 * outputs
 
 
 @register_flop_formula(torch.ops.ddf_convert.ddf_backward)
-def _backward_flops(grad_output: Any, input: Any, channel_filter: Any, *rest: Any, **kwargs: Any) -> int:
+def _backward_flops(
+    grad_output: Any, input: Any, channel_filter: Any, spatial_filter: Any, needs: list[bool], *rest: Any, **kwargs: Any
+) -> int:
     outputs: int = math.prod(grad_output)
-    needs: list[bool] = rest[5]
     return sum(needs) * 2 * int(channel_filter[-1]) ** 2 * outputs

@@ -1,7 +1,4 @@
-"""FilterNorm as an operator: ``ddf_convert::filter_norm`` and its gradient, registered with torch.library.
-
-One pass over the filters in either direction where there are kernels (CUDA), plain PyTorch anywhere else. Autograd
-keeps the filters alone, and goes to any order.
+"""The FilterNorm operator ``ddf_convert::filter_norm`` and its gradient, registered with torch.library.
 
 Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, section 3.2.
 """
@@ -14,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddf_convert import reference
-from ddf_convert.ops.registration import register_autograd, register_vmap
+from ddf_convert.ops.registration import Backend, register_autograd, register_backends, register_vmap
 from ddf_convert.reference.checks import check_filters, check_filters_gradient, memory_format
 
 _library = torch.library.Library("ddf_convert", "FRAGMENT")
@@ -29,15 +26,15 @@ _library.define(
 
 
 def filter_norm(filters: Tensor, taps: int, scale: float = 1.0) -> Tensor:
-    """Standardises every filter over its taps, which keeps the training of generated filters stable.
+    """Standardizes every filter over its taps, which keeps the training of generated filters stable.
 
     ``out = scale * (filters - mean) / (deviation + 1e-10)``, mean and unbiased standard deviation over the taps of one
     head at one pixel.
 
     Args:
         filters: (B, G*taps, H, W), float32, float64, float16 or bfloat16; contiguous or channels_last (kept).
-        taps: Of one filter: K*K.
-        scale: The deviation of the result.
+        taps: Of one filter, K*K, 2 or more.
+        scale: The deviation of a normalized filter over its taps.
 
     Returns:
         The shape, dtype and memory format of ``filters``. Half types are calculated in float32, then rounded.
@@ -52,52 +49,28 @@ def filter_norm(filters: Tensor, taps: int, scale: float = 1.0) -> Tensor:
     return normalized
 
 
-def _as(filters: Tensor, result: Tensor) -> Tensor:
+def _check_backward(grad_output: Tensor, filters: Tensor, taps: int, scale: float) -> None:
+    check_filters(filters, taps)
+    check_filters_gradient(grad_output, filters)
+
+
+def _forward(backend: Backend, filters: Tensor, taps: int, scale: float) -> Tensor:
+    check_filters(filters, taps)
+    return _like(filters, backend(filters).filter_norm(filters, taps, scale))
+
+
+def _backward(backend: Backend, grad_output: Tensor, filters: Tensor, taps: int, scale: float) -> Tensor:
+    _check_backward(grad_output, filters, taps, scale)
+    return _like(filters, backend(filters).filter_norm_backward(grad_output, filters, taps, scale))
+
+
+def _like(filters: Tensor, result: Tensor) -> Tensor:
     return result.to(filters.dtype).contiguous(memory_format=memory_format(filters))
 
 
-# --- any device: the reference ----------------------------------------------------------------------------------------
-
-
-def _forward_reference(filters: Tensor, taps: int, scale: float) -> Tensor:
-    check_filters(filters, taps)
-    return _as(filters, reference.filter_norm(filters, taps, scale))
-
-
-def _backward_reference(grad_output: Tensor, filters: Tensor, taps: int, scale: float) -> Tensor:
-    check_filters(filters, taps)
-    check_filters_gradient(grad_output, filters)
-    return _as(filters, reference.filter_norm_backward(grad_output, filters, taps, scale))
-
-
-_library.impl("filter_norm", _forward_reference, "CompositeExplicitAutograd")
-_library.impl("filter_norm_backward", _backward_reference, "CompositeExplicitAutograd")
-
-
-# --- CUDA: kernels where they can run, imported at first use ----------------------------------------------------------
-
-
-def _forward_cuda(filters: Tensor, taps: int, scale: float) -> Tensor:
-    from ddf_convert import cuda
-
-    check_filters(filters, taps)
-    if not cuda.usable(filters):
-        return _forward_reference(filters, taps, scale)
-    return cuda.filter_norm(filters, taps, scale, memory_format(filters))
-
-
-def _backward_cuda(grad_output: Tensor, filters: Tensor, taps: int, scale: float) -> Tensor:
-    from ddf_convert import cuda
-
-    check_filters(filters, taps)
-    check_filters_gradient(grad_output, filters)
-    if not cuda.usable(filters):
-        return _backward_reference(grad_output, filters, taps, scale)
-    return cuda.filter_norm_backward(grad_output, filters, taps, scale, memory_format(filters))
-
-
-_library.impl("filter_norm", _forward_cuda, "CUDA")
-_library.impl("filter_norm_backward", _backward_cuda, "CUDA")
+# Only CUDA has kernels of its own; a CPU takes the reference too.
+register_backends(_library, "filter_norm", _forward, ("CompositeExplicitAutograd", "CUDA"))
+register_backends(_library, "filter_norm_backward", _backward, ("CompositeExplicitAutograd", "CUDA"))
 
 
 # --- fake: shapes, dtypes and memory formats --------------------------------------------------------------------------
@@ -111,8 +84,7 @@ def _forward_fake(filters: Tensor, taps: int, scale: float) -> Tensor:
 
 @torch.library.register_fake("ddf_convert::filter_norm_backward")  # type: ignore[untyped-decorator]
 def _backward_fake(grad_output: Tensor, filters: Tensor, taps: int, scale: float) -> Tensor:
-    check_filters(filters, taps)
-    check_filters_gradient(grad_output, filters)
+    _check_backward(grad_output, filters, taps, scale)
     return _empty(filters)
 
 
@@ -129,12 +101,12 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.save_for_backward(*tensors)
 
 
-def _backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+def _gradient(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     (filters,) = ctx.saved_tensors
     return torch.ops.ddf_convert.filter_norm_backward(grad_output, filters, ctx.taps, ctx.scale), None, None
 
 
-def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+def _second_gradients(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
     grad_output, filters = ctx.saved_tensors
     by_grad = by_filters = None
     if ctx.needs_input_grad[0]:  # the Jacobian is symmetric
@@ -145,17 +117,8 @@ def _second_backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
     return by_grad, by_filters, None, None
 
 
-register_autograd(_library, "filter_norm", _backward, _save)
-register_autograd(_library, "filter_norm_backward", _second_backward, _save)
-
-
-# --- vmap: the mapped dimension becomes part of the batch -------------------------------------------------------------
-
-
-def _check_backward(grad_output: Tensor, filters: Tensor, taps: int, scale: float) -> None:
-    check_filters(filters, taps)
-    check_filters_gradient(grad_output, filters)
-
+register_autograd(_library, "filter_norm", _gradient, _save)
+register_autograd(_library, "filter_norm_backward", _second_gradients, _save)
 
 register_vmap("filter_norm", 1, lambda filters, taps, scale: check_filters(filters, taps))
 register_vmap("filter_norm_backward", 2, _check_backward)

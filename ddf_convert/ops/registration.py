@@ -1,8 +1,9 @@
-"""Gradients and batching rules of operators, registered so that ``torch.func`` can transform them."""
+"""Registers operators with torch: a kernel for each device, gradients and batching rules for ``torch.func``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -11,6 +12,38 @@ from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
+from ddf_convert import reference
+
+Backend = Callable[[Tensor], Any]  # from the first tensor of a call to the module that computes it
+
+
+def _cpu(tensor: Tensor) -> Any:
+    from ddf_convert.cpu import dispatch
+
+    return dispatch if dispatch.usable() else reference
+
+
+def _cuda(tensor: Tensor) -> Any:
+    from ddf_convert import cuda
+
+    return cuda if cuda.usable(tensor) else reference
+
+
+# By dispatch key: kernels, imported at first use, or the reference where they cannot run.
+BACKENDS: dict[str, Backend] = {
+    "CompositeExplicitAutograd": lambda tensor: reference,
+    "CPU": _cpu,
+    "CUDA": _cuda,
+}
+
+
+def register_backends(
+    library: torch.library.Library, operator: str, kernel: Callable[..., Any], keys: Iterable[str] = tuple(BACKENDS)
+) -> None:
+    """Registers ``kernel(backend, *arguments)``, with its backend, for each dispatch key."""
+    for key in keys:
+        library.impl(operator, functools.partial(kernel, BACKENDS[key]), key)
+
 
 def register_autograd(
     library: torch.library.Library,
@@ -18,16 +51,10 @@ def register_autograd(
     backward: Callable[..., tuple[Tensor | None, ...]],
     setup_context: Callable[[Any, tuple[Any, ...], Any], None],
 ) -> None:
-    """Registers a gradient as ``torch.library.register_autograd`` does, but one that ``torch.func`` can take too.
+    """Registers a gradient as ``torch.library.register_autograd`` does, also for ``torch.func.grad``.
 
-    That of torch 2.14 and before raises under ``torch.func.grad``. Here, as in torch's own operators, each transform
-    records what it differentiates, and hands the call on to the next one.
-
-    Args:
-        library: Of the operator.
-        operator: Its name, without the namespace.
-        backward: From (ctx, gradients of the outputs) to one gradient, or None, for each argument.
-        setup_context: From (ctx, arguments, output) to what ``backward`` reads from ctx.
+    The function of torch 2.14 and older raises under ``torch.func.grad``. Here, as in torch's own operators, each
+    transform records what it differentiates and passes the call on to the next one.
     """
     overload = getattr(torch.ops.ddf_convert, operator).default
     defaults = [argument.default_value for argument in overload._schema.arguments]
@@ -37,12 +64,12 @@ def register_autograd(
             return overload.redispatch(keyset & torch._C._after_autograd_keyset, *arguments)
 
     class Differentiated(_SingleLevelFunction):
-        """The operator, at one level of differentiation."""
+        """The operator at one level of differentiation."""
 
         @staticmethod
         def forward(ctx: Any, *inputs: Any) -> Any:
             *arguments, keyset = inputs
-            with torch.enable_grad():  # torch turned them off here; they are on for the transforms further in
+            with torch.enable_grad():  # torch turned gradients off here; inner transforms need them
                 output = next_kernel(keyset, tuple(arguments))
             # The dispatcher leaves out arguments that equal their defaults.
             setup_context(ctx, (*arguments, *defaults[len(arguments) :]), output)
@@ -59,7 +86,7 @@ def register_autograd(
             )
 
     def kernel(keyset: Any, *arguments: Any) -> Any:
-        # In forward mode too, where the tangents would be lost without an error.
+        # Also in forward mode, where the tangents would be lost without an error.
         forward_mode = forward_ad._current_level >= 0
         if forward_mode or (torch.is_grad_enabled() and torch._C._any_requires_grad(*arguments)):
             with enable_single_level_autograd_function():
@@ -70,10 +97,10 @@ def register_autograd(
 
 
 def register_vmap(operator: str, tensors: int, check: Callable[..., object]) -> None:
-    """Registers what ``torch.func.vmap`` does with an operator: the mapped dimension becomes part of the batch.
+    """Registers the batching rule of an operator: the mapped dimension becomes part of the batch.
 
     Args:
-        operator: Its name, without the namespace.
+        operator: Its name without the namespace.
         tensors: How many of its arguments, the first ones, are (B, ...) tensors.
         check: Raises unless the arguments of one sample fit.
     """
@@ -90,7 +117,7 @@ def register_vmap(operator: str, tensors: int, check: Callable[..., object]) -> 
         shape = stacked[0].shape[:2]
         if isinstance(output, Tensor):
             return output.unflatten(0, shape), 0
-        # A gradient that is not wanted has no elements, and no batch.
+        # A gradient that is not needed has no elements and no batch.
         wanted = [gradient.dim() > 1 for gradient in output]
         unfolded = (
             gradient.unflatten(0, shape) if each else gradient for gradient, each in zip(output, wanted, strict=True)

@@ -1,4 +1,4 @@
-"""Recipe files: YAML, read with line numbers, so that an error says where it is."""
+"""Recipe files: YAML that is read with line numbers, for errors that say where they are."""
 
 from __future__ import annotations
 
@@ -9,53 +9,53 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ValidationError
+from pydantic import AliasChoices, BaseModel, ValidationError
 
 from ddf_convert.errors import UsageError, first_line, suggestion
 from ddf_convert.recipes.recipe import Recipe
 
 _BUILTIN = resources.files("ddf_convert.recipes") / "builtin"
-_LARGEST = 2**20  # bytes; a recipe is a page of text
-_MOST_VALUES = 20_000
+_MAX_BYTES = 2**20  # a recipe is a page of text
+_MAX_VALUES = 20_000
 _Path = tuple[str | int, ...]
 
 
 def names() -> list[str]:
-    """Of the built-in recipes."""
+    """Returns the names of the built-in recipes."""
     return sorted(Path(file.name).stem for file in _BUILTIN.iterdir() if file.name.endswith(".yaml"))
 
 
 def load(recipe: str | os.PathLike[str]) -> Recipe:
-    """A recipe by name, or from a file.
+    """Loads a recipe by name, or from a file.
 
     Args:
         recipe: The name of a built-in recipe; or a path, which has a ``/`` in it or ends in ``.yaml`` or ``.yml``.
 
     Raises:
-        UsageError: There is no such recipe, or it is not right: the message names the file, the line and the key.
+        UsageError: There is no such recipe, or it is invalid: the message names the file, the line and the key.
     """
-    asked = os.fspath(recipe)
-    if asked in names():
-        return parse((_BUILTIN / f"{asked}.yaml").read_text(encoding="utf-8"), f"recipe {asked}")
-    if not asked.endswith((".yaml", ".yml")) and os.sep not in asked:
+    path = os.fspath(recipe)
+    if path in names():
+        return parse(source(path), f"recipe {path}")
+    if not path.endswith((".yaml", ".yml")) and os.sep not in path:
         raise UsageError(
-            f"unknown recipe {asked!r}: there are {', '.join(names())}, and files that end in"
-            f" .yaml{suggestion(asked, names())}"
+            f"unknown recipe {path!r}: there are {', '.join(names())}, and files that end in"
+            f" .yaml{suggestion(path, names())}"
         )
     try:
-        with Path(asked).open("rb") as file:
-            text = file.read(_LARGEST + 1).decode()
+        with Path(path).open("rb") as file:
+            text = file.read(_MAX_BYTES + 1).decode()
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text in UTF-8"
-        raise UsageError(f"recipe {asked}: cannot be read: {reason}") from error
-    return parse(text, asked)
+        raise UsageError(f"recipe {path}: cannot be read: {reason}") from error
+    return parse(text, path)
 
 
 def source(name: str) -> str:
-    """The text of a built-in recipe's file, comments and all.
+    """Returns the text of a built-in recipe's file, with its comments.
 
     Raises:
-        UsageError: There is none of this name.
+        UsageError: There is no built-in recipe of this name.
     """
     if name not in names():
         raise UsageError(f"unknown recipe {name!r}: there are {', '.join(names())}{suggestion(name, names())}")
@@ -63,17 +63,17 @@ def source(name: str) -> str:
 
 
 def parse(text: str, where: str = "recipe") -> Recipe:
-    """A recipe from the text of a file.
+    """Reads a recipe from the text of a file.
 
     Args:
         text: YAML.
-        where: What to call it in errors.
+        where: Name of the file in errors.
 
     Raises:
-        UsageError: It is not right: the message names the line and the key.
+        UsageError: It is invalid: the message names the line and the key.
     """
-    if len(text) > _LARGEST:
-        raise UsageError(f"{where}: not a recipe: it has more than {_LARGEST:,} bytes")
+    if len(text) > _MAX_BYTES:
+        raise UsageError(f"{where}: not a recipe: it has more than {_MAX_BYTES:,} bytes")
     loader = None
     try:
         loader = yaml.SafeLoader(text)
@@ -97,32 +97,28 @@ def parse(text: str, where: str = "recipe") -> Recipe:
     try:
         return Recipe.model_validate(content)
     except ValidationError as error:
-        raise UsageError(_in_words(error, lines, where)) from error
+        raise UsageError(_describe(error, lines, where)) from error
 
 
 def _check_size(root: Any, where: str) -> None:
-    """Whether a document stays small once its aliases are written out, which may be aliases of aliases.
-
-    Raises:
-        UsageError: It does not, or holds itself.
-    """
+    """Raises a UsageError for a document that is too large once its aliases are written out, or that holds itself."""
     sizes: dict[int, int] = {}
 
     def size(node: Any) -> int:
         if not isinstance(node, yaml.CollectionNode):
             return 1
         if id(node) not in sizes:
-            sizes[id(node)] = _MOST_VALUES + 1  # for what is inside of itself
+            sizes[id(node)] = _MAX_VALUES + 1  # for a node inside itself
             inner = [each for item in node.value for each in (item if isinstance(item, tuple) else (item,))]
             sizes[id(node)] = 1 + sum(map(size, inner))
         return sizes[id(node)]
 
-    if size(root) > _MOST_VALUES:
-        raise UsageError(f"{where}: not a recipe: it has more than {_MOST_VALUES:,} values, aliases written out")
+    if size(root) > _MAX_VALUES:
+        raise UsageError(f"{where}: not a recipe: it has more than {_MAX_VALUES:,} values, aliases written out")
 
 
 def _lines(node: Any, where: str, path: _Path = ()) -> Iterator[tuple[_Path, int]]:
-    """The line of every key and item, by its path."""
+    """Yields the path and the line of every key and item."""
     if isinstance(node, yaml.MappingNode):
         seen: set[str] = set()
         for key, value in node.value:
@@ -138,36 +134,47 @@ def _lines(node: Any, where: str, path: _Path = ()) -> Iterator[tuple[_Path, int
             yield from _lines(value, where, (*path, index))
 
 
-def _in_words(error: ValidationError, lines: dict[_Path, int], where: str) -> str:
-    """The first fault and the number of others; every fault is named after its place in the file."""
-    faults = error.errors()
-    fault = faults[0]
-    path: _Path = tuple(fault["loc"])
+def _describe(error: ValidationError, lines: dict[_Path, int], where: str) -> str:
+    """The first error, with its line and key in the file, and the number of others."""
+    errors = error.errors()
+    first = errors[0]
+    path: _Path = tuple(first["loc"])
     line = next((lines[path[:end]] for end in range(len(path), 0, -1) if path[:end] in lines), None)
-    message = fault["msg"].removeprefix("Value error, ")
-    if fault["type"] == "extra_forbidden":
-        message = f"unknown key{suggestion(str(path[-1]), _keys(path[:-1]))}"
-    elif fault["type"] == "missing":
+    message = first["msg"].removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        message = _unknown_key(path)
+    elif first["type"] == "missing":
         message = "is missing"
     place = ".".join(map(str, path)) or "recipe"
-    others = f" (and {len(faults) - 1} more)" if len(faults) > 1 else ""
+    others = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{where}{'' if line is None else f':{line}'}: {place}: {message}{others}"
 
 
-def _keys(path: _Path) -> list[str]:
-    """The keys that may stand at a path."""
+def _unknown_key(path: _Path) -> str:
     model: type[BaseModel] = Recipe
-    for step in path:
-        if isinstance(step, str):
-            found = _models(_fields(model)[step])
-            if not found:
-                return []
-            model = found[0]
-    return list(_fields(model))
+    for key in path[:-1]:
+        if isinstance(key, str):
+            parts = next(_models(annotation) for keys, annotation in _fields(model) if key in keys)
+            if not parts:
+                return "unknown key"
+            model = parts[0]
+    for keys, _ in _fields(model):
+        if path[-1] in keys:
+            return f"is the old name of {keys[0]}, which is given too; keep one of the two"
+    return f"unknown key{suggestion(str(path[-1]), [keys[0] for keys, _ in _fields(model)])}"
 
 
-def _fields(model: type[BaseModel]) -> dict[str, Any]:
-    return {field.alias or name: field.annotation for name, field in model.model_fields.items()}
+def _fields(model: type[BaseModel]) -> list[tuple[list[str], Any]]:
+    """The keys of each field, the one in use first, and its annotation."""
+    return [
+        (
+            [str(key) for key in alias.choices]
+            if isinstance(alias := field.validation_alias, AliasChoices)
+            else [str(alias or name)],
+            field.annotation,
+        )
+        for name, field in model.model_fields.items()
+    ]
 
 
 def _models(annotation: Any) -> list[type[BaseModel]]:

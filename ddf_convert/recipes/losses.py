@@ -1,10 +1,8 @@
-"""What a stage minimizes: the labels' loss, and distances from the original's features and class probabilities."""
+"""Losses of a stage: the task loss on labels, and distillation of the original's features and class probabilities."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from functools import partial
 from typing import Any
 
 import torch
@@ -16,24 +14,23 @@ from ddf_convert.conversion.convert import recorded
 from ddf_convert.errors import UsageError
 from ddf_convert.recipes.parameters import new_layers
 from ddf_convert.recipes.schema import Losses
+from ddf_convert.utils.capture import captured_outputs
 
-_LEAST = 1e-12  # of a norm that is divided by
+_TINY = 1e-12  # of a norm that is divided by
 
 
 class Objective(nn.Module):
-    """One forward pass and its loss, in the form of timm's training tasks: a dict of ``loss``, ``output`` and parts.
+    """A module that runs a model and returns its loss, as a dict like timm's training tasks.
 
     Args:
         model: The converted model.
-        losses: What is minimized.
-        teacher: The original model; needed if ``losses.needs_teacher``. It is used in evaluation mode, and it never
-            learns.
+        losses: Weights of the losses.
+        teacher: The original model; needed if ``losses.needs_teacher``. It runs in evaluation mode and is not trained.
 
     Attributes:
-        trainable_module: What calls the model. To train in several processes, or compiled, put
-            ``DistributedDataParallel(objective.trainable_module)`` or its ``torch.compile`` in its place. What the
-            losses do not reach (the classifier, if they look at features alone) must be frozen first, or
-            ``DistributedDataParallel`` waits for its gradients.
+        trainable_module: Runs the model. To train in several processes, or compiled, replace it with
+            ``DistributedDataParallel(objective.trainable_module)`` or its ``torch.compile``. Parameters that get no
+            gradient (the classifier, with a features loss alone) must be frozen first for ``DistributedDataParallel``.
 
     Raises:
         UsageError: The teacher is missing, or has none of the layers that were replaced in the model.
@@ -44,33 +41,33 @@ class Objective(nn.Module):
         if losses.needs_teacher and teacher is None:
             raise UsageError("these losses learn from the original model: give it as the teacher")
         self.losses = losses
-        watched = _pairs(model, teacher) if teacher is not None and losses.features else []
-        self.trainable_module: nn.Module = Watched(model, watched)
-        self.teacher: Watched | None = None
+        names = _shared_layers(model, teacher) if teacher is not None and losses.features else []
+        self.trainable_module: nn.Module = FeatureExtractor(model, names)
+        self.teacher: FeatureExtractor | None = None
         if teacher is not None and losses.needs_teacher:
-            self.teacher = Watched(teacher, watched).eval()
+            self.teacher = FeatureExtractor(teacher, names).eval()
         self._task_loss = _task_loss(losses)
 
     def train(self, mode: bool = True) -> Objective:
-        """As for any module; the teacher stays in evaluation mode."""
+        """Sets the mode, but for the teacher, which stays in evaluation mode."""
         super().train(mode)
         if self.teacher is not None:
             self.teacher.eval()
         return self
 
     def forward(self, images: Tensor, targets: Tensor | None = None) -> dict[str, Any]:
-        """The loss of a batch.
+        """Computes the loss of a batch.
 
         Args:
             images: (B, C, H, W).
-            targets: (B,) class numbers, or (B, classes) probabilities as mixup makes them; None if labels do not count.
+            targets: (B,) class numbers, or (B, classes) probabilities as mixup makes them; None without a task loss.
 
         Returns:
-            ``loss``, a scalar to minimize; ``output``, what the model returned; and, unweighted, ``task_loss``,
-            ``logits_loss`` and ``features_loss`` where they count.
+            ``loss``, a scalar to minimize; ``output``, the model's output; and, unweighted, those of ``task_loss``,
+            ``logits_loss`` and ``features_loss`` that have a weight.
 
         Raises:
-            UsageError: The model's output is not what the losses can look at.
+            UsageError: Labels are missing, or the model returns no class scores.
         """
         output, features = self.trainable_module(images)
         parts: dict[str, Tensor] = {}
@@ -84,9 +81,9 @@ class Objective(nn.Module):
             if self.losses.logits:
                 parts["logits_loss"] = divergence(_logits(output), _logits(expected), self.losses.temperature)
             if self.losses.features:
-                parts["features_loss"] = _mean(
+                parts["features_loss"] = torch.stack(
                     [relative_error(mine, theirs) for mine, theirs in zip(features, expected_features, strict=True)]
-                )
+                ).mean()
         weights = {
             "task_loss": self.losses.task,
             "logits_loss": self.losses.logits,
@@ -96,14 +93,10 @@ class Objective(nn.Module):
         return {"loss": loss, "output": output, **{name: part.detach() for name, part in parts.items()}}
 
 
-class Watched(nn.Module):
-    """A model whose forward also returns what some of its modules put out.
+class FeatureExtractor(nn.Module):
+    """A model whose forward also returns the outputs of the named modules.
 
-    They are returned, and not kept aside, so that ``DistributedDataParallel`` sees them as outputs.
-
-    Args:
-        model: The model.
-        names: Of the modules.
+    It returns them so that ``DistributedDataParallel`` sees them as outputs.
     """
 
     def __init__(self, model: nn.Module, names: Sequence[str]) -> None:
@@ -112,29 +105,20 @@ class Watched(nn.Module):
         self.names = list(names)
 
     def forward(self, images: Tensor) -> tuple[Any, list[Tensor]]:
-        """The model's output, and those of the modules, in the order of their calls."""
-        seen: list[Tensor] = []
-        with ExitStack() as hooks:
-            for name in self.names:
-                handle = self.model.get_submodule(name).register_forward_hook(partial(_keep, seen))
-                hooks.callback(handle.remove)
+        """Returns the model's output, and the modules' outputs in the order of their calls."""
+        with captured_outputs(*(self.model.get_submodule(name) for name in self.names)) as features:
             output = self.model(images)
-        return output, seen
+        return output, features
 
 
 def relative_error(found: Tensor, expected: Tensor) -> Tensor:
-    """Squared distance over squared norm, of a batch as a whole; calculated in float32."""
+    """Squared distance over squared norm of a whole batch, in float32."""
     found, expected = found.float(), expected.float()
-    return (found - expected).square().sum() / expected.square().sum().clamp_min(_LEAST)
+    return (found - expected).square().sum() / expected.square().sum().clamp_min(_TINY)
 
 
 def divergence(found: Tensor, expected: Tensor, temperature: float = 1.0) -> Tensor:
-    """Kullback-Leibler divergence of softened class probabilities, mean over the batch, times temperature squared.
-
-    Args:
-        found: Logits (B, classes).
-        expected: Logits (B, classes) of the teacher.
-        temperature: Both logits are divided by it.
+    """Kullback-Leibler divergence of softened class probabilities, times temperature squared; logits are (B, classes).
 
     Source: Hinton, Vinyals, Dean, "Distilling the Knowledge in a Neural Network", 2015, section 2.
     """
@@ -143,15 +127,8 @@ def divergence(found: Tensor, expected: Tensor, temperature: float = 1.0) -> Ten
     return F.kl_div(mine, theirs, reduction="batchmean", log_target=True) * temperature**2
 
 
-def _keep(seen: list[Tensor], _module: nn.Module, _inputs: tuple[Any, ...], output: Tensor) -> None:
-    seen.append(output)
-
-
-def _pairs(model: nn.Module, teacher: nn.Module) -> list[str]:
-    """The replaced layers that the teacher has under the same name.
-
-    Of a convolution that was replaced together with a pixel shuffle, what comes out is looked at behind the shuffle.
-    """
+def _shared_layers(model: nn.Module, teacher: nn.Module) -> list[str]:
+    """Names of the new layers that the teacher has too; for a convolution with a pixel shuffle, the shuffle's name."""
     known = dict(teacher.named_modules())
     conversion = recorded(model)
     shuffles = {step.names[0]: step.removed[0] for step in conversion.replaced if step.removed} if conversion else {}
@@ -177,7 +154,3 @@ def _logits(output: Any) -> Tensor:
         what = f"a tensor of shape {tuple(output.shape)}" if isinstance(output, Tensor) else type(output).__name__
         raise UsageError(f"the task and logits losses need class scores (B, classes), and the model returns {what}")
     return output
-
-
-def _mean(parts: list[Tensor]) -> Tensor:
-    return torch.stack(parts).mean()

@@ -18,11 +18,11 @@ _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # timm's are among them
 
 
 def new_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """The layers that took the places of convolutions and upsampling, by name, in the order of the module tree."""
+    """The layers that replaced convolutions and upsampling, by name, in the order of the module tree."""
     found: dict[str, nn.Module] = {}
     inside: set[nn.Module] = set()
     kinds, conversion = replacing_layers(), recorded(model)
-    # Those of models that were built with them are known by their class; a depthwise convolution, by the record alone.
+    # Models that were built with new layers have no record; a plain depthwise convolution is new by its record alone.
     places = {place for step in (conversion.replaced if conversion else ()) for place in step.places}
     for name, module in model.named_modules():
         if (isinstance(module, kinds) or name in places) and module not in inside:
@@ -32,7 +32,7 @@ def new_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def trainable_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
-    """Names of the parameters that ``Stage.trainable`` means.
+    """Names of the parameters that patterns of ``Stage.trainable`` select.
 
     Args:
         model: A converted model.
@@ -54,13 +54,13 @@ def trainable_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
 
 
 def parameter_groups(model: nn.Module, stage: Stage, images_per_step: int | None = None) -> list[dict[str, Any]]:
-    """Lets what the stage trains learn, and nothing else, and groups it for an optimizer.
+    """Freezes all parameters but those that the stage trains, and groups these for an optimizer.
 
     Args:
         model: A converted model; ``requires_grad`` of its parameters changes.
         stage: The stage.
-        images_per_step: Of all processes and accumulated batches; scales the learning rate if the stage says for how
-            many images it is meant.
+        images_per_step: Images of all processes and accumulated batches; scales the learning rate if the stage has
+            ``lr_base_size``.
 
     Returns:
         Groups with ``params``, ``lr``, ``weight_decay`` and a ``name``, for torch's and timm's optimizers: new layers
@@ -72,8 +72,8 @@ def parameter_groups(model: nn.Module, stage: Stage, images_per_step: int | None
     """
     chosen = trainable_names(model, stage.trainable)
     new = {id(parameter) for layer in new_layers(model).values() for parameter in layer.parameters()}
-    told = getattr(model, "no_weight_decay", None)  # timm's models say so of positions, tokens and the like
-    undecayed: set[str] = set(told()) if callable(told) else set()
+    no_weight_decay = getattr(model, "no_weight_decay", None)  # timm's models list position embeddings, tokens, ...
+    undecayed: set[str] = set(no_weight_decay()) if callable(no_weight_decay) else set()
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
     aliases = {id(parameter) for name, parameter in model.named_parameters(remove_duplicate=False) if name in chosen}
     for name, parameter in model.named_parameters():
@@ -106,17 +106,17 @@ def _matching(model: nn.Module, names: list[str], pattern: str) -> set[str]:
     if pattern == "all":
         return set(names)
     if pattern == "new":
-        return _inside(names, new_layers(model))
+        return _parameters_of(names, new_layers(model))
     if pattern == "norms":
-        return _inside(names, (name for name, module in model.named_modules() if isinstance(module, _NORMS)))
+        return _parameters_of(names, (name for name, module in model.named_modules() if isinstance(module, _NORMS)))
     if pattern == "head":
         classifier = head(model)
-        return _inside(names, (name for name, module in model.named_modules() if module is classifier))
+        return _parameters_of(names, (name for name, module in model.named_modules() if module is classifier))
     return matching_names("trainable", pattern, names)
 
 
 def head(model: nn.Module) -> nn.Module | None:
-    """The classifier: timm's word for it, or the last linear layer."""
+    """The classifier: timm's ``get_classifier()``, or the last linear layer."""
     get_classifier = getattr(model, "get_classifier", None)
     found = get_classifier() if callable(get_classifier) else None
     if isinstance(found, nn.Module) and not isinstance(found, nn.Identity):
@@ -124,7 +124,7 @@ def head(model: nn.Module) -> nn.Module | None:
     return next((module for module in reversed(list(model.modules())) if isinstance(module, nn.Linear)), None)
 
 
-def _inside(names: Iterable[str], modules: Iterable[str]) -> set[str]:
+def _parameters_of(names: Iterable[str], modules: Iterable[str]) -> set[str]:
     prefixes = tuple(f"{module}." for module in modules)
     return {name for name in names if name.startswith(prefixes)}
 

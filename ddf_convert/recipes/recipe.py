@@ -1,4 +1,4 @@
-"""A recipe as a whole, and what can be done with it in anyone's own loop."""
+"""A recipe, and what it does in a training loop: convert, initialize, parameter groups, losses."""
 
 from __future__ import annotations
 
@@ -15,34 +15,29 @@ from ddf_convert.errors import UsageError
 from ddf_convert.recipes.initialize import Initialized, initialize
 from ddf_convert.recipes.losses import Objective
 from ddf_convert.recipes.parameters import parameter_groups
-from ddf_convert.recipes.schema import ConversionPart, Initialize, Part, Stage
+from ddf_convert.recipes.schema import Initialize, RecipeConversion, RecipePart, Stage
 from ddf_convert.utils.example_input import ExampleInput
 from ddf_convert.utils.modules import bare
 
 
-class Recipe(Part):
-    """A way to convert a model and to bring it back.
+class Recipe(RecipePart):
+    """How to convert a model, what its new layers start from, and how it is fine-tuned."""
 
-    Attributes:
-        name: What it is called.
-        description: One sentence: what it is for.
-        conversion: How to convert.
-        initialize_with: What the new layers start from; ``initialize`` in a file.
-        stages: Of fine-tuning, in order; none if the recipe ends with the initialization.
-    """
-
-    name: str = Field(min_length=1)
-    description: str = ""
-    conversion: ConversionPart = ConversionPart()
+    name: str = Field(min_length=1, description="Name of the recipe.")
+    description: str = Field(default="", description="One sentence: what it is for.")
+    conversion: RecipeConversion = Field(default=RecipeConversion(), description="How to convert.")
     initialize_with: Initialize = Field(
         default=Initialize(),
-        validation_alias=AliasChoices("initialize", "initialise"),  # the second: recipes of earlier versions
+        validation_alias=AliasChoices("initialize", "initialise"),  # the second is the key of earlier versions
         serialization_alias="initialize",
+        description="What the new layers start from; the key of a file is ``initialize``.",
     )
-    stages: tuple[Stage, ...] = ()
+    stages: tuple[Stage, ...] = Field(
+        default=(), description="Stages of fine-tuning, in order; none if the recipe ends with the initialization."
+    )
 
     @model_validator(mode="after")
-    def _agrees_with_itself(self) -> Recipe:
+    def _check(self) -> Recipe:
         if self.initialize_with.method != "paper" and not self.conversion.affine:
             raise ValueError(
                 f"initialize.method {self.initialize_with.method!r} starts from the old weights, which needs"
@@ -61,22 +56,22 @@ class Recipe(Part):
 
     @property
     def needs_labels(self) -> bool:
-        """Whether any stage looks at labels."""
+        """Whether any stage needs labels."""
         return any(stage.losses.needs_labels for stage in self.stages)
 
     @property
     def needs_teacher(self) -> bool:
-        """Whether any stage looks at the original model."""
+        """Whether any stage needs the original model."""
         return any(stage.losses.needs_teacher for stage in self.stages)
 
     def to_yaml(self) -> str:
-        """The recipe as a file, with every value spelt out."""
+        """Returns the recipe as the text of a file, with every value."""
         return str(
             yaml.safe_dump(self.model_dump(mode="json", by_alias=True), sort_keys=False, width=100, allow_unicode=True)
         )
 
     def changed(self, **settings: Any) -> Recipe:
-        """The recipe with the same settings changed in every stage; those that are None stay.
+        """Returns a copy with some settings changed in every stage; None leaves a setting as it is.
 
         Args:
             **settings: ``epochs``, ``steps``, ``batch_size``, ``accumulate``, ``amp``, ``ema_decay``, ``lr``, ``opt``.
@@ -102,36 +97,36 @@ class Recipe(Part):
         return Recipe.model_validate(content)
 
     def options(self) -> dict[str, Any]:
-        """The conversion as keyword arguments of ``plan`` and ``convert``."""
+        """Returns the conversion as keyword arguments of ``plan`` and ``convert``."""
         return {name: value for name, value in self.conversion.model_dump().items() if value not in (None, ())}
 
     def convert(self, model: nn.Module, example_input: ExampleInput, **options: Any) -> nn.Module:
-        """A converted copy of a model, as the recipe wants it; :meth:`initialize` comes next.
+        """Returns a converted copy of a model, whose new layers are then to be initialized by :meth:`initialize`.
 
         Args:
-            model: Any model.
-            example_input: As for ``ddf_convert.plan``.
-            **options: Of ``ddf_convert.plan``; they win over the recipe's.
+            model: The model.
+            example_input: An input of its forward, as in ``ddf_convert.plan``.
+            **options: Of ``ddf_convert.plan``; they override the recipe's.
 
         Raises:
-            UsageError: As for ``ddf_convert.convert``.
+            UsageError: The model cannot be converted with these options, as in ``ddf_convert.convert``.
         """
         return convert(model, example_input=example_input, **{**self.options(), **options})
 
     def initialize(
         self, model: nn.Module, original: nn.Module | None = None, images: Iterable[Any] | None = None, **options: Any
     ) -> Initialized:
-        """Gives the new layers of a converted model the weights that they start from, in place.
+        """Initializes the new layers of a converted model, in place.
 
         Args:
             model: The converted model.
             original: The model before conversion, with its weights; not needed by the method "paper".
             images: Batches (B, C, H, W), or tuples that begin with one; needed by the method "calibrate".
-            **options: Fields of ``Initialize``, which win over the recipe's; and ``say``, a function that is told what
-                is being done.
+            **options: Fields of ``initialize_with`` that override the recipe's; and ``say``, a function that is called
+                with lines of progress.
 
         Returns:
-            What was done, with a relative error for each layer.
+            The method, and a relative error for each layer.
 
         Raises:
             UsageError: Something that the method needs is missing, or the original is another model.
@@ -142,18 +137,20 @@ class Recipe(Part):
         record(model, self)
         return done
 
-    initialise = initialize  # the name in earlier versions
+    # The names in earlier versions.
+    initialise = initialize
+    initialise_with = property(lambda self: self.initialize_with)
 
     def parameter_groups(
         self, model: nn.Module, stage: Stage | str | int = 0, images_per_step: int | None = None
     ) -> list[dict[str, Any]]:
-        """Lets a stage's parameters learn, and nothing else, and groups them for an optimizer.
+        """Freezes all parameters but those that a stage trains, and groups these for an optimizer.
 
         Args:
             model: A converted model.
             stage: The stage, its name or its number.
-            images_per_step: Images of all processes and accumulated batches; scales the learning rate where the stage
-                says for how many it is meant.
+            images_per_step: Images of all processes and accumulated batches; scales the learning rate if the stage has
+                ``lr_base_size``.
 
         Returns:
             Groups with ``params``, ``lr``, ``weight_decay`` and ``name``.
@@ -164,7 +161,7 @@ class Recipe(Part):
         return parameter_groups(model, self.stage(stage), images_per_step)
 
     def losses(self, model: nn.Module, stage: Stage | str | int = 0, teacher: nn.Module | None = None) -> Objective:
-        """What a stage minimizes, as a module: ``objective(images, targets)["loss"]``.
+        """Returns the losses of a stage as a module: ``objective(images, targets)["loss"]``.
 
         Args:
             model: A converted model.
@@ -177,7 +174,7 @@ class Recipe(Part):
         return Objective(model, self.stage(stage).losses, teacher)
 
     def stage(self, which: Stage | str | int) -> Stage:
-        """A stage by name or number.
+        """Returns a stage by name or number.
 
         Raises:
             UsageError: There is none.
@@ -192,7 +189,7 @@ class Recipe(Part):
 
 
 def record(model: nn.Module, recipe: Recipe) -> None:
-    """Notes the recipe in a converted model's record, so that it is saved with it."""
+    """Adds the recipe to a converted model's record, with which it is saved."""
     conversion = recorded(model)
     if conversion is not None:
         data = recipe.model_dump(mode="json", by_alias=True)

@@ -1,6 +1,6 @@
-"""The parts of a recipe: how to convert, how to initialize, and stages of fine-tuning. Data, checked when it is made.
+"""The parts of a recipe as data that is checked when it is made: conversion, initialization, stages of fine-tuning.
 
-Terms are those of timm: ``opt``, ``sched``, ``warmup_epochs``, ``auto_augment``, ``re_prob`` mean what they do there.
+Terms are timm's: ``opt``, ``sched``, ``warmup_epochs``, ``auto_augment``, ``re_prob`` mean what they do there.
 """
 
 from __future__ import annotations
@@ -15,126 +15,114 @@ from ddf_convert.errors import suggestion
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]
 Method = Literal["paper", "preserve", "calibrate"]
-_SCHEDULES = Literal["cosine", "tanh", "step", "multistep", "poly", "constant"]
 
 
-def _known_optimizer(name: str) -> str:
+def _check_optimizer(name: str) -> str:
     known = [str(each) for each in timm.optim.list_optimizers()]
     if name not in known:
         raise ValueError(f"timm has no optimizer {name!r}{suggestion(name, known)}")
     return name
 
 
-class Part(BaseModel):
+class RecipePart(BaseModel):
     """Unknown keys are errors, and numbers are finite."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
 
-class ConversionPart(ConvertConfig):
-    """How to convert: the fields of :class:`ConvertConfig`, and which convolutions.
+class RecipeConversion(ConvertConfig):
+    """How to convert: the fields of :class:`ConvertConfig`, and which convolutions."""
 
-    Attributes:
-        include: Patterns; only these.
-        exclude: Patterns; all but these.
-    """
-
-    include: Patterns = ()
-    exclude: Patterns = ()
+    include: Patterns = Field(default=(), description="Patterns of names; only these are replaced.")
+    exclude: Patterns = Field(default=(), description="Patterns of names; these are not replaced.")
 
 
-class Initialize(Part):
-    """What the new layers start from.
+class Initialize(RecipePart):
+    """What the new layers start from."""
 
-    Attributes:
-        method: "paper": random, as in the paper. "preserve": as close to the old convolution as the layer can be with
-            its dynamic parts at zero. "calibrate": that, then every layer in turn fitted to the original's outputs on
-            images; upsampling, and what is called as a function, is preserved and not fitted.
-        num_images: "calibrate": how many images to look at.
-        batch_size: "calibrate": images at a time.
-        steps: "calibrate": gradient steps for each layer after the closed form, its dynamic parts included.
-        lr: "calibrate": learning rate of these steps (Adam).
-        batch_norm: "calibrate": estimate the statistics of batch normalizations anew, each before the layers behind it.
-        keep_frozen: "preserve" and "calibrate": a layer that takes over frozen weights is frozen too. Layers are
-            trainable otherwise.
-    """
-
-    method: Method = "paper"
-    num_images: int = Field(default=128, ge=1)
-    batch_size: int = Field(default=16, ge=1)
-    steps: int = Field(default=16, ge=0)
-    lr: float = Field(default=1e-3, gt=0)
-    batch_norm: bool = True
-    keep_frozen: bool = False
-
-
-class Optimizer(Part):
-    """Arguments of ``timm.optim.create_optimizer_v2``.
-
-    Attributes:
-        opt: Name of the optimizer.
-        lr: Learning rate of the new layers.
-        lr_base_size: Images a step that ``lr`` is meant for: it is scaled in proportion to the images that a step has
-            (all processes and accumulated batches together). None: ``lr`` is used as it is.
-        weight_decay: Of weights; biases, norms and the scales and shifts of FilterNorm have none.
-        momentum: Of those that have one.
-        eps: None is the optimizer's own.
-        betas: None is the optimizer's own.
-        old_lr_scale: Learning rate of what the original had already, as a fraction of that of the new layers.
-    """
-
-    opt: Annotated[str, AfterValidator(_known_optimizer)] = "adamw"
-    lr: float = Field(gt=0)
-    lr_base_size: int | None = Field(default=None, ge=1)
-    weight_decay: float = Field(default=0.0, ge=0)
-    momentum: float = Field(default=0.9, ge=0, lt=1)
-    eps: float | None = Field(default=None, gt=0)
-    betas: tuple[float, float] | None = None
-    old_lr_scale: float = Field(default=1.0, gt=0)
+    method: Method = Field(
+        default="paper",
+        description='"paper": random weights, as in the paper. "preserve": the nearest fixed layer to the old'
+        ' convolution, with the dynamic parts at zero. "calibrate": that, then every layer in turn is fitted to the'
+        " original's outputs on images; upsampling and functional calls are preserved and not fitted.",
+    )
+    num_images: int = Field(default=128, ge=1, description='"calibrate": number of images.')
+    batch_size: int = Field(default=16, ge=1, description='"calibrate": images at a time.')
+    steps: int = Field(
+        default=16,
+        ge=0,
+        description='"calibrate": gradient steps of each layer after the closed form, its dynamic parts included.',
+    )
+    lr: float = Field(default=1e-3, gt=0, description='"calibrate": learning rate of these steps (Adam).')
+    batch_norm: bool = Field(
+        default=True,
+        description='"calibrate": re-estimate the statistics of batch normalizations, from the first to the last.',
+    )
+    keep_frozen: bool = Field(
+        default=False,
+        description='"preserve" and "calibrate": freeze a layer that takes over frozen weights. Layers are trainable'
+        " otherwise.",
+    )
 
 
-class Schedule(Part):
-    """Arguments of ``timm.scheduler.create_scheduler_v2``; the rate changes with every step.
+class Optimizer(RecipePart):
+    """Arguments of ``timm.optim.create_optimizer_v2``."""
 
-    Attributes:
-        sched: Name of the schedule; "constant" has no other change than the warm-up.
-        warmup_epochs: Of a stage that is counted in epochs.
-        warmup_steps: Of a stage that is counted in steps.
-        warmup_lr: Where the warm-up starts.
-        min_lr: Where the schedule ends.
-        decay_epochs: "step": epochs between two decays.
-        decay_milestones: "multistep": epochs of the decays.
-        decay_rate: "step", "multistep", "poly".
-    """
+    opt: Annotated[str, AfterValidator(_check_optimizer)] = Field(
+        default="adamw", description="Name of the optimizer in timm."
+    )
+    lr: float = Field(gt=0, description="Learning rate of the new layers.")
+    lr_base_size: int | None = Field(
+        default=None,
+        ge=1,
+        description="Images a step that ``lr`` is meant for: it is scaled in proportion to the images of a step, of all"
+        " processes and accumulated batches. None does not scale it.",
+    )
+    weight_decay: float = Field(
+        default=0.0, ge=0, description="Of weights; biases, norms and FilterNorm's scales and shifts have none."
+    )
+    momentum: float = Field(default=0.9, ge=0, lt=1, description="For optimizers that have one.")
+    eps: float | None = Field(default=None, gt=0, description="None is the optimizer's default.")
+    betas: tuple[float, float] | None = Field(default=None, description="None is the optimizer's default.")
+    old_lr_scale: float = Field(
+        default=1.0,
+        gt=0,
+        description="Learning rate of the original's parameters, as a fraction of the new layers'.",
+    )
 
-    sched: _SCHEDULES = "cosine"
-    warmup_epochs: float = Field(default=0, ge=0)
-    warmup_steps: int = Field(default=0, ge=0)
-    warmup_lr: float = Field(default=1e-6, ge=0)
-    min_lr: float = Field(default=0.0, ge=0)
-    decay_epochs: float = Field(default=30, gt=0)
-    decay_milestones: tuple[int, ...] = ()
-    decay_rate: float = Field(default=0.1, gt=0)
+
+class Schedule(RecipePart):
+    """Arguments of ``timm.scheduler.create_scheduler_v2``; the learning rate is updated at every step."""
+
+    sched: Literal["cosine", "tanh", "step", "multistep", "poly", "constant"] = Field(
+        default="cosine", description='Name of the schedule; "constant" only warms up.'
+    )
+    warmup_epochs: float = Field(default=0, ge=0, description="For a stage that is counted in epochs.")
+    warmup_steps: int = Field(default=0, ge=0, description="For a stage that is counted in steps.")
+    warmup_lr: float = Field(default=1e-6, ge=0, description="Learning rate at the start of the warm-up.")
+    min_lr: float = Field(default=0.0, ge=0, description="Learning rate at the end of the schedule.")
+    decay_epochs: float = Field(default=30, gt=0, description='"step": epochs between two decays.')
+    decay_milestones: tuple[int, ...] = Field(default=(), description='"multistep": epochs of the decays.')
+    decay_rate: float = Field(default=0.1, gt=0, description='For "step", "multistep" and "poly".')
 
 
-class Losses(Part):
-    """What is minimized: a weighted sum.
+class Losses(RecipePart):
+    """What is minimized: a weighted sum."""
 
-    Attributes:
-        task: Weight of the loss against the labels; 0 needs none.
-        label_smoothing: Of the labels.
-        bce: Binary cross-entropy for each class in the place of cross-entropy.
-        logits: Weight of the Kullback-Leibler divergence from the original's class probabilities.
-        temperature: Both are softened with for it.
-        features: Weight of the relative squared error of every converted layer's output against the original's.
-    """
-
-    task: float = Field(default=1.0, ge=0)
-    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    bce: bool = False
-    logits: float = Field(default=0.0, ge=0)
-    temperature: float = Field(default=1.0, gt=0)
-    features: float = Field(default=0.0, ge=0)
+    task: float = Field(default=1.0, ge=0, description="Weight of the loss against the labels; 0 needs no labels.")
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1, description="Smoothing of the labels.")
+    bce: bool = Field(default=False, description="Binary cross-entropy for each class instead of cross-entropy.")
+    logits: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the Kullback-Leibler divergence from the original's class probabilities.",
+    )
+    temperature: float = Field(default=1.0, gt=0, description="Both logits are divided by it for the divergence.")
+    features: float = Field(
+        default=0.0,
+        ge=0,
+        description="Weight of the relative squared error of every new layer's output against the original's.",
+    )
 
     @property
     def needs_labels(self) -> bool:
@@ -147,7 +135,7 @@ class Losses(Part):
         return self.logits > 0 or self.features > 0
 
     @model_validator(mode="after")
-    def _something_to_minimize(self) -> Losses:
+    def _check(self) -> Losses:
         if not self.needs_labels and not self.needs_teacher:
             raise ValueError("every weight is 0: give task, logits or features a weight")
         if not self.needs_labels and (self.label_smoothing or self.bce):
@@ -155,30 +143,20 @@ class Losses(Part):
         return self
 
 
-class Augmentation(Part):
-    """Arguments of ``timm.data.create_transform`` and ``timm.data.Mixup``.
+class Augmentation(RecipePart):
+    """Arguments of ``timm.data.create_transform`` and ``timm.data.Mixup``."""
 
-    Attributes:
-        scale: Range of the random crop's area.
-        ratio: Range of its aspect.
-        hflip: Probability of a horizontal flip.
-        vflip: Probability of a vertical flip.
-        color_jitter: Strength.
-        auto_augment: A policy in timm's words, such as "rand-m9-mstd0.5-inc1"; None is none.
-        re_prob: Probability of random erasing.
-        mixup: Alpha of mixup; 0 is none.
-        cutmix: Alpha of CutMix; 0 is none.
-    """
-
-    scale: tuple[float, float] = (0.08, 1.0)
-    ratio: tuple[float, float] = (3 / 4, 4 / 3)
-    hflip: float = Field(default=0.5, ge=0, le=1)
-    vflip: float = Field(default=0.0, ge=0, le=1)
-    color_jitter: float = Field(default=0.0, ge=0)
-    auto_augment: str | None = None
-    re_prob: float = Field(default=0.0, ge=0, le=1)
-    mixup: float = Field(default=0.0, ge=0)
-    cutmix: float = Field(default=0.0, ge=0)
+    scale: tuple[float, float] = Field(default=(0.08, 1.0), description="Range of the random crop's area.")
+    ratio: tuple[float, float] = Field(default=(3 / 4, 4 / 3), description="Range of the random crop's aspect ratio.")
+    hflip: float = Field(default=0.5, ge=0, le=1, description="Probability of a horizontal flip.")
+    vflip: float = Field(default=0.0, ge=0, le=1, description="Probability of a vertical flip.")
+    color_jitter: float = Field(default=0.0, ge=0, description="Strength of the color jitter.")
+    auto_augment: str | None = Field(
+        default=None, description='A policy in timm\'s notation, such as "rand-m9-mstd0.5-inc1".'
+    )
+    re_prob: float = Field(default=0.0, ge=0, le=1, description="Probability of random erasing.")
+    mixup: float = Field(default=0.0, ge=0, description="Alpha of mixup; 0 turns it off.")
+    cutmix: float = Field(default=0.0, ge=0, description="Alpha of CutMix; 0 turns it off.")
 
     @property
     def mixes(self) -> bool:
@@ -186,56 +164,45 @@ class Augmentation(Part):
         return self.mixup > 0 or self.cutmix > 0
 
 
-class Clip(Part):
-    """Gradients are clipped, by ``timm.utils.dispatch_clip_grad``.
+class Clip(RecipePart):
+    """Gradient clipping, by ``timm.utils.dispatch_clip_grad``."""
 
-    Attributes:
-        value: The limit.
-        mode: Of the norm of all, of each value, or adaptively ("agc").
-    """
-
-    value: float = Field(gt=0)
-    mode: Literal["norm", "value", "agc"] = "norm"
+    value: float = Field(gt=0, description="The limit.")
+    mode: Literal["norm", "value", "agc"] = Field(
+        default="norm", description='Of the norm of all gradients, of each value, or adaptive ("agc").'
+    )
 
 
-class Stage(Part):
-    """One stretch of training.
+class Stage(RecipePart):
+    """A stage of fine-tuning."""
 
-    Attributes:
-        name: For logs.
-        trainable: What learns: "all"; "new" (the new layers); "norms" (batch and other normalizations); "head" (the
-            classifier); or globs and ``re:`` patterns of parameter names.
-        epochs: Its length in passes over the data.
-        steps: Its length in steps of the optimizer; give one of the two.
-        optimizer: How it steps.
-        schedule: How the learning rate goes.
-        losses: What is minimized.
-        augmentation: How images are varied; None shows them as in evaluation.
-        freeze_batch_norm: Batch normalizations keep their statistics, as in evaluation.
-        ema_decay: Of the averaged weights that are evaluated and saved; None is none.
-        clip: Of gradients; None is none.
-        amp: Autocast's dtype; None is float32 throughout.
-        batch_size: Images of one process at a time.
-        accumulate: Batches that make a step.
-    """
-
-    name: str = Field(min_length=1)
-    trainable: Patterns = ("all",)
-    epochs: int | None = Field(default=None, ge=1)
-    steps: int | None = Field(default=None, ge=1)
-    optimizer: Optimizer
-    schedule: Schedule = Schedule()
-    losses: Losses = Losses()
-    augmentation: Augmentation | None = Augmentation()
-    freeze_batch_norm: bool = False
-    ema_decay: float | None = Field(default=None, gt=0, lt=1)
-    clip: Clip | None = None
-    amp: Literal["bfloat16", "float16"] | None = None
-    batch_size: int = Field(default=64, ge=1)
-    accumulate: int = Field(default=1, ge=1)
+    name: str = Field(min_length=1, description="Name in logs.")
+    trainable: Patterns = Field(
+        default=("all",),
+        description='What is trained: "all"; "new" (the new layers); "norms" (all kinds of normalizations); "head" (the'
+        " classifier); or globs and ``re:`` patterns of parameter names. The rest is frozen.",
+    )
+    epochs: int | None = Field(default=None, ge=1, description="Length in epochs.")
+    steps: int | None = Field(default=None, ge=1, description="Length in optimizer steps; give one of the two.")
+    optimizer: Optimizer = Field(description="Optimizer and learning rate.")
+    schedule: Schedule = Field(default=Schedule(), description="Learning rate schedule.")
+    losses: Losses = Field(default=Losses(), description="What is minimized.")
+    augmentation: Augmentation | None = Field(
+        default=Augmentation(), description="How images are augmented; None transforms them as in evaluation."
+    )
+    freeze_batch_norm: bool = Field(
+        default=False, description="Keep the statistics of batch normalizations, as in evaluation."
+    )
+    ema_decay: float | None = Field(
+        default=None, gt=0, lt=1, description="Decay of the averaged weights that are evaluated and saved; None is off."
+    )
+    clip: Clip | None = Field(default=None, description="Gradient clipping; None is off.")
+    amp: Literal["bfloat16", "float16"] | None = Field(default=None, description="dtype of autocast; None is off.")
+    batch_size: int = Field(default=64, ge=1, description="Images of one process at a time.")
+    accumulate: int = Field(default=1, ge=1, description="Batches that make a step.")
 
     @model_validator(mode="after")
-    def _agrees_with_itself(self) -> Stage:
+    def _check(self) -> Stage:
         if (self.epochs is None) == (self.steps is None):
             raise ValueError("a stage lasts so many epochs or so many steps: give one of the two")
         if self.steps is not None and self.schedule.warmup_epochs:

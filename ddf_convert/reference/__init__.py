@@ -1,5 +1,6 @@
 """The operators in plain PyTorch: their specification, and the fallback on any device."""
 
+from ddf_convert.reference.checks import Geometry
 from ddf_convert.reference.operators import (
     EPSILON,
     LEAST_SQUARE,
@@ -15,6 +16,7 @@ from ddf_convert.reference.operators import (
 __all__ = [
     "EPSILON",
     "LEAST_SQUARE",
+    "Geometry",
     "backward",
     "filter_norm",
     "filter_norm_backward",

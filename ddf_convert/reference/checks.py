@@ -1,9 +1,8 @@
-"""What the operators accept, and the memory format of what they return.
-
-The kernels rely on these checks.
-"""
+"""What the operators accept, and the shape and memory format of what they return. The kernels rely on these checks."""
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,32 +11,50 @@ COMBINATIONS = ("mul", "add")
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 
 
+class Geometry(NamedTuple):
+    """How the windows of a DDF lie on its input and how its filters combine; see :func:`ddf_convert.ops.ddf`."""
+
+    stride: int = 1
+    padding: int = 0
+    dilation: int = 1
+    combine: str = "mul"
+    upscale_factor: int = 1
+
+
 def output_size(size: int, kernel_size: int, stride: int, padding: int, dilation: int) -> int:
-    """Pixels along one side of the output, as for conv2d."""
+    """Returns the pixels along one side of the output, as for conv2d."""
     return (size + 2 * padding - dilation * (kernel_size - 1) - 1) // stride + 1
 
 
-def memory_format(tensor: Tensor) -> torch.memory_format:
-    """The layout that the kernels give their results for this input.
+def output_shape(input: Tensor, spatial_filter: Tensor, upscale_factor: int = 1) -> tuple[int, int, int, int]:
+    """Returns (B, C, s*Ho, s*Wo), the shape of the output for arguments that have been checked."""
+    batch, channels = input.shape[:2]
+    height, width = spatial_filter.shape[-2:]
+    return batch, channels, height * upscale_factor, width * upscale_factor
 
-    Where one memory order is both (one channel, or one pixel), it is called contiguous.
-    """
+
+def memory_format(tensor: Tensor) -> torch.memory_format:
+    """Returns the layout of the results for this input: contiguous where one memory order is both layouts."""
     if not tensor.is_contiguous() and tensor.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
     return torch.contiguous_format
+
+
+def gradient_formats(input: Tensor) -> tuple[torch.memory_format, torch.memory_format, torch.memory_format]:
+    """Returns the layouts of the gradients of (input, channel_filter, spatial_filter)."""
+    layout = memory_format(input)
+    return layout, torch.contiguous_format, layout
 
 
 def check_arguments(
     input: Tensor,
     channel_filter: Tensor,
     spatial_filter: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
-    combine: str,
-    upscale_factor: int = 1,
+    geometry: Geometry,
+    norm_scale: float | None = None,
 ) -> None:
     """Raises unless the arguments fit :func:`ddf_convert.ops.ddf`."""
+    stride, padding, dilation, combine, upscale_factor = geometry
     if combine not in COMBINATIONS:
         raise ValueError(f"ddf: combine must be 'mul' or 'add', got {combine!r}")
     if stride < 1 or dilation < 1 or padding < 0:
@@ -78,17 +95,12 @@ def check_arguments(
     if not input.device == channel_filter.device == spatial_filter.device:
         devices = ", ".join(str(tensor.device) for tensor in (input, channel_filter, spatial_filter))
         raise ValueError(f"ddf: the tensors must be on one device, got {devices}")
-
-
-def output_shape(input: Tensor, spatial_filter: Tensor, upscale_factor: int = 1) -> tuple[int, int, int, int]:
-    """(B, C, s*Ho, s*Wo), of the output of :func:`ddf_convert.ops.ddf` with these, checked, arguments."""
-    batch, channels = input.shape[:2]
-    height, width = spatial_filter.shape[-2:]
-    return batch, channels, height * upscale_factor, width * upscale_factor
+    if norm_scale is not None:
+        check_filters(spatial_filter, kernel**2)
 
 
 def check_gradient(grad_output: Tensor, input: Tensor, spatial_filter: Tensor, upscale_factor: int = 1) -> None:
-    """Raises unless a gradient fits the output of :func:`ddf_convert.ops.ddf` with these, checked, arguments."""
+    """Raises unless a gradient fits the output of :func:`ddf_convert.ops.ddf` for arguments that have been checked."""
     _check_like(grad_output, output_shape(input, spatial_filter, upscale_factor), input, "ddf_backward: grad_output")
 
 
@@ -113,9 +125,3 @@ def _check_like(tensor: Tensor, shape: tuple[int, ...], other: Tensor, name: str
             f"{name} must be {shape} of {other.dtype} on {other.device},"
             f" got {tuple(tensor.shape)} of {tensor.dtype} on {tensor.device}"
         )
-
-
-def gradient_formats(input: Tensor) -> tuple[torch.memory_format, torch.memory_format, torch.memory_format]:
-    """Layouts of the gradients of (input, channel_filter, spatial_filter): the maps keep the layout of the input."""
-    layout = memory_format(input)
-    return layout, torch.contiguous_format, layout

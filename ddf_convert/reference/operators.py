@@ -1,7 +1,7 @@
-"""DDF and FilterNorm in plain PyTorch: the specification, and the fallback on any device.
+"""DDF and FilterNorm in plain PyTorch: the specification of the kernels, and the fallback on any device.
 
-Every kernel of the package is compared with these functions. DDF loops over the taps and works on shifted views, so
-nothing of size ``C * K * K * H * W`` is stored. They use standard operators only, so they can be exported.
+DDF loops over the taps and works on shifted views, so nothing of size ``C * K * K * H * W`` is stored. All operators
+are standard ones, so they can be exported.
 
 Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, equation 1 (``mul``), the authors' second variant
 (``add``), and section 3.2 (FilterNorm).
@@ -9,14 +9,13 @@ Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, equation 1 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ddf_convert.reference.checks import memory_format
+from ddf_convert.reference.checks import Geometry, memory_format
 
 EPSILON = 1e-10  # the authors' constant, added to the standard deviation
 LEAST_SQUARE = 1e-36  # the least sum of squares: lost in the epsilon, it keeps the derivatives of its root finite
@@ -26,43 +25,27 @@ def forward(
     input: Tensor,
     channel_filter: Tensor,
     spatial_filter: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
-    combine: str,
-    upscale_factor: int = 1,
+    geometry: Geometry,
+    norm_scale: float | None = None,
 ) -> Tensor:
-    """Applies the combined filter at every pixel of every channel.
-
-    With an ``upscale_factor`` s of more than 1 there are s*s filters for each, whose results are shuffled into a map s
-    times as high and wide (DDF-Up); filter ``dy * s + dx`` makes the pixels (s*y + dy, s*x + dx).
-
-    Args:
-        input: (B, C, H, W).
-        channel_filter: (B, s*s*C, K, K), all channels of the first filter, then those of the next.
-        spatial_filter: (B, s*s*G*K*K, Ho, Wo), likewise; channel r belongs to head r // (C / G).
-        stride: Step between output pixels, in input pixels.
-        padding: Zeros around the input, in pixels.
-        dilation: Distance between taps, in pixels.
-        combine: "mul" or "add": how the two filters make one.
-        upscale_factor: s.
+    """Applies the combined filter at every pixel of every channel; see :func:`ddf_convert.ops.ddf`.
 
     Returns:
-        (B, C, s*Ho, s*Wo), dtype of ``input``. Half types accumulate in float32.
+        (B, C, s*Ho, s*Wo), dtype of ``input``. Half types are normalized and accumulate in float32.
     """
     size = channel_filter.shape[-1]
+    if norm_scale is not None:
+        spatial_filter = filter_norm(spatial_filter, size**2, norm_scale)
     heads = spatial_filter.shape[1] // size**2
-    padded = F.pad(_widen(input), (padding, padding, padding, padding)).repeat(1, upscale_factor**2, 1, 1)
-    # Views all of them, whose sizes need no arithmetic: symbolic ones stay what they are when this is exported.
-    windows = _windows(_by_head(padded, heads), size, stride, dilation)
-    per_channel = _by_head(_widen(channel_filter), heads).flatten(3)[..., None, None].unbind(3)  # (B, G, C/G, 1, 1)
-    per_pixel = _by_tap(spatial_filter, size**2)[:, :, None].unbind(3)  # (B, G, 1, Ho, Wo)
+    windows = _windows(_by_head(_padded(input, geometry), heads), size, geometry)
+    per_channel = _channel_taps(channel_filter, heads)
+    per_pixel = _spatial_taps(spatial_filter, size**2)
     output = torch.zeros_like(windows[..., 0, 0])
     for tap, (one, other) in enumerate(zip(per_channel, per_pixel, strict=True)):
-        weight = one * other if combine == "mul" else one + other
+        weight = one * other if geometry.combine == "mul" else one + other
         output = output + weight * windows[..., tap // size, tap % size]
     output = output.flatten(1, 2)
-    return shuffle(output, upscale_factor).to(input.dtype)
+    return shuffle(output, geometry.upscale_factor).to(input.dtype)
 
 
 def backward(
@@ -70,67 +53,47 @@ def backward(
     input: Tensor,
     channel_filter: Tensor,
     spatial_filter: Tensor,
-    stride: int,
-    padding: int,
-    dilation: int,
-    combine: str,
+    geometry: Geometry,
     needs: tuple[bool, bool, bool],
-    upscale_factor: int = 1,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of :func:`forward` with respect to its three tensors.
-
-    Args:
-        grad_output: (B, C, s*Ho, s*Wo), the gradient of the output.
-        input: As in :func:`forward`.
-        channel_filter: As in :func:`forward`.
-        spatial_filter: As in :func:`forward`.
-        stride: As in :func:`forward`.
-        padding: As in :func:`forward`.
-        dilation: As in :func:`forward`.
-        combine: As in :func:`forward`.
-        needs: Which of (input, channel_filter, spatial_filter) want a gradient.
-        upscale_factor: As in :func:`forward`.
-
-    Returns:
-        The three gradients, each shaped and typed as its tensor; None where not wanted.
-    """
-    padded = F.pad(_widen(input), (padding, padding, padding, padding))
-    padded = padded.repeat(1, upscale_factor**2, 1, 1)
-    grad = unshuffle(_widen(grad_output), upscale_factor)
-    channel, spatial = _widen(channel_filter), _widen(spatial_filter)
-    height, width = grad.shape[-2:]
-    grad_padded = torch.zeros_like(padded)
-    grad_channel = torch.zeros_like(channel)
-    grad_spatial = torch.zeros_like(spatial)
+    """Returns the gradients of :func:`forward` by (input, channel_filter, spatial_filter), None where not needed."""
     size = channel_filter.shape[-1]
-    taps = size * size
+    taps = size**2
     heads = spatial_filter.shape[1] // taps
-    for tap, rows, columns in _taps(size, height, width, stride, dilation):
-        weight = _combined(channel, spatial, tap, combine)
+    padded = _padded(input, geometry)
+    windows = _windows(_by_head(padded, heads), size, geometry)
+    per_channel = _channel_taps(channel_filter, heads)
+    per_pixel = _spatial_taps(spatial_filter, taps)
+    grad = _by_head(unshuffle(_widen(grad_output), geometry.upscale_factor), heads)
+    grad_padded = torch.zeros_like(padded)
+    grad_windows = _windows(_by_head(grad_padded, heads), size, geometry)
+    grad_channel = torch.zeros_like(_widen(channel_filter))
+    grad_spatial = torch.zeros_like(_widen(spatial_filter))
+    is_product = geometry.combine == "mul"
+    for tap, (one, other) in enumerate(zip(per_channel, per_pixel, strict=True)):
+        row, column = tap // size, tap % size
         if needs[0]:
-            grad_padded[:, :, rows, columns] += (weight * _by_head(grad, heads)).flatten(1, 2)
-        grad_weight = _by_head(padded[:, :, rows, columns] * grad, heads)
+            weight = one * other if is_product else one + other
+            grad_windows[..., row, column] += weight * grad
+        grad_weight = windows[..., row, column] * grad
         if needs[1]:
-            per_pixel = grad_weight * _spatial_tap(spatial, tap, taps) if combine == "mul" else grad_weight
-            grad_channel[:, :, tap // size, tap % size] = per_pixel.sum((-2, -1)).flatten(1)
+            terms = grad_weight * other if is_product else grad_weight
+            grad_channel[:, :, row, column] = terms.sum((-2, -1)).flatten(1)
         if needs[2]:
-            per_channel = grad_weight
-            if combine == "mul":
-                per_channel = grad_weight * _by_head(_channel_tap(channel, tap), heads)
-            grad_spatial[:, tap::taps] = per_channel.sum(2)
+            terms = grad_weight * one if is_product else grad_weight
+            grad_spatial[:, tap::taps] = terms.sum(2)
+    channels, padding = input.shape[1], geometry.padding
     bottom, right = padding + input.shape[-2], padding + input.shape[-1]
-    grad_input = (
-        grad_padded[:, :, padding:bottom, padding:right].unflatten(1, (upscale_factor**2, input.shape[1])).sum(1)
-    )
+    grad_input = grad_padded[:, :, padding:bottom, padding:right].unflatten(1, (geometry.upscale_factor**2, channels))
     return (
-        grad_input.to(input.dtype) if needs[0] else None,
+        grad_input.sum(1).to(input.dtype) if needs[0] else None,
         grad_channel.to(channel_filter.dtype) if needs[1] else None,
         grad_spatial.to(spatial_filter.dtype) if needs[2] else None,
     )
 
 
 def shuffle(maps: Tensor, factor: int) -> Tensor:
-    """(B, s*s*C, H, W), all channels of one map after the other's -> (B, C, s*H, s*W), in the layout that it has.
+    """(B, s*s*C, H, W) -> (B, C, s*H, s*W) in the same layout; all channels of one map come before those of the next.
 
     ``torch.pixel_shuffle`` expects the maps of one channel side by side.
     """
@@ -154,12 +117,7 @@ def unshuffle(map: Tensor, factor: int) -> Tensor:
 
 
 def filter_norm(filters: Tensor, taps: int, scale: float) -> Tensor:
-    """Standardises every filter over its taps: subtracts the mean, divides by the deviation + 1e-10, times ``scale``.
-
-    Args:
-        filters: (B, G*taps, H, W).
-        taps: Of one filter, 2 or more.
-        scale: The deviation of the result.
+    """Standardizes every filter over its taps; see :func:`ddf_convert.ops.filter_norm`.
 
     Returns:
         The shape and dtype of ``filters``; float32 for half types, in which the epsilon would be 0.
@@ -170,18 +128,9 @@ def filter_norm(filters: Tensor, taps: int, scale: float) -> Tensor:
 
 
 def filter_norm_backward(grad_output: Tensor, filters: Tensor, taps: int, scale: float) -> Tensor:
-    """Gradient of :func:`filter_norm` with respect to the filters.
+    """Returns the gradient of :func:`filter_norm` by the filters, in its dtype.
 
-    A deviation of 0 has the derivative 0, as for ``torch.std``: so the gradient is finite.
-
-    Args:
-        grad_output: (B, G*taps, H, W), the gradient of the output.
-        filters: As in :func:`filter_norm`.
-        taps: As in :func:`filter_norm`.
-        scale: As in :func:`filter_norm`.
-
-    Returns:
-        The shape and dtype of ``filters``; float32 for half types.
+    A deviation of 0 has the derivative 0, as for ``torch.std``, so the gradient is finite.
     """
     grad = _by_tap(grad_output, taps)
     centered, square = _centered(_by_tap(filters, taps))
@@ -194,20 +143,9 @@ def filter_norm_backward(grad_output: Tensor, filters: Tensor, taps: int, scale:
 def filter_norm_second_backward(
     cotangent: Tensor, grad_output: Tensor, filters: Tensor, taps: int, scale: float
 ) -> Tensor:
-    """Gradient of ``<cotangent, filter_norm_backward(grad_output, filters)>`` with respect to the filters.
+    """Returns the gradient of ``<cotangent, filter_norm_backward(grad_output, filters)>`` by the filters.
 
-    That with respect to ``grad_output`` is ``filter_norm_backward(cotangent, filters)``: FilterNorm's Jacobian is
-    symmetric.
-
-    Args:
-        cotangent: (B, G*taps, H, W), the gradient of the gradient.
-        grad_output: As in :func:`filter_norm_backward`.
-        filters: As in :func:`filter_norm`.
-        taps: As in :func:`filter_norm`.
-        scale: As in :func:`filter_norm`.
-
-    Returns:
-        The shape and dtype of ``filters``; float32 for half types.
+    The gradient by ``grad_output`` is ``filter_norm_backward(cotangent, filters)``: FilterNorm's Jacobian is symmetric.
     """
     grad, other = _by_tap(grad_output, taps), _by_tap(cotangent, taps)
     centered, square = _centered(_by_tap(filters, taps))
@@ -223,12 +161,12 @@ def filter_norm_second_backward(
 
 
 def _by_tap(filters: Tensor, taps: int) -> Tensor:
-    """(B, G*taps, H, W) -> (B, G, taps, H, W), wide enough to calculate in."""
+    """(B, G*taps, H, W) -> (B, G, taps, H, W), half types in float32."""
     return cast(Tensor, _widen(filters).unflatten(1, (filters.shape[1] // taps, taps)))
 
 
 def _centered(filters: Tensor) -> tuple[Tensor, Tensor]:
-    """The filters without their mean, and the sum of its squares, (B, G, 1, H, W)."""
+    """Returns the filters minus their mean, and the sum of the squares of that, (B, G, 1, H, W)."""
     # Taps that are all equal become 0 here, exactly. A mean alone would be off by its rounding, and dividing by the
     # deviation would make that as large as a filter.
     shifted = filters - filters[:, :, :1]
@@ -238,48 +176,38 @@ def _centered(filters: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _slopes(square: Tensor, taps: int) -> tuple[Tensor, Tensor]:
-    """What derivatives are made of: with deviation s, 1 / (s + epsilon) and 1 / ((s + epsilon) * s * (taps - 1))."""
+    """Returns 1 / (s + epsilon) and 1 / ((s + epsilon) * s * (taps - 1)), with s the deviation."""
     deviation = (square / (taps - 1)).sqrt()
     inverse = 1 / (deviation + EPSILON)
     return inverse, inverse * deviation / square
 
 
 def _widen(tensor: Tensor) -> Tensor:
-    """Half types accumulate in float32."""
+    """Returns half types as float32, in which they accumulate."""
     return tensor.float() if tensor.dtype in (torch.float16, torch.bfloat16) else tensor
 
 
-def _windows(padded: Tensor, size: int, stride: int, dilation: int) -> Tensor:
-    """(..., H, W) -> (..., Ho, Wo, K, K): what every tap of every output's window reads; a view."""
-    span = dilation * (size - 1) + 1
-    return padded.unfold(-2, span, stride).unfold(-2, span, stride)[..., ::dilation, ::dilation]
+def _padded(input: Tensor, geometry: Geometry) -> Tensor:
+    """Returns the input with its border of zeros, once for each filter of a pixel: (B, s*s*C, H + 2P, W + 2P)."""
+    return F.pad(_widen(input), (geometry.padding,) * 4).repeat(1, geometry.upscale_factor**2, 1, 1)
 
 
-def _taps(size: int, height: int, width: int, stride: int, dilation: int) -> Iterator[tuple[int, slice, slice]]:
-    """Yields each tap's index and the rows and columns of the padded input that it reads."""
-    for tap in range(size * size):
-        top, left = tap // size * dilation, tap % size * dilation
-        rows = slice(top, top + (height - 1) * stride + 1, stride)
-        columns = slice(left, left + (width - 1) * stride + 1, stride)
-        yield tap, rows, columns
+def _windows(padded: Tensor, size: int, geometry: Geometry) -> Tensor:
+    """Returns a view (..., Ho, Wo, K, K) of (..., H, W): the pixel that each tap of each output reads."""
+    # Views need no arithmetic with sizes: symbolic ones stay as they are in an export.
+    span = geometry.dilation * (size - 1) + 1
+    view = padded.unfold(-2, span, geometry.stride).unfold(-2, span, geometry.stride)
+    return view[..., :: geometry.dilation, :: geometry.dilation]
 
 
-def _channel_tap(channel: Tensor, tap: int) -> Tensor:
-    """(B, C, 1, 1): one tap of the channel filter."""
-    return channel.flatten(2)[:, :, tap, None, None]
+def _channel_taps(channel_filter: Tensor, heads: int) -> tuple[Tensor, ...]:
+    """Returns the taps of the channel filters, (B, G, C/G, 1, 1) each."""
+    return _by_head(_widen(channel_filter), heads).flatten(3)[..., None, None].unbind(3)
 
 
-def _spatial_tap(spatial: Tensor, tap: int, taps: int) -> Tensor:
-    """(B, G, 1, Ho, Wo): one tap of every head's spatial filter."""
-    return spatial[:, tap::taps].unsqueeze(2)
-
-
-def _combined(channel: Tensor, spatial: Tensor, tap: int, combine: str) -> Tensor:
-    """(B, G, C/G, Ho, Wo): one tap of the combined filter."""
-    size = channel.shape[-1]
-    per_pixel = _spatial_tap(spatial, tap, size * size)
-    per_channel = _by_head(_channel_tap(channel, tap), per_pixel.shape[1])
-    return per_channel * per_pixel if combine == "mul" else per_channel + per_pixel
+def _spatial_taps(spatial_filter: Tensor, taps: int) -> tuple[Tensor, ...]:
+    """Returns the taps of the spatial filters, (B, G, 1, Ho, Wo) each."""
+    return _by_tap(spatial_filter, taps)[:, :, None].unbind(3)
 
 
 def _by_head(tensor: Tensor, heads: int) -> Tensor:

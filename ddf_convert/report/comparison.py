@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from ddf_convert.artifacts.atomic import check_file, write_file
+from ddf_convert.artifacts.atomic import write_file
+from ddf_convert.artifacts.path_checks import check_file
 from ddf_convert.conversion import Action, ConvertConfig, Plan, Site, recorded
 from ddf_convert.conversion.eligibility import in_words
 from ddf_convert.conversion.plan import FoundBy

@@ -17,21 +17,21 @@ from torch import nn
 from ddf_convert.artifacts import artifact
 from ddf_convert.artifacts.atomic import FileRecord
 from ddf_convert.artifacts.lock import locked
-from ddf_convert.artifacts.source import open_model
+from ddf_convert.artifacts.source import ConvertedFolder
 from ddf_convert.errors import UsageError, in_one_line
 from ddf_convert.recipes.losses import Objective
 from ddf_convert.recipes.recipe import Recipe
 from ddf_convert.recipes.schema import Losses
 from ddf_convert.training import evaluation, fingerprint, resume, setup
 from ddf_convert.training.dataloader import evaluation_loader, image_settings
-from ddf_convert.training.dataset import Images, OnBroken, Split, open_images
+from ddf_convert.training.dataset import ImageDataset, OnBroken, Split, open_images
 from ddf_convert.training.distributed import Processes, joined
 from ddf_convert.training.evaluation import Evaluation, evaluate
 from ddf_convert.training.fingerprint import Entry
 from ddf_convert.training.logs import Row
 from ddf_convert.training.progress import Progress, telling
-from ddf_convert.training.run_dir import BEST, LAST, Record, RunFolder, is_run, told_by_one
-from ddf_convert.training.setup import Say, Source
+from ddf_convert.training.run_dir import BEST, LAST, Record, RunFolder, told_by_one
+from ddf_convert.training.setup import Say
 from ddf_convert.training.signals import Interrupted, Interruption, signals_noted
 from ddf_convert.training.stage import Data, Options
 from ddf_convert.training.trainer import Engine
@@ -148,9 +148,9 @@ def _finetune_here(
     recipe = changed(setup.choose_recipe(request.recipe, request.folder), request.changes, processes.device)
     run = RunFolder(request.output)
     run.check(request.resume)
-    source = Source(request.folder, request.model)
+    source = ConvertedFolder(request.folder, request.model)
     options = request.options
-    model = source.converted().float()
+    model = source.load().float()
     if request.classes is not None:
         setup.replace_head(model, request.classes, options.seed)
     settings = image_settings(model, request.input_size)
@@ -200,7 +200,7 @@ def _finetune_here(
 
 
 def _described(
-    request: Request, recipe: Recipe, source: Source, model: nn.Module, data: Data, processes: Processes
+    request: Request, recipe: Recipe, source: ConvertedFolder, model: nn.Module, data: Data, processes: Processes
 ) -> tuple[dict[str, Any], list[Entry]]:
     """All that decides the result beside the recipe, as JSON, and what the images are."""
     options, manifest = request.options, artifact.read_manifest(request.folder)
@@ -255,12 +255,12 @@ def changed(recipe: Recipe, changes: dict[str, Any], device: torch.device) -> Re
         raise UsageError(f"recipe {recipe.name}, changed by options: {in_one_line(error)}") from error
 
 
-def _teacher(request: Request, recipe: Recipe, source: Source, processes: Processes) -> nn.Module | None:
+def _teacher(request: Request, recipe: Recipe, source: ConvertedFolder, processes: Processes) -> nn.Module | None:
     if not recipe.needs_teacher:
         if request.teacher_checkpoint is not None:
             raise UsageError(f"--teacher-checkpoint: recipe {recipe.name} does not learn from the original model")
         return None
-    teacher = source.original(request.teacher_checkpoint)
+    teacher = source.load_original(request.teacher_checkpoint)
     if teacher is None:
         raise UsageError(
             f"recipe {recipe.name} learns from the original model, whose weights {request.folder} does not keep:"
@@ -340,14 +340,14 @@ def measure(question: Question) -> tuple[Evaluation, str] | None:
         UsageError: There is no such model, there are no such data, or they do not fit each other.
     """
     with joined(question.device) as processes, telling(processes.is_main) as progress:
-        name, model, source = _opened(question)
+        name, model, source = _open(question)
         settings = image_settings(model, question.input_size)
         model = model.to(processes.device)
         classes = setup.outputs(model, settings)
         images = _to_evaluate(question, classes, source, progress.say)
         teacher = None
         if not images.has_labels:
-            teacher = None if source is None else source.original()
+            teacher = None if source is None else source.load_original()
             if teacher is None:
                 raise UsageError(
                     f"{question.data} has no labels for {classes} classes, and {name} does not keep the original"
@@ -363,7 +363,7 @@ def measure(question: Question) -> tuple[Evaluation, str] | None:
             question.workers,
             processes.device,
         )
-        how = evaluation.Settings(processes, labelled=images.has_labels, batch_size=question.batch_size)
+        how = evaluation.EvaluationSettings(processes, labeled=images.has_labels, batch_size=question.batch_size)
         objective = None
         if teacher is not None and classes is not None:
             objective = Objective(model, Losses(task=0, logits=1.0), teacher)
@@ -371,32 +371,17 @@ def measure(question: Question) -> tuple[Evaluation, str] | None:
         return (found, name) if processes.is_main else None
 
 
-def _opened(question: Question) -> tuple[str, nn.Module, Source | None]:
-    folder = Path(question.name)
-    if is_run(folder):
-        folder = folder / BEST
-    if not (folder / "manifest.json").is_file():
-        if question.model is not None:
-            what = "is none" if folder.exists() else "does not exist"
-            raise UsageError(f"--model is for a converted folder, and {question.name} {what}")
-        if folder.is_dir() and is_run(folder.parent):
-            raise UsageError(f"{folder.parent} has no {folder.name}/ yet: its first evaluation was not reached")
-        opened = open_model(question.name, True, question.pretrained, question.arguments)
-        if question.checkpoint is not None:
-            artifact.load_checkpoint(opened.model, question.checkpoint)
-        elif not question.pretrained and ":" not in question.name:
-            raise UsageError(f"{question.name}: give its weights with --checkpoint FILE, or --pretrained")
-        return opened.name, opened.model, None
-    if question.checkpoint is not None or question.pretrained:
-        raise UsageError(f"{folder} holds its weights: leave --checkpoint and --pretrained out")
-    if question.arguments:
-        raise UsageError(f"{folder} says how its model is built: leave {', '.join(question.arguments)} out")
-    source = Source(folder, question.model)
-    return str(folder), source.converted().eval(), source
+def _open(question: Question) -> tuple[str, nn.Module, ConvertedFolder | None]:
+    name, model, folder = setup.open_trained(
+        question.name, question.model, question.checkpoint, question.pretrained, question.arguments
+    )
+    if folder is None and question.checkpoint is None and not question.pretrained and ":" not in question.name:
+        raise UsageError(f"{question.name}: give its weights with --checkpoint FILE, or --pretrained")
+    return name, model, folder
 
 
-def _to_evaluate(question: Question, classes: int | None, source: Source | None, say: Say) -> Images:
-    arguments: dict[str, Any] = {"on_broken": question.on_broken, "whole": True}
+def _to_evaluate(question: Question, classes: int | None, source: ConvertedFolder | None, say: Say) -> ImageDataset:
+    arguments: dict[str, Any] = {"on_broken": question.on_broken, "undivided": True}
     try:
         images = open_images(question.data, question.split, True, **arguments)
     except UsageError:

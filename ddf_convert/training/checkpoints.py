@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ddf_convert.artifacts.atomic import MANIFEST, FileRecord, finished, replacing
+from ddf_convert.artifacts.atomic import MANIFEST, FileRecord, atomic_folder, locate_files
 from ddf_convert.artifacts.checkpoint import why_unreadable
 from ddf_convert.errors import ArtifactError, DDFError, first_line
 from ddf_convert.utils.logging import warn
@@ -23,7 +23,7 @@ FORMAT_VERSION = 1
 KEPT = 2
 _STATE = "state.pt"
 _NAME = re.compile(r"step-(\d+)")
-_LEFTOVER = ".saving-*"  # the names of ddf_convert.artifacts.atomic.replacing, and ours for what is being deleted
+_LEFTOVER = ".saving-*"  # the names of ddf_convert.artifacts.atomic.temporary_path, and ours for what is being deleted
 
 
 class _Manifest(BaseModel):
@@ -62,7 +62,7 @@ class Checkpoints:
         """
         _check_plain(state, "state")
         self._clear_leftovers()
-        with replacing(self._at(step)) as stage:
+        with atomic_folder(self._at(step)) as stage:
             try:
                 with (stage / _STATE).open("wb") as file:
                     torch.save(state, file)
@@ -116,7 +116,7 @@ class Checkpoints:
         except (OSError, ValidationError) as error:
             raise ArtifactError(f"{folder / MANIFEST} is damaged, or of another version") from error
         try:
-            files = finished(folder, manifest.files)
+            files = locate_files(folder, manifest.files)
         except ArtifactError as error:
             raise ArtifactError(str(error).removesuffix("; save the model again")) from error
         try:

@@ -1,76 +1,55 @@
-"""What can go wrong in a step, in words that say where, and which knob to turn."""
+"""Errors of training steps, explained: where they began, and which option may help."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
-from ddf_convert.errors import DDFError
+from ddf_convert.errors import DDFError, first_line
 from ddf_convert.recipes.schema import Stage
+from ddf_convert.utils.capture import forward_hooks
 
-# What torch says on the CPU, where running out of memory has no exception of its own.
+# torch's words on the CPU, where running out of memory is a plain RuntimeError.
 _NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|cannot allocate memory|std::bad_alloc", re.IGNORECASE)
-_WORKER_DIED = re.compile(r"DataLoader worker.*(killed by signal|exited unexpectedly)", re.IGNORECASE | re.DOTALL)
 
 
 def not_finite(stage: Stage, step: int, what: str, where: str, lr: float) -> DDFError:
-    """The error for a loss or a gradient that is infinite or no number.
-
-    Args:
-        stage: In which it happened.
-        step: Of the stage, from 1.
-        what: What is not finite.
-        where: Where that began.
-        lr: The learning rate then.
-    """
-    knobs = [f"a lower learning rate (--lr, now {lr:.2g})"]
+    """Returns the error for a loss or a gradient that is not finite; ``step`` is that of the stage, from 1."""
+    options = [f"a lower learning rate (--lr, now {lr:.2g})"]
     if stage.clip is None:
-        knobs.append("clipped gradients (clip: {value: 1.0} in the recipe's stage)")
+        options.append("clipped gradients (clip: {value: 1.0} in the recipe's stage)")
     if stage.amp == "float16":
-        knobs.append("--amp bfloat16, whose numbers reach further than float16's")
+        options.append("--amp bfloat16, whose numbers reach further than float16's")
     elif stage.amp == "bfloat16":
-        knobs.append("--amp none")
-    return DDFError(f"stage {stage.name!r}, step {step}: {what}; {where}; try {', or '.join(knobs)}")
+        options.append("--amp none")
+    return DDFError(f"stage {stage.name!r}, step {step}: {what}; {where}; try {', or '.join(options)}")
 
 
 def first_not_finite(model: nn.Module, images: Tensor) -> str | None:
-    """Runs a model with an eye on every module, and names the first whose output is not finite.
-
-    Args:
-        model: The model.
-        images: Its input.
-
-    Returns:
-        Its name and class; None if all outputs are finite.
-    """
+    """Runs a model and returns name and class of the first module whose output is not finite; None if there is none."""
     found: list[str] = []
 
-    def watch(name: str, module: nn.Module) -> Any:
-        def look(module: nn.Module, _inputs: Any, output: Any) -> None:
-            if not found and not all(_is_finite(tensor) for tensor in _tensors(output)):
-                found.append(f"{name or 'the model'} ({type(module).__name__})")
+    def check(name: str, module: nn.Module, _args: Any, output: Any) -> None:
+        if not found and not all(_is_finite(each) for each in tree_leaves(output) if isinstance(each, Tensor)):
+            found.append(f"{name or 'the model'} ({type(module).__name__})")
 
-        return module.register_forward_hook(look)
-
-    with torch.no_grad(), ExitStack() as hooks:
-        for name, module in model.named_modules():
-            hooks.callback(watch(name, module).remove)
+    hooks = ((module, partial(check, name)) for name, module in model.named_modules())
+    with torch.no_grad(), forward_hooks(hooks):
         model(images)
     return found[0] if found else None
 
 
 def where_it_began(model: nn.Module, teacher: nn.Module | None, images: Tensor) -> str:
-    """Where a loss that is not finite began, in words: in the images, the weights, a layer, the original or the loss.
+    """Says where a loss that is not finite began: in the images, the weights, a layer, the original or the loss.
 
-    Args:
-        model: It is run once more.
-        teacher: So is this one, if need be.
-        images: The batch.
+    It runs the model, and possibly the teacher, once more.
     """
     if not _is_finite(images):
         return "the images themselves hold numbers that are not finite"
@@ -92,15 +71,12 @@ def gradient_not_finite(parameters: Iterable[tuple[str, nn.Parameter]]) -> str:
 
 @contextmanager
 def memory_explained(batch_size: int, accumulate: int | None = None, amp: bool = False) -> Iterator[None]:
-    """A context in which running out of memory says which knob to turn.
+    """A context that explains running out of memory, and the death of a DataLoader worker, by a DDFError.
 
     Args:
         batch_size: Images at a time.
         accumulate: Batches a step; None if nothing is trained.
-        amp: Whether a half type is in use already.
-
-    Raises:
-        DDFError: Memory ran out.
+        amp: Whether mixed precision is used already.
     """
     try:
         yield
@@ -109,38 +85,40 @@ def memory_explained(batch_size: int, accumulate: int | None = None, amp: bool =
     except RuntimeError as error:
         if _NO_MEMORY.search(str(error)):
             raise _no_memory(error, batch_size, accumulate, amp) from error
-        if _WORKER_DIED.search(str(error)):
-            raise DDFError(
-                "a process that loads images died, most often because memory (or /dev/shm) ran out: fewer of them"
-                " (--workers 1, or 0), or a smaller --batch-size"
-            ) from error
+        if (explained := worker_death(error)) is not None:
+            raise explained from error
         raise
+
+
+def worker_death(error: Exception) -> DDFError | None:
+    """Returns the error to raise for one that means that a DataLoader worker died; None if it means something else.
+
+    Besides the loader itself, any line of the run can raise this error: torch raises it from a signal handler. In a
+    loader, an ``OSError`` or ``EOFError`` is a connection to the worker that broke off.
+    """
+    reported = isinstance(error, RuntimeError) and "DataLoader worker" in str(error)
+    raised_by_worker = "Caught" in str(error)
+    if not (reported or isinstance(error, (OSError, EOFError))) or raised_by_worker:
+        return None
+    return DDFError(
+        f"a process that loads images died ({first_line(error)}), most often because memory (or /dev/shm) ran out: try"
+        " --workers 1 (or 0), or a smaller --batch-size"
+    )
 
 
 def _no_memory(error: BaseException, batch_size: int, accumulate: int | None, amp: bool) -> DDFError:
     where = "the GPU's memory" if "CUDA" in str(error) else "memory"
-    knobs = []
+    options = []
     if batch_size > 1:
         halved = f"--batch-size {max(1, batch_size // 2)}"
         if accumulate is not None:
             halved += f" --accumulate {accumulate * 2}, which keeps the images of a step"
-        knobs.append(halved)
+        options.append(halved)
     if accumulate is not None and not amp:
-        knobs.append("--amp bfloat16")
-    knobs.append("a smaller --input-size")
-    return DDFError(f"{where} ran out with batches of {batch_size}: try {', or '.join(knobs)}")
+        options.append("--amp bfloat16")
+    options.append("a smaller --input-size")
+    return DDFError(f"{where} ran out with batches of {batch_size}: try {', or '.join(options)}")
 
 
 def _is_finite(tensor: Tensor) -> bool:
     return not tensor.is_floating_point() or bool(torch.isfinite(tensor).all())
-
-
-def _tensors(output: Any) -> Iterator[Tensor]:
-    if isinstance(output, Tensor):
-        yield output
-    elif isinstance(output, dict):
-        for value in output.values():
-            yield from _tensors(value)
-    elif isinstance(output, (list, tuple)):
-        for value in output:
-            yield from _tensors(value)

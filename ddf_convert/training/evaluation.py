@@ -19,6 +19,7 @@ from ddf_convert.recipes.losses import Objective, divergence
 from ddf_convert.training.diagnostics import memory_explained
 from ddf_convert.training.distributed import Processes
 from ddf_convert.training.progress import Progress
+from ddf_convert.utils.capture import captured_outputs
 from ddf_convert.utils.modules import evaluating
 
 Batch = tuple[Tensor, Tensor]
@@ -73,12 +74,12 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
-class Settings:
+class EvaluationSettings:
     """How to evaluate.
 
     Attributes:
         processes: That share the images.
-        labelled: Whether the labels mean anything.
+        labeled: Whether the labels mean anything.
         amp: Autocast's dtype.
         memory_format: Of the images.
         batch_size: Images at a time, for the words of an error.
@@ -86,7 +87,7 @@ class Settings:
     """
 
     processes: Processes
-    labelled: bool = True
+    labeled: bool = True
     amp: torch.dtype | None = None
     memory_format: torch.memory_format = torch.contiguous_format
     batch_size: int = 1
@@ -100,7 +101,7 @@ class Stopped(Exception):  # noqa: N818
 def evaluate(
     model: nn.Module,
     batches: Batches,
-    settings: Settings,
+    settings: EvaluationSettings,
     objective: Objective | None = None,
     teacher: nn.Module | None = None,
     progress: Progress | None = None,
@@ -194,17 +195,18 @@ def _measure(
     sums: _Sums,
     model: nn.Module,
     batch: Batch,
-    settings: Settings,
+    settings: EvaluationSettings,
     objective: Objective | None,
     teacher: nn.Module | None,
 ) -> None:
     device = settings.processes.device
     images = batch[0].to(device, non_blocking=True, memory_format=settings.memory_format)
-    labels = batch[1].to(device, non_blocking=True) if settings.labelled else None
+    labels = batch[1].to(device, non_blocking=True) if settings.labeled else None
     count = len(images)
     losses = None if objective is None else objective.losses
     autocast: Any = torch.autocast(device.type, settings.amp) if settings.amp else contextlib.nullcontext()
-    with autocast, _overheard(teacher) as heard:
+    # The objective may run the teacher itself: then it need not run twice.
+    with autocast, captured_outputs(*([] if teacher is None else [teacher])) as teacher_outputs:
         if objective is not None and losses is not None and losses.needs_teacher:
             found = objective(images, labels)
             output = found["output"]
@@ -215,7 +217,7 @@ def _measure(
                 sums.add("loss", found["loss"], count)
         else:
             output = model(images)
-        if teacher is not None and not heard:
+        if teacher is not None and not teacher_outputs:
             teacher(images)
     sums.add("images", 1.0, count)
     if not isinstance(output, Tensor) or output.ndim != 2:
@@ -227,23 +229,10 @@ def _measure(
             sums.add(f"top{k}", accuracy(output, labels, topk=(k,))[0] / 100, count)
         if losses is None or losses.needs_labels:
             sums.add("loss", F.cross_entropy(output, labels), count)
-    if heard and isinstance(heard[0], Tensor) and heard[0].shape == output.shape:
-        sums.add("agreement", (output.argmax(1) == heard[0].argmax(1)).double().mean(), count)
-        sums.add("divergence", divergence(output, heard[0]), count)
-
-
-@contextlib.contextmanager
-def _overheard(teacher: nn.Module | None) -> Iterator[list[Any]]:
-    """What the original puts out meanwhile, whoever calls it: it need not run twice."""
-    heard: list[Any] = []
-    if teacher is None:
-        yield heard
-        return
-    handle = teacher.register_forward_hook(lambda _module, _inputs, output: heard.append(output))
-    try:
-        yield heard
-    finally:
-        handle.remove()
+    expected = teacher_outputs[0] if teacher_outputs else None
+    if isinstance(expected, Tensor) and expected.shape == output.shape:
+        sums.add("agreement", (output.argmax(1) == expected.argmax(1)).double().mean(), count)
+        sums.add("divergence", divergence(output, expected), count)
 
 
 def _downwards(distance: float | None) -> float:

@@ -1,8 +1,8 @@
-"""What tells the images of a run from others, so that it is resumed with those that it began with.
+"""Fingerprint of the images of a run, so that it is resumed with the same ones.
 
-Of files these are names and sizes, and the beginning of the contents: of all files if there are up to 4,096, of as
-many, evenly spaced, otherwise. Times of modification are no part of it: a copy of the files is as good. Of data sets
-that have no files it is the labels, where they are listed, and a few images.
+Of files it holds names, sizes and the beginning of the contents, or of 4,096 evenly spaced contents if there are more.
+Times of modification are no part of it: a copy of the files is as good. Of data sets without files it holds the labels,
+where they are listed, and a few images.
 """
 
 from __future__ import annotations
@@ -20,74 +20,59 @@ from typing import NamedTuple
 import PIL.Image
 
 from ddf_convert.errors import DDFError
-from ddf_convert.training.dataset import UNLABELLED, Images
+from ddf_convert.training.dataset import NO_LABEL, ImageDataset
 from ddf_convert.training.sampler import seed_for, seeded
 
 FILE = "data.jsonl.gz"  # in the folder of a run
-_SAMPLED = 4096  # files
-_HEAD = 2**16  # bytes of each
-_PROBED = 16  # images of data sets without files
-_NAMED = 3  # in a message
-_THREADS, _PART = 16, 256  # file systems on a network answer many questions at a time
-_THUMB = (4, 4)
-_ROUNDING = 2  # levels of 256, by which decoders differ
+_MAX_HASHED = 4096  # files
+_HASHED_BYTES = 2**16  # at the beginning of each
+_MAX_PROBED = 16  # images of data sets without files
+_MAX_NAMES = 3  # in a message
+_THREADS, _CHUNK = 16, 256  # network file systems answer many requests at a time
+_THUMBNAIL_SIZE = (4, 4)
+_TOLERANCE = 2  # levels of 256, by which versions of a decoder differ
 
 
 class Entry(NamedTuple):
-    """An image, or whatever is a part of the data.
+    """What is known of one image, or of another part of the data."""
 
-    Attributes:
-        name: The same wherever the data are.
-        size: In bytes, if it is a file.
-        content: Where it was looked at: hash of a file's beginning; of what is no file, size and thumbnail.
-        label: If it does not follow from the name.
-    """
-
-    name: str
-    size: int | None = None
-    content: str | None = None
-    label: int | None = None
+    name: str  # relative to the folder of the data
+    size: int | None = None  # of a file, in bytes
+    content: str | None = None  # if it was read: hash of a file's beginning; otherwise width, height and thumbnail
+    label: int | None = None  # if it does not follow from the name
 
 
 def of_files(files: Sequence[str | Path], root: str | Path, labels: Sequence[int | None] | None = None) -> list[Entry]:
-    """Entries of files.
-
-    Args:
-        files: Their paths.
-        root: The folder that the data are in: names are relative to it.
-        labels: One for each file, if they do not follow from the names.
-    """
-    sampled = set(spaced(len(files), _SAMPLED))
+    """Returns the entries of files, with names relative to ``root`` and labels that do not follow from the names."""
+    hashed = set(spaced(len(files), _MAX_HASHED))
 
     def entry(index: int) -> Entry:
         path, label = files[index], None if labels is None else labels[index]
         name = Path(os.path.relpath(path, root)).as_posix()
         try:
-            return Entry(name, os.stat(path).st_size, _head(path) if index in sampled else None, label)
-        except OSError:  # whoever reads it will say so
+            return Entry(name, os.stat(path).st_size, _hash_of_head(path) if index in hashed else None, label)
+        except OSError:  # reported when the image is loaded
             return Entry(name, label=label)
 
-    def part(start: int) -> list[Entry]:
-        return [entry(index) for index in range(start, min(start + _PART, len(files)))]
+    def chunk(start: int) -> list[Entry]:
+        return [entry(index) for index in range(start, min(start + _CHUNK, len(files)))]
 
     with ThreadPoolExecutor(_THREADS) as pool:
-        return [each for entries in pool.map(part, range(0, len(files), _PART)) for each in entries]
+        return [each for entries in pool.map(chunk, range(0, len(files), _CHUNK)) for each in entries]
 
 
-def of_images(images: Images, part: str) -> list[Entry]:
-    """Entries of images: each that is a file or whose label is listed, a few of others.
+def of_images(images: ImageDataset, part: str) -> list[Entry]:
+    """Returns the entries of all images that are files or whose labels are listed, and of a few others.
 
-    Args:
-        images: The images.
-        part: What they are called where they have no files.
+    ``part`` begins the names of images that are no files.
     """
-    listed = images.listed()
-    if listed is not None and all(file is not None for file, _ in listed):
-        files = [str(file) for file, _ in listed]
+    samples = images.samples()
+    if samples is not None and all(file is not None for file, _ in samples):
+        files = [str(file) for file, _ in samples]
         root = images.root or os.path.commonpath([os.path.dirname(file) for file in files])
-        return of_files(files, root, [label for _, label in listed])
-    labels = {} if listed is None else {index: label for index, (_, label) in enumerate(listed)}
-    probed = {index: _probe(images, index) for index in spaced(len(images), _PROBED)}
+        return of_files(files, root, [label for _, label in samples])
+    labels = {} if samples is None else {index: label for index, (_, label) in enumerate(samples)}
+    probed = {index: _probe(images, index) for index in spaced(len(images), _MAX_PROBED)}
     return [
         Entry(f"{part} image {index}", None, *probed.get(index, (None, labels.get(index))))
         for index in sorted({*labels, *probed})
@@ -95,50 +80,47 @@ def of_images(images: Images, part: str) -> list[Entry]:
 
 
 def digest(entries: Iterable[Entry]) -> str:
-    """The hash of entries in their order, hexadecimal."""
-    found = hashlib.sha256()
-    for entry in entries:
-        found.update(_line(entry))
-    return found.hexdigest()
+    """Returns the hash of entries in their order, in hexadecimal."""
+    return hashlib.sha256(b"".join(map(_line, entries))).hexdigest()
 
 
 def pack(entries: Iterable[Entry]) -> bytes:
-    """Entries as the contents of a file."""
+    """Returns entries as the contents of a file."""
     return gzip.compress(b"".join(map(_line, entries)), compresslevel=1, mtime=0)
 
 
 def unpack(content: bytes) -> list[Entry]:
-    """Entries from the contents of a file.
+    """Returns the entries in the contents of a file.
 
     Raises:
         ValueError: It holds none.
     """
     try:
-        found = [Entry(*json.loads(line)) for line in gzip.decompress(content).splitlines()]
+        entries = [Entry(*json.loads(line)) for line in gzip.decompress(content).splitlines()]
     except (OSError, EOFError, TypeError, zlib.error) as error:
         raise ValueError("not entries of data") from error
-    if not found:
+    if not entries:
         raise ValueError("no entries of data")
-    return found
+    return entries
 
 
 def differences(before: Sequence[Entry], now: Sequence[Entry]) -> str:
-    """What was added, removed and exchanged, in words: how many, and the first names. Empty if nothing was."""
+    """Describes what was added, removed and exchanged, with the first names; empty if nothing was."""
     old, new = ({entry.name: entry for entry in entries} for entries in (before, now))
     both = [name for name in new if name in old]
-    found = [
+    changes = [
         ("added", [name for name in new if name not in old]),
         ("removed", [name for name in old if name not in new]),
         ("exchanged", [name for name in both if _exchanged(old[name], new[name])]),
         ("given another label", [name for name in both if _relabelled(old[name], new[name])]),
     ]
-    words = "; ".join(f"{len(names):,} {what} ({first(names)})" for what, names in found if names)
+    words = "; ".join(f"{len(names):,} {what} ({first(names)})" for what, names in changes if names)
     return words or ("they come in another order" if [*old] != [*new] else "")
 
 
 def _exchanged(old: Entry, new: Entry) -> bool:
-    known = old.content is not None and new.content is not None
-    return old.size != new.size or (known and not _looks_like(str(old.content), str(new.content)))
+    read = old.content is not None and new.content is not None
+    return old.size != new.size or (read and not _is_same_image(str(old.content), str(new.content)))
 
 
 def _relabelled(old: Entry, new: Entry) -> bool:
@@ -146,8 +128,8 @@ def _relabelled(old: Entry, new: Entry) -> bool:
 
 
 def first(names: Sequence[str]) -> str:
-    """The first of many names."""
-    return ", ".join([*names[:_NAMED], *(["..."] if len(names) > _NAMED else [])])
+    """Joins the first of some names, with "..." if there are more."""
+    return ", ".join([*names[:_MAX_NAMES], *(["..."] if len(names) > _MAX_NAMES else [])])
 
 
 def _line(entry: Entry) -> bytes:
@@ -155,41 +137,38 @@ def _line(entry: Entry) -> bytes:
 
 
 def spaced(count: int, at_most: int) -> list[int]:
-    """Evenly spaced indices."""
+    """Returns evenly spaced indices, at most so many."""
     chosen = min(count, at_most)
     return [index * count // chosen for index in range(chosen)]
 
 
-def _head(path: str | Path) -> str:
+def _hash_of_head(path: str | Path) -> str:
     with open(path, "rb") as file:
-        return hashlib.sha256(file.read(_HEAD)).hexdigest()[:16]
+        return hashlib.sha256(file.read(_HASHED_BYTES)).hexdigest()[:16]
 
 
-def _probe(images: Images, index: int) -> tuple[str | None, int | None]:
-    """Content and label of an image that is no file.
-
-    None where a data set that draws at random does not give the same twice, or where there is nothing to be read.
-    """
-    (content, label), again = _loaded(images, index), _loaded(images, index)
+def _probe(images: ImageDataset, index: int) -> tuple[str | None, int | None]:
+    """Loads an image twice and returns its content and label; None for what is random or cannot be read."""
+    (content, label), again = _load(images, index), _load(images, index)
     return content if content == again[0] else None, label if label == again[1] else None
 
 
-def _loaded(images: Images, index: int) -> tuple[str | None, int | None]:
+def _load(images: ImageDataset, index: int) -> tuple[str | None, int | None]:
     try:
         with seeded(seed_for(0, index)):
             image, label = images[index]
     except DDFError:
         return None, None
-    thumb = image.resize(_THUMB, PIL.Image.Resampling.BOX).tobytes().hex()
-    return f"{image.width}x{image.height}:{thumb}", None if label == UNLABELLED else label
+    thumbnail = image.resize(_THUMBNAIL_SIZE, PIL.Image.Resampling.BOX).tobytes().hex()
+    return f"{image.width}x{image.height}:{thumbnail}", None if label == NO_LABEL else label
 
 
-def _looks_like(one: str, other: str) -> bool:
-    """Whether two contents are the same, but for what another version of a decoder changes in pixels."""
-    if one == other:
+def _is_same_image(old: str, new: str) -> bool:
+    """Whether two contents are equal, up to the differences between versions of a decoder."""
+    if old == new:
         return True
-    (size, _, thumb), (other_size, _, other_thumb) = one.partition(":"), other.partition(":")
-    if not thumb or size != other_size:
+    (old_size, _, old_pixels), (new_size, _, new_pixels) = old.partition(":"), new.partition(":")
+    if not old_pixels or old_size != new_size:
         return False
-    pairs = zip(bytes.fromhex(thumb), bytes.fromhex(other_thumb), strict=True)
-    return all(abs(mine - theirs) <= _ROUNDING for mine, theirs in pairs)
+    pairs = zip(bytes.fromhex(old_pixels), bytes.fromhex(new_pixels), strict=True)
+    return all(abs(before - after) <= _TOLERANCE for before, after in pairs)

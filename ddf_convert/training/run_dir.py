@@ -22,7 +22,7 @@ from typing import Any, NamedTuple, TypeVar
 from torch import nn
 
 from ddf_convert.artifacts import artifact
-from ddf_convert.artifacts.atomic import MANIFEST, finished, replacing, write_file
+from ddf_convert.artifacts.atomic import MANIFEST, atomic_folder, locate_files, write_file
 from ddf_convert.errors import ArtifactError, UsageError
 from ddf_convert.recipes.files import parse
 from ddf_convert.recipes.recipe import Recipe
@@ -186,7 +186,7 @@ class RunFolder:
             return True
         if self._log is None or self._log.evaluated != step or not is_empty(best) or not _is_whole(last):
             return False
-        with replacing(best) as stage:
+        with atomic_folder(best) as stage:
             for name in (MANIFEST, *artifact.read_manifest(last).files()):
                 shutil.copyfile(last / name, stage / name)
         return True
@@ -242,7 +242,7 @@ def told_by_one(processes: Processes) -> Iterator[None]:
 def _is_whole(folder: Path) -> bool:
     """Whether a folder holds a model, undamaged."""
     try:
-        finished(folder, artifact.read_manifest(folder).files())
+        locate_files(folder, artifact.read_manifest(folder).files())
     except ArtifactError:
         return False
     return True

@@ -1,4 +1,4 @@
-"""Which image is seen when, and by which process: a function of the seed, the epoch and the step alone.
+"""Seeds and the order of the images, as functions of the run's seed and counters: epoch, step, image, process.
 
 A step takes the next ``batch_size * accumulate * world`` images of the epoch's permutation. Cut into micro-batches of
 ``batch_size``, they go to the processes in turn, ``accumulate`` to each. So two processes see exactly the micro-batches
@@ -22,12 +22,12 @@ from ddf_convert.errors import UsageError
 
 
 def seed_for(seed: int, *counters: int) -> int:
-    """The seed for one purpose, the same on every platform and in every version of numpy.
+    """Derives a seed that is the same on every platform and in every version of numpy.
 
     Args:
         seed: Of the run, >= 0.
-        *counters: What it is for, such as an epoch and the number of an image; each from 0 to 2**32 - 1. Counters that
-            differ in number or value give seeds that have nothing to do with each other.
+        *counters: What the seed is for, such as an epoch and the number of an image; each from 0 to 2**32 - 1. Counters
+            that differ in number or value give independent seeds.
 
     Returns:
         An int from 0 to 2**63 - 1.
@@ -42,11 +42,11 @@ def seed_for(seed: int, *counters: int) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """A context in which torch, numpy and random draw what the seed says; at its end they are as they were.
+    """A context in which torch, numpy and random are seeded; afterwards their states are restored.
 
     Args:
-        seed: From 0 to 2**63 - 1, such as :func:`seed_for` gives.
-        device: If this is a CUDA device its generator is seeded too; otherwise that of the CPU alone is.
+        seed: From 0 to 2**63 - 1.
+        device: If it is a CUDA device, its generator is seeded too.
     """
     cuda = device if device is not None and device.type == "cuda" else None
     torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
@@ -67,23 +67,23 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
             torch.cuda.set_rng_state(cuda_state, cuda)
 
 
-Place: TypeAlias = tuple[int, int]  # an epoch, and a place in its permutation
+EpochPosition: TypeAlias = tuple[int, int]  # an epoch, and an index into its permutation
 
 
 @functools.lru_cache(maxsize=2)
 def permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
-    """The images of an epoch in the order in which they are seen: int64, of shape (count,), not to be written to."""
+    """Returns the images of an epoch in the order in which they are seen: int64 of shape (count,), read-only."""
     # RandomState, whose numbers numpy promises never to change
     drawn = np.random.RandomState(np.random.MT19937(seed_for(seed, epoch))).permutation(count).astype(np.int64)
-    drawn.flags.writeable = False  # it is remembered
+    drawn.flags.writeable = False  # it is cached
     return drawn
 
 
-class TrainingOrder(Sampler[list[Place]]):
-    """The batches of one process, as a ``batch_sampler`` of a DataLoader, from any step of any epoch on.
+class TrainingSampler(Sampler[list[EpochPosition]]):
+    """The micro-batches of one process, as a ``batch_sampler`` of a DataLoader, from any step of any epoch on.
 
-    It gives places and not images, so that a worker knows the epoch, and which image comes next if one cannot be read.
-    Images that are left over after the last whole step of an epoch are not seen in it.
+    It yields positions in epochs and not images, so that a worker knows the epoch, and which image comes next if one
+    cannot be read. Images that are left over after the last whole step of an epoch are not seen in it.
 
     Args:
         count: Number of images.
@@ -94,8 +94,8 @@ class TrainingOrder(Sampler[list[Place]]):
         world: Number of processes.
 
     Attributes:
-        images_per_step: Of all processes together.
-        steps_per_epoch: Whole steps, at least 1.
+        images_per_step: Number of images of a step, in all processes.
+        steps_per_epoch: Number of whole steps, at least 1.
 
     Raises:
         UsageError: There are fewer images than one step needs.
@@ -120,11 +120,7 @@ class TrainingOrder(Sampler[list[Place]]):
         self.epoch, self.step = 0, 0
 
     def start_at(self, epoch: int, step: int = 0) -> None:
-        """What the next iteration gives: this epoch, without its first steps.
-
-        Args:
-            epoch: From 0.
-            step: Steps of the epoch to leave out, at most ``steps_per_epoch``.
+        """Makes the next iteration yield this epoch without its first ``step`` steps.
 
         Raises:
             ValueError: The epoch has no such step.
@@ -133,17 +129,17 @@ class TrainingOrder(Sampler[list[Place]]):
             raise ValueError(f"step {step} of an epoch of {self.steps_per_epoch}")
         self.epoch, self.step = epoch, step
 
-    def __iter__(self) -> Iterator[list[Place]]:
-        epoch = self.epoch  # of this iteration, whatever start_at says while it runs
+    def __iter__(self) -> Iterator[list[EpochPosition]]:
+        epoch = self.epoch  # start_at may be called while this iteration runs
         for step in range(self.step, self.steps_per_epoch):
             for turn in range(self.accumulate):
                 batch = (step * self.world + self.rank) * self.accumulate + turn
-                yield [(epoch, place) for place in range(batch * self.batch_size, (batch + 1) * self.batch_size)]
+                yield [(epoch, position) for position in range(batch * self.batch_size, (batch + 1) * self.batch_size)]
 
     def __len__(self) -> int:
         return (self.steps_per_epoch - self.step) * self.accumulate
 
 
-def evaluation_order(count: int, rank: int = 0, world: int = 1) -> range:
-    """The images that one process evaluates: every ``world``-th, none twice. Some processes may have one less."""
+def evaluation_indices(count: int, rank: int = 0, world: int = 1) -> range:
+    """Returns the images that one process evaluates: every ``world``-th. Some processes may have one less."""
     return range(rank, count, world)

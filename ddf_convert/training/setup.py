@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import os
-import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,15 +14,17 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddf_convert import recipes
 from ddf_convert.artifacts import artifact
-from ddf_convert.artifacts.source import built_by
+from ddf_convert.artifacts.atomic import MANIFEST
+from ddf_convert.artifacts.source import ConvertedFolder, open_model
 from ddf_convert.errors import DDFError, UsageError, first_line
 from ddf_convert.recipes import Initialized, Recipe
 from ddf_convert.recipes.parameters import trainable_names
 from ddf_convert.recipes.schema import Stage
 from ddf_convert.training.dataloader import ImageSettings, evaluation_loader, image_settings, make_transform
-from ddf_convert.training.dataset import Images, NoSuchSplit, OnBroken, Split, held_out, open_images
+from ddf_convert.training.dataset import ImageDataset, MissingSplitError, OnBroken, Split, open_images, random_split
 from ddf_convert.training.diagnostics import memory_explained
 from ddf_convert.training.distributed import Processes
+from ddf_convert.training.run_dir import BEST, is_run
 from ddf_convert.training.sampler import seed_for, seeded
 from ddf_convert.training.stage import Data, order_of
 
@@ -54,7 +55,7 @@ def initialize(
     settings = recipe.initialize_with
     if settings.method != "calibrate" or data is None:
         return recipe.initialize(model, original, say=say)
-    images = open_images(data, "train", labelled=False)
+    images = open_images(data, "train", labeled=False)
     count = min(len(images), settings.num_images)
     chosen = images.subset(
         [index * len(images) // count for index in range(count)]
@@ -72,59 +73,49 @@ _DEFAULT = "finetune"
 Say = Callable[[str], None]
 
 
-@dataclass(frozen=True)
-class Source:
-    """A converted model in a folder, and how to build what it was made of.
+def open_trained(
+    name: str,
+    callable: str | None = None,
+    checkpoint: Path | None = None,
+    pretrained: bool = False,
+    arguments: Mapping[str, Any] | None = None,
+) -> tuple[str, nn.Module, ConvertedFolder | None]:
+    """Opens the best model of a run, a converted folder, or any model that ``open_model`` opens.
 
-    Attributes:
-        folder: As ``ddf_convert.save`` wrote it.
-        callable: ``package.module:callable`` that builds the model before conversion, if that is the user's own.
+    Args:
+        name: What the user named.
+        callable: ``package.module:callable`` that builds the user's own model before conversion.
+        checkpoint: Weights of a model that is not in a folder.
+        pretrained: Download timm's weights for such a model.
+        arguments: Further arguments of ``timm.create_model`` for such a model.
+
+    Returns:
+        The name to show, the model in evaluation mode, and its folder if it is in one.
+
+    Raises:
+        UsageError: There is no such model, or an option does not apply to it.
+        DDFError: The weights could not be downloaded.
     """
-
-    folder: Path
-    callable: str | None = None
-
-    def converted(self) -> nn.Module:
-        """The model, with its weights, on the CPU.
-
-        Raises:
-            UsageError: It is the user's own, and nobody said how to build it; or the callable fails.
-            ArtifactError: The folder is not a whole artifact, or holds another model.
-        """
-        manifest = artifact.read_manifest(self.folder)
-        if self.callable is not None:
-            return artifact.restore(self._built(), self.folder)
-        if isinstance(manifest.source, artifact.OwnSource):
-            raise UsageError(
-                f"{self.folder} holds a model of your own ({manifest.source.model_class}): say how to build it"
-                " before conversion, with --model package.module:callable"
-            )
-        return artifact.load(self.folder)
-
-    def original(self, checkpoint: Path | None = None) -> nn.Module | None:
-        """The model before conversion, in evaluation mode; None if its weights are nowhere.
-
-        Args:
-            checkpoint: Its weights, in the place of those that the folder keeps.
-
-        Raises:
-            UsageError: The checkpoint does not fit.
-            ArtifactError: As for :meth:`converted`.
-        """
-        manifest = artifact.read_manifest(self.folder)
-        if checkpoint is None:
-            if manifest.original is None:
-                return None
-            return artifact.load_original(self.folder, self._built() if self.callable is not None else None)
-        if self.callable is None and isinstance(manifest.source, artifact.OwnSource):
-            raise UsageError(f"{self.folder} holds a model of your own: --teacher-checkpoint needs --model too")
-        model = artifact.build_original(self.folder) if self.callable is None else self._built()
-        artifact.load_checkpoint(model, checkpoint)
-        return model.eval()
-
-    def _built(self) -> nn.Module:
-        with contextlib.redirect_stdout(sys.stderr):
-            return built_by(self.callable or "")[0]
+    folder = Path(name)
+    if is_run(folder):
+        folder = folder / BEST
+    if (folder / MANIFEST).is_file():
+        options = {"--checkpoint": checkpoint is not None, "--pretrained": pretrained}
+        if given := [option for option, is_given in options.items() if is_given]:
+            raise UsageError(f"{folder} holds its weights: leave {' and '.join(given)} out")
+        if arguments:
+            raise UsageError(f"{folder} says how its model is built: leave {', '.join(arguments)} out")
+        converted = ConvertedFolder(folder, callable)
+        return str(folder), converted.load().eval(), converted
+    if callable is not None:
+        what = "is none" if folder.exists() else "does not exist"
+        raise UsageError(f"--model is for a converted folder, and {name} {what}")
+    if folder.is_dir() and is_run(folder.parent):
+        raise UsageError(f"{folder.parent} has no {folder.name}/ yet: its first evaluation was not reached")
+    opened = open_model(name, True, pretrained, arguments)
+    if checkpoint is not None:
+        artifact.load_checkpoint(opened.model, checkpoint)
+    return opened.name, opened.model, None
 
 
 def choose_recipe(asked: str | os.PathLike[str] | None, folder: Path) -> Recipe:
@@ -225,8 +216,8 @@ def open_data(
         try:
             looked_at = _images(data, "validation", labelled, classes, on_broken)
             where = f"its validation part, {len(looked_at)}"
-        except NoSuchSplit:
-            training, looked_at = held_out(training, seed=seed)
+        except MissingSplitError:
+            training, looked_at = random_split(training, seed=seed)
             where = f"{len(looked_at)} of its images, held out"
     if not training.has_labels:
         labels = "without labels"
@@ -286,7 +277,7 @@ def announce_precision(stages: tuple[Stage, ...], device: torch.device, say: Say
 
 def _images(
     data: str, split: Split, needed: bool, classes: int | None, on_broken: OnBroken, whole: bool = False
-) -> Images:
+) -> ImageDataset:
     if not needed:
         with contextlib.suppress(UsageError):
             found = open_images(data, split, True, on_broken, whole)
@@ -302,7 +293,7 @@ def _images(
     return found
 
 
-def _check_classes_agree(training: Images, validation: Images, name: str) -> None:
+def _check_classes_agree(training: ImageDataset, validation: ImageDataset, name: str) -> None:
     if training.classes and validation.classes and training.classes != validation.classes:
         mine, theirs = (set(each.classes or ()) for each in (training, validation))
         odd = sorted(mine ^ theirs)[:1]

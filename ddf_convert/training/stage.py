@@ -21,10 +21,10 @@ from ddf_convert.recipes.losses import Objective
 from ddf_convert.recipes.parameters import learning_rate, parameter_groups
 from ddf_convert.recipes.schema import Stage
 from ddf_convert.training.dataloader import ImageLoader, ImageSettings, training_loader
-from ddf_convert.training.dataset import Images
+from ddf_convert.training.dataset import ImageDataset
 from ddf_convert.training.diagnostics import memory_explained
 from ddf_convert.training.distributed import Processes
-from ddf_convert.training.sampler import TrainingOrder
+from ddf_convert.training.sampler import TrainingSampler
 from ddf_convert.utils.modules import evaluating
 
 AMP = {"bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -67,8 +67,8 @@ class Data:
         classes: How many there are; None if labels play no part.
     """
 
-    training: Images
-    validation: Images
+    training: ImageDataset
+    validation: ImageDataset
     settings: ImageSettings
     classes: int | None
 
@@ -159,7 +159,7 @@ class Work(Stepping):
     objective: Objective
     parallel: DistributedDataParallel | None
     mixup: Any
-    order: TrainingOrder
+    order: TrainingSampler
     loader: ImageLoader
 
     @property
@@ -247,13 +247,13 @@ def begin(
     )
 
 
-def order_of(stage: Stage, images: int, processes: Processes, seed: int) -> TrainingOrder:
+def order_of(stage: Stage, images: int, processes: Processes, seed: int) -> TrainingSampler:
     """Which images a process sees when.
 
     Raises:
         UsageError: There are fewer images than one step needs.
     """
-    return TrainingOrder(images, seed, stage.batch_size, stage.accumulate, processes.rank, processes.world)
+    return TrainingSampler(images, seed, stage.batch_size, stage.accumulate, processes.rank, processes.world)
 
 
 def amp_of(stage: Stage, device: torch.device) -> torch.dtype | None:
@@ -304,7 +304,7 @@ def make_optimizer(stage: Stage, groups: list[dict[str, Any]], lr: float) -> tor
     return optimizer
 
 
-def make_scheduler(stage: Stage, optimizer: torch.optim.Optimizer, order: TrainingOrder) -> Any:
+def make_scheduler(stage: Stage, optimizer: torch.optim.Optimizer, order: TrainingSampler) -> Any:
     """timm's, which is told of every step."""
     asked = stage.schedule
     scale = learning_rate(stage, order.images_per_step) / stage.optimizer.lr  # where it starts and ends goes along

@@ -19,8 +19,14 @@ from ddf_convert.recipes.losses import Objective
 from ddf_convert.recipes.recipe import Recipe
 from ddf_convert.training import evaluation
 from ddf_convert.training import stage as stages
-from ddf_convert.training.dataloader import evaluation_loader, worker_death
-from ddf_convert.training.diagnostics import gradient_not_finite, memory_explained, not_finite, where_it_began
+from ddf_convert.training.dataloader import evaluation_loader
+from ddf_convert.training.diagnostics import (
+    gradient_not_finite,
+    memory_explained,
+    not_finite,
+    where_it_began,
+    worker_death,
+)
 from ddf_convert.training.distributed import PeerFailedError, Processes
 from ddf_convert.training.evaluation import Evaluation, check_labels, evaluate
 from ddf_convert.training.logs import Row
@@ -355,9 +361,9 @@ class Engine:
             self.options.workers,
             processes.device,
         )
-        settings = evaluation.Settings(
+        settings = evaluation.EvaluationSettings(
             processes,
-            labelled=data.validation.has_labels,
+            labeled=data.validation.has_labels,
             amp=work.amp,
             memory_format=self.options.memory_format,
             batch_size=batch_size,

@@ -10,9 +10,8 @@ import PIL.Image
 import torch
 from torch import Tensor, nn
 
-from ddf_convert.errors import UsageError, first_line
 from ddf_convert.training.dataloader import ImageSettings, image_settings, make_transform
-from ddf_convert.training.dataset import as_rgb, upright
+from ddf_convert.utils.images import open_image, to_rgb
 
 
 def read_photo(file: Path) -> PIL.Image.Image:
@@ -21,16 +20,7 @@ def read_photo(file: Path) -> PIL.Image.Image:
     Raises:
         UsageError: It is missing, or is no image.
     """
-    if file.is_dir():
-        raise UsageError(f"{file}: is a folder; give an image")
-    try:
-        with PIL.Image.open(file) as image:
-            return as_rgb(upright(image))
-    except PIL.UnidentifiedImageError:
-        raise UsageError(f"{file}: is not an image") from None
-    except (OSError, SyntaxError, ValueError, PIL.Image.DecompressionBombError) as error:
-        reason = (error.strerror if isinstance(error, OSError) else None) or first_line(error)
-        raise UsageError(f"{file}: cannot be read: {reason}") from error
+    return to_rgb(open_image(file, exif_orientation=True))
 
 
 def settings_of(model: nn.Module, input_size: tuple[int, int, int] | None = None, plain: bool = False) -> ImageSettings:

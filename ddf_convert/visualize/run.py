@@ -10,14 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddf_convert.artifacts import artifact
-from ddf_convert.artifacts.source import open_model
 from ddf_convert.conversion.planner import matching_names, pattern_hint
 from ddf_convert.errors import DDFError, UsageError, first_line
 from ddf_convert.layers import DDFUp2d
 from ddf_convert.training.diagnostics import memory_explained
-from ddf_convert.training.run_dir import BEST, is_run
-from ddf_convert.training.setup import Source
+from ddf_convert.training.setup import open_trained
 from ddf_convert.utils.device import choose
 from ddf_convert.utils.figures import require_matplotlib
 from ddf_convert.visualize import photos
@@ -187,25 +184,11 @@ def look(request: Request) -> Seen:
 
 def _opened(request: Request) -> tuple[str, nn.Module, list[str]]:
     """The name to show, the model in evaluation mode, and what there is to say of its weights."""
-    folder = Path(request.name)
-    if is_run(folder):
-        folder = folder / BEST
-    if (folder / "manifest.json").is_file():
-        if request.checkpoint is not None:
-            raise UsageError(f"{folder} holds its weights: leave --checkpoint out")
-        if request.arguments:
-            raise UsageError(f"{folder} says how its model is built: leave {', '.join(request.arguments)} out")
-        return str(folder), Source(folder, request.model).converted().eval(), []
-    if request.model is not None:
-        what = "is none" if folder.exists() else "does not exist"
-        raise UsageError(f"--model is for a converted folder, and {request.name} {what}")
     torch.manual_seed(0)  # random weights are the same every time
-    opened = open_model(request.name, weights=True, arguments=request.arguments)
-    if request.checkpoint is not None:
-        artifact.load_checkpoint(opened.model, request.checkpoint)
-    random = request.checkpoint is None and ":" not in request.name
+    name, model, folder = open_trained(request.name, request.model, request.checkpoint, arguments=request.arguments)
+    random = folder is None and request.checkpoint is None and ":" not in request.name
     notes = [f"the weights of {request.name} are random: --checkpoint FILE gives it better ones"] if random else []
-    return opened.name, opened.model, notes
+    return name, model, notes
 
 
 def _select(places: Sequence[Place], patterns: Sequence[str]) -> list[Place]:

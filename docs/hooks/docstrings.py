@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from typing import Any
 
@@ -23,9 +24,14 @@ class Docstrings(griffe.Extension):
             obj.docstring.value = "".join(parts)
 
     def on_attribute(self, *, attr: griffe.Attribute, **kwargs: Any) -> None:
-        """Shows types without their validators."""
+        """Shows types without their validators, and pydantic's fields by their descriptions and defaults."""
         if isinstance(attr.annotation, griffe.Expr):
             attr.annotation = _without_validators(attr.annotation)
+        if isinstance(attr.value, griffe.ExprCall) and str(attr.value.function) == "Field":
+            options = {each.name: each.value for each in attr.value.arguments if isinstance(each, griffe.ExprKeyword)}
+            attr.value = options.get("default")
+            if attr.docstring is None and "description" in options:
+                attr.docstring = griffe.Docstring(ast.literal_eval(str(options["description"])), parent=attr)
 
     def on_package(self, *, pkg: griffe.Module, **kwargs: Any) -> None:
         """``ddf_convert.plan`` is the function; griffe takes it for the module beside it, which has the same name."""

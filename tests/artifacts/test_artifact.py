@@ -805,8 +805,8 @@ def fails_in(name, after=0):
 MIDDLE = {
     "set_extra_state": lambda patch: None,
     "swap": fails_in((artifact, "swap")),
-    "after the swap": fails_in((artifact, "_take_dtypes")),
-    "after the dtypes": fails_in((artifact, "_take_dtypes"), after=1),
+    "after the swap": fails_in((artifact, "_cast")),
+    "after the dtypes": fails_in((artifact, "_cast"), after=1),
     "load_state_dict": fails_in((nn.Module, "load_state_dict")),
     "after load_state_dict": fails_in((nn.Module, "load_state_dict"), after=1),
 }

@@ -23,7 +23,8 @@ from torch import nn
 import ddf_convert as ddf
 from ddf_convert import cli
 from ddf_convert.artifacts import atomic
-from ddf_convert.artifacts.atomic import check_output, write_file
+from ddf_convert.artifacts.atomic import write_file
+from ddf_convert.artifacts.path_checks import check_output
 from ddf_convert.depth import checkpoint as networks
 from ddf_convert.depth.maps import Unit
 from ddf_convert.errors import ArtifactError, DDFError, UsageError

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from ddf_convert.artifacts.artifact import OwnSource, TimmSource, load, read_manifest, restore, save
-from ddf_convert.artifacts.module_diff import differences
+from ddf_convert.artifacts.module_diff import diff_modules
 from ddf_convert.artifacts.provenance import find_source
 from ddf_convert.conversion import Conversion, convert, plan
 from ddf_convert.errors import ArtifactError, UsageError
@@ -377,24 +377,24 @@ OTHER = {
 
 @pytest.mark.parametrize("case", SAME)
 def test_values_that_are_the_same(case):
-    found = differences(holding(SAME[case]), holding(SAME[case]))
-    assert not found.found
+    found = diff_modules(holding(SAME[case]), holding(SAME[case]))
+    assert not found.differences
     assert not found.undecided
 
 
 @pytest.mark.parametrize("case", OTHER)
 def test_values_that_are_not(case):
     first, second = OTHER[case]
-    (difference,) = differences(holding(lambda: first), holding(lambda: second)).found
+    (difference,) = diff_modules(holding(lambda: first), holding(lambda: second)).differences
     assert difference.name == "value"
-    assert all("\n" not in text and len(text) < 100 for text in difference.values())
+    assert all("\n" not in text and len(text) < 100 for text in difference.describe_values())
 
 
 def test_tensors_without_contents_and_opaque_objects_are_left_open():
-    found = differences(holding(lambda: torch.ones(2)), holding(lambda: torch.ones(2, device="meta")))
-    assert (found.found, found.without_values) == ([], ["value"])
-    found = differences(holding(object), holding(object))
-    assert (found.found, found.undecided) == ([], ["value"])
+    found = diff_modules(holding(lambda: torch.ones(2)), holding(lambda: torch.ones(2, device="meta")))
+    assert (found.differences, found.without_values) == ([], ["value"])
+    found = diff_modules(holding(object), holding(object))
+    assert (found.differences, found.undecided) == ([], ["value"])
 
 
 class Opaque(nn.Module):

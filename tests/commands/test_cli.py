@@ -20,6 +20,7 @@ import torch
 import ddf_convert as ddf
 from ddf_convert import cli, ops, recipes
 from ddf_convert.artifacts import source
+from ddf_convert.artifacts.artifact import read_manifest
 from ddf_convert.bench import doctor
 from ddf_convert.commands.completion import filter_names, recipe_names, timm_names
 from ddf_convert.commands.options import is_assignment, spread, timm_arguments
@@ -311,7 +312,7 @@ def test_arguments_of_timm_are_recorded_and_come_back(run: Any, folder: Path) ->
     assert (ran.code, ran.err) == (0, "")
     title = "resnet10t(num_classes=5, in_chans=1, drop_rate=0.25, output_stride=16)"
     assert " ".join(ran.out.split()).startswith(f"{title}, one 1x64x64 input")
-    manifest = ddf.artifacts.artifact.read_manifest(folder / "out")
+    manifest = read_manifest(folder / "out")
     expected = {"num_classes": 5, "in_chans": 1, "drop_rate": 0.25, "output_stride": 16}
     assert (manifest.source.name, manifest.source.kwargs) == ("resnet10t", expected)
     report = json.loads((folder / "out" / "report.json").read_text())
@@ -357,7 +358,7 @@ def test_every_command_passes_them_on(run: Any, command: tuple[str, ...], folder
         "evaluate": ("--data", "."),
     }.get(command[-1], ())
     ran = run(*command, "resnet10t", *more, "--num-classes", 5, "--model-kwargs", "drop_rat=0.1")
-    one_line(ran, 2, "timm cannot build resnet10t", "'drop_rat'", "did you mean drop_rate")
+    one_line(ran, 2, "cannot build resnet10t", "'drop_rat'", "did you mean drop_rate")
 
 
 @pytest.mark.parametrize(
@@ -365,7 +366,7 @@ def test_every_command_passes_them_on(run: Any, command: tuple[str, ...], folder
     [
         ("resnet10t --model-kwargs drop_rate", ("--model-kwargs drop_rate: write KEY=VALUE",)),
         ("resnet10t --model-kwargs =3", ("write KEY=VALUE",)),
-        ("resnet10t --model-kwargs act_layer=nonsense", ("timm cannot build resnet10t", "'nonsense'")),
+        ("resnet10t --model-kwargs act_layer=nonsense", ("cannot build resnet10t", "'nonsense'")),
         ("resnet10t --model-kwargs drop_rate={1,2}", ("drop_rate={1, 2}", "cannot be saved as JSON")),
         ("resnet10t --model-kwargs drop_rate=1e999", ("drop_rate=inf", "cannot be saved as JSON")),
         ("resnet10t --model-kwargs checkpoint_path=x.pth", ("arguments do not read files", "--checkpoint FILE")),
@@ -606,7 +607,7 @@ def test_work_is_not_lost_with_its_streams(folder: Path) -> None:
     """No file of ours takes the number of a stream that is closed, and then gets what is printed."""
     command = f"{sys.executable} -m ddf_convert convert net_for_cli:Net -o out --input-size 3 16 16 >&- 2>&- <&-"
     subprocess.run(["sh", "-c", command], check=True, timeout=120)
-    assert ddf.artifacts.artifact.read_manifest(folder / "out").conversion.replaced
+    assert read_manifest(folder / "out").conversion.replaced
     code = (
         "from ddf_convert.commands.console import secure_streams; secure_streams();"
         "file = open('opened', 'w'); print(file.fileno(), file=file); print('lost')"

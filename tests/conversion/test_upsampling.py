@@ -23,12 +23,11 @@ from ddf_convert.conversion.interpolate_hook import class_of
 from ddf_convert.cost.count import measure
 from ddf_convert.errors import ArtifactError, UsageError
 from ddf_convert.layers import DDFUpConv2d
-from ddf_convert.recipes.factors import best_for_outputs
+from ddf_convert.recipes.factorization import alignment_error, factorize_mix_first, interpolation_phases
 from ddf_convert.recipes.initialize import initialize
 from ddf_convert.recipes.losses import Objective
 from ddf_convert.recipes.parameters import new_layers, trainable_names
 from ddf_convert.recipes.schema import Initialize, Losses
-from ddf_convert.recipes.upsampling import alignment_error, interpolation_filters
 
 IMAGE = torch.empty(1, 3, 12, 16)
 PRESERVE = ddf.recipes.load("preserve")
@@ -257,7 +256,7 @@ def test_interpolations_and_depthwise_ones_are_preserved_exactly(name):
 @pytest.mark.parametrize("mode", ["bilinear", "bicubic"])
 @pytest.mark.parametrize("factor", [2, 3, 8])
 def test_filters_of_interpolations_sum_to_one_and_aligned_corners_are_off(mode, factor):
-    filters = interpolation_filters(mode, factor, 5)
+    filters = interpolation_phases(mode, factor, 5)
     assert torch.allclose(filters.sum((1, 2)), torch.ones(factor**2, dtype=torch.float64))
     aligned, other = (
         F.interpolate(torch.eye(256, dtype=torch.float64).view(256, 1, 16, 16), scale_factor=factor, mode=mode,
@@ -295,7 +294,7 @@ def test_a_transposed_convolution_of_rank_one_is_preserved_exactly(name):
 def test_the_best_fit_of_other_weights_is_the_nearest():
     for inputs, taps in ((6, 4), (4, 6)):
         weight = torch.randn(2, 3, inputs, taps, dtype=torch.float64)
-        mix, filters = best_for_outputs(weight)
+        mix, filters = factorize_mix_first(weight)
         found = (mix[..., None] * filters[:, :, None] - weight).square().sum((2, 3))
         assert torch.allclose(found, torch.linalg.svdvals(weight)[..., 1:].square().sum(-1))
 

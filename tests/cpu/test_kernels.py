@@ -36,7 +36,7 @@ def example(channels: int = 256, side: int = 28, seed: int = 0) -> tuple[Tensor,
 
 
 def expected(made: tuple[Tensor, Tensor, Tensor]) -> Tensor:
-    return reference.forward(*made, 1, 1, 1, "mul")
+    return reference.forward(*made, reference.Geometry(padding=1))
 
 
 @pytest.fixture
@@ -76,7 +76,7 @@ def test_results_repeat_on_any_number_of_threads(layout: torch.memory_format) ->
     for number in (1, 2, 2, 5):
         torch.set_num_threads(number)
         output = ops.ddf(*made, padding=1)
-        results.append((output, *torch.ops.ddf_convert.ddf_backward(output, *made, 1, 1, 1, "mul", [True] * 3)))
+        results.append((output, *torch.ops.ddf_convert.ddf_backward(output, *made, [True] * 3, 1, 1, 1, "mul")))
     for other in results[1:]:
         assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
 
@@ -90,7 +90,7 @@ def test_eight_threads_at_once() -> None:
         for _ in range(20):
             output = ops.ddf(*made, padding=1)
             gradients = torch.autograd.grad(output, made, output.detach())
-        wanted = reference.backward(output.detach(), *case, 1, 1, 1, "mul", (True,) * 3)
+        wanted = reference.backward(output.detach(), *case, reference.Geometry(padding=1), (True,) * 3)
         return torch.allclose(output, expected(case), **near(torch.float32, output)) and all(
             torch.allclose(ours, theirs, **near(torch.float32, theirs, terms=28 * 28))
             for ours, theirs in zip(gradients, wanted, strict=True)
@@ -172,7 +172,7 @@ def test_cache_follows_all_sources_and_survives_damage(tmp_path: Path) -> None:
         from ddf_convert.cpu import kernels_nhwc
         shapes = (1, 4, 5, 5), (1, 4, 3, 3), (1, 9, 5, 5)
         made = [torch.randn(shape).half() for shape in shapes]  # the kernels for halves compile fastest
-        wanted = reference.forward(*(tensor.float() for tensor in made), 1, 1, 1, "mul").half()
+        wanted = reference.forward(*(tensor.float() for tensor in made), reference.Geometry(padding=1)).half()
         output = ops.ddf(*(tensor.to(memory_format=torch.channels_last) for tensor in made), padding=1)
         torch.testing.assert_close(output, wanted)
         kernel = kernels_nhwc.forward
@@ -365,7 +365,7 @@ def test_disable_jit_takes_the_reference_and_says_so_once() -> None:
         layer = layers.DDF2d(2)
         x = torch.randn(1, 2, 3, 3, requires_grad=True)
         layer(x).sum().backward()
-        ops.ddf_normalized(x, x.new_ones(1, 2, 3, 3), x.new_ones(1, 9, 3, 3), scale=1.0, padding=1)
+        ops.ddf(x, x.new_ones(1, 2, 3, 3), x.new_ones(1, 9, 3, 3), norm_scale=1.0, padding=1)
         print(bool(x.grad.abs().sum() > 0), cpu.unusable() is not None)
         from ddf_convert.bench import doctor
         print({check.name: str(check.state) for check in (doctor._cpu_kernels(), doctor._cpu_cache())})

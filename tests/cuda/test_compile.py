@@ -19,13 +19,13 @@ pytest.importorskip("numba_cuda")
 import kernels
 
 from ddf_convert.cuda.codegen.ptx import Capability, entry
-from ddf_convert.cuda.kernel_spec import FilterGradients, Variant, Window
+from ddf_convert.cuda.kernel_spec import GradFiltersSpec, KernelSpec, WindowSpec
 
 LARGER = [dtype for dtype in kernels.DTYPES if dtype != "float16"]
 CASES = kernels.variants(sizes=(3,)) + [
     variant
     for variant in kernels.variants(LARGER, sizes=(5, 7), strides=(1,))
-    if isinstance(variant, Window | FilterGradients) and not (isinstance(variant, Window) and variant.normalize)
+    if isinstance(variant, WindowSpec | GradFiltersSpec) and not (isinstance(variant, WindowSpec) and variant.normalize)
 ]
 
 # The two halves differ in how they are loaded and stored: they take turns, from purpose to purpose.
@@ -36,22 +36,22 @@ PURPOSES = ["forward", "forward_normalized", "grad_input", "grad_filters"]
 LARGER_USUAL = {"grad_filters_k5s1p2d1_channels_last_float64"}
 
 
-def traits(variant: Window | FilterGradients) -> tuple[str, str, bool, int]:
+def traits(variant: WindowSpec | GradFiltersSpec) -> tuple[str, str, bool, int]:
     """What a 3x3 kernel is for, and for which tensors: dtype (or half), purpose, channels_last, stride."""
     dtype = "half" if variant.dtype in HALVES else variant.dtype
-    normalized = "_normalized" if isinstance(variant, Window) and variant.normalize else ""
+    normalized = "_normalized" if isinstance(variant, WindowSpec) and variant.normalize else ""
     return dtype, variant.purpose + normalized, variant.channels_last, variant.stride
 
 
 @functools.cache
-def compiled(variant: Variant) -> dict[Capability, str]:
+def compiled(variant: KernelSpec) -> dict[Capability, str]:
     """PTX for every architecture."""
     return kernels.compile_each(variant, kernels.ARCHITECTURES)
 
 
-def usual(variant: Variant) -> bool:
+def usual(variant: KernelSpec) -> bool:
     """Whether `make test` compiles it: of the 3x3 kernels a fifth, so chosen that any two traits meet in one."""
-    if not isinstance(variant, Window | FilterGradients):
+    if not isinstance(variant, WindowSpec | GradFiltersSpec):
         return True
     if variant.size > 3:
         return kernels.label(variant) in LARGER_USUAL
@@ -62,12 +62,12 @@ def usual(variant: Variant) -> bool:
     return channels_last == (row + column) % 2 and stride - 1 == (row // 2 + column // 2) % 2
 
 
-def marked(variant: Variant) -> Any:
+def marked(variant: KernelSpec) -> Any:
     return pytest.param(variant, marks=() if usual(variant) else pytest.mark.long, id=kernels.label(variant))
 
 
 @pytest.mark.parametrize("variant", [marked(variant) for variant in CASES])
-def test_compiles_for_every_architecture(variant: Variant) -> None:
+def test_compiles_for_every_architecture(variant: KernelSpec) -> None:
     made = compiled(variant)
     assert set(made) == set(kernels.ARCHITECTURES)
     for (major, minor), ptx in made.items():
@@ -77,7 +77,7 @@ def test_compiles_for_every_architecture(variant: Variant) -> None:
         assert "__local_depot" not in ptx
         assert not re.search(r"^\s*call", ptx, re.MULTILINE)
         loads = set(re.findall(r"ld\.global\.nc(?:\.v\d)?\.\w+", ptx))
-        if isinstance(variant, Window):
+        if isinstance(variant, WindowSpec):
             assert _widest(variant) in loads
     if kernels.tool("ptxas") is None:
         pytest.skip("PTX is right; no ptxas here to assemble it with")
@@ -87,7 +87,7 @@ def test_compiles_for_every_architecture(variant: Variant) -> None:
     assert all(each.shared <= 48 * 1024 for each in usage.values()), usage
 
 
-def _widest(variant: Window) -> str:
+def _widest(variant: WindowSpec) -> str:
     """The load of as many elements as a tile can take at once, on maps of 56 columns or 28 and 256 channels."""
     lanes = 4 if variant.channels_last else min(4, variant.columns * variant.stencil.step_in)
     words = {"float64": (lanes, "b64"), "float32": (lanes, "b32")}.get(variant.dtype, (lanes // 2, "b32"))
@@ -101,7 +101,7 @@ def test_cases_are_all_there() -> None:
 
 
 def test_any_two_traits_meet_in_a_usual_case() -> None:
-    small = [variant for variant in CASES if isinstance(variant, Window | FilterGradients) and variant.size == 3]
+    small = [variant for variant in CASES if isinstance(variant, WindowSpec | GradFiltersSpec) and variant.size == 3]
     for first, second in itertools.combinations(range(4), 2):
         pairs = {(traits(variant)[first], traits(variant)[second]) for variant in small}
         assert {(traits(each)[first], traits(each)[second]) for each in small if usual(each)} == pairs
@@ -115,7 +115,7 @@ def test_the_loop_of_the_forward_kernel() -> None:
     """18 instructions an element are the arithmetic; the rest stays below ten (docs/kernels.md)."""
     for variant in CASES:
         if kernels.label(variant) in ("forward_k3s1p1d1_contiguous_float32", "forward_k3s1p1d1_channels_last_float32"):
-            assert isinstance(variant, Window)
+            assert isinstance(variant, WindowSpec)
             count = kernels.loop_instructions(compiled(variant)[9, 0], (9, 0))
             arithmetic = count["FMUL"] + count["FFMA"]
             assert arithmetic == 18 * kernels.elements(variant)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import importlib.util
 import logging
 import os
@@ -17,13 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from ddf_convert import cuda, ops, reference
+from ddf_convert import cuda, reference
 from ddf_convert.cuda import dispatch
 from ddf_convert.cuda.codegen import ptx as compiler
-from ddf_convert.cuda.kernel_spec import Norm
+from ddf_convert.cuda.kernel_spec import FilterNormSpec
+from ddf_convert.ops.registration import BACKENDS
 from ddf_convert.utils import logging as notices
 
-VARIANT = Norm("float32", False, gradient=False)
+VARIANT = FilterNormSpec("float32", False, gradient=False)
 SM90 = (9, 0)
 
 
@@ -39,7 +41,7 @@ def compilations(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The kernels that were compiled; a stand-in compiles them at once."""
     made: list[str] = []
 
-    def stand_in(variant: Norm, capability: tuple[int, int]) -> str:
+    def stand_in(variant: FilterNormSpec, capability: tuple[int, int]) -> str:
         made.append(variant.name)
         return f".visible .entry kernel() // {variant.name} {capability}\n"
 
@@ -57,7 +59,11 @@ def test_compiled_once(folder: Path, compilations: list[str]) -> None:
 
 
 def test_what_the_key_holds(folder: Path, compilations: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    for variant in (VARIANT, Norm("float16", False, gradient=False), Norm("float32", False, gradient=True)):
+    for variant in (
+        VARIANT,
+        FilterNormSpec("float16", False, gradient=False),
+        FilterNormSpec("float32", False, gradient=True),
+    ):
         for capability in (SM90, (8, 0)):
             compiler.ptx(variant, capability)
     assert len(compilations) == len(list(folder.iterdir())) == 6
@@ -141,11 +147,11 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 def test_two_processes_at_once_and_a_third_later(tmp_path: Path) -> None:
     code = """
         from ddf_convert.cuda.codegen import ptx as compiler
-        from ddf_convert.cuda.kernel_spec import Norm
+        from ddf_convert.cuda.kernel_spec import FilterNormSpec
         made = []
         compile_ptx = compiler.compile_ptx
         compiler.compile_ptx = lambda *arguments: made.append(1) or compile_ptx(*arguments)
-        text = compiler.ptx(Norm("float32", False, gradient=False), (9, 0))
+        text = compiler.ptx(FilterNormSpec("float32", False, gradient=False), (9, 0))
         print(len(made), compiler.entry(text) in text, ".target sm_90" in text)
     """
     environment = {**os.environ, "NUMBA_CACHE_DIR": str(tmp_path)}
@@ -167,9 +173,9 @@ def test_compiles_where_numpy_has_no_row_stack() -> None:
         if hasattr(numpy, "row_stack"):
             del numpy.row_stack
         from ddf_convert.cuda.codegen import ptx as compiler
-        from ddf_convert.cuda.kernel_spec import Norm
+        from ddf_convert.cuda.kernel_spec import FilterNormSpec
         for _ in range(2):
-            print(".target sm_90" in compiler.compile_ptx(Norm("float32", False, gradient=False), (9, 0)))
+            print(".target sm_90" in compiler.compile_ptx(FilterNormSpec("float32", False, gradient=False), (9, 0)))
             print(hasattr(numpy, "row_stack"))
     """)
     assert result.stdout.split() == ["True", "False"] * 2, result.stderr
@@ -221,7 +227,7 @@ def test_without_a_home(
     notices._told.clear()
     with caplog.at_level(logging.WARNING, "ddf_convert"):
         assert compiler.ptx(VARIANT, SM90) == compiler.ptx(VARIANT, SM90)
-        compiler.ptx(Norm("float16", False, gradient=False), SM90)
+        compiler.ptx(FilterNormSpec("float16", False, gradient=False), SM90)
     assert len(compilations) == 3
     assert list(tmp_path.iterdir()) == []
     (record,) = caplog.records
@@ -252,10 +258,10 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(dispatch, "_try", lambda device: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
-    dispatch._found.clear()
+    dispatch._reasons.clear()
     notices._told.clear()
     yield
-    dispatch._found.clear()
+    dispatch._reasons.clear()
 
 
 @pytest.mark.usefixtures("gpu")
@@ -267,7 +273,7 @@ def test_usable() -> None:
 @pytest.mark.usefixtures("gpu")
 def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     def reason() -> str:
-        dispatch._found.clear()
+        dispatch._reasons.clear()
         return cuda.unusable(GPU) or ""
 
     def refuse(device: torch.device) -> None:
@@ -416,10 +422,11 @@ def test_one_warning_and_the_reference(monkeypatch: pytest.MonkeyPatch, caplog: 
     monkeypatch.setattr(cuda, "usable", lambda tensor: usable(OnGPU()))  # type: ignore[arg-type]
 
     def call() -> Tensor:
-        return ops._forward_cuda(*made, 1, 1, 1, "mul")
+        operator = importlib.import_module("ddf_convert.ops.ddf")
+        return operator._forward(BACKENDS["CUDA"], *made, 1, 1, 1, "mul")
 
     with caplog.at_level(logging.WARNING, "ddf_convert"):
-        torch.testing.assert_close(call(), reference.forward(*made, 1, 1, 1, "mul"))
+        torch.testing.assert_close(call(), reference.forward(*made, reference.Geometry(padding=1)))
         call()
     (record,) = caplog.records
     assert "slower PyTorch reference: something is missing: pip install it" in record.message

@@ -209,7 +209,7 @@ def test_tiles_meet_every_pair_of_the_definition_once(places: int) -> None:
             continue
         expected = pairs(*geometry, length)
         for gradient in (False, True):
-            made = (kernel_spec.grad_input if gradient else kernel_spec.forward)(*geometry)
+            made = (kernel_spec.grad_input_stencil if gradient else kernel_spec.forward_stencil)(*geometry)
             targets, sources = (length, outputs) if gradient else (outputs, length)
             across = math.ceil(targets / made.step_out)
             found = [
@@ -229,7 +229,7 @@ def test_tiles_meet_every_pair_of_the_definition_once(places: int) -> None:
 
 def test_uses_name_the_place_that_owns_the_target() -> None:
     for geometry in GEOMETRIES:
-        for make in (kernel_spec.forward, kernel_spec.grad_input):
+        for make in (kernel_spec.forward_stencil, kernel_spec.grad_input_stencil):
             made = make(*geometry)
             for uses in made.uses(4).values():
                 for place, target, tap in uses:

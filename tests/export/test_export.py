@@ -172,8 +172,7 @@ class Calls(nn.Module):
     def forward(self, tensors):
         outputs = []
         for (name, options), each in zip(self.cases.items(), tensors, strict=True):
-            call = partial(ddf.ops.ddf_normalized, scale=0.5) if "normalized" in name else ddf.ops.ddf
-            outputs.append(call(*each, **options))
+            outputs.append(ddf.ops.ddf(*each, **options, norm_scale=0.5 if "normalized" in name else None))
         return outputs
 
 
@@ -196,8 +195,8 @@ def test_translations_are_the_operators(tmp_path):
     assert_near(outputs, model(tensors))
     plain = standard.decompositions()
     for name, (options, each) in made.items():
-        operator, scale = ("ddf_normalized", [0.5]) if "normalized" in name else ("ddf", [])
-        decomposed = plain[getattr(torch.ops.ddf_convert, operator).default](*each, *scale, *options.values())
+        scale = 0.5 if "normalized" in name else None
+        decomposed = plain[torch.ops.ddf_convert.ddf.default](*each, *options.values(), scale)
         assert_near(decomposed, outputs[list(made).index(name)])
 
 

@@ -35,15 +35,18 @@ def _seed() -> None:
 
 
 def by_reference(input: Tensor, channel: Tensor, spatial: Tensor, **options: Any) -> Tensor:
-    ordered = (1, options["padding"], options["dilation"], options["combine"], options["upscale_factor"])
-    return reference.forward(input, channel, spatial, *ordered)
+    return reference.forward(input, channel, spatial, reference.Geometry(**options))
 
 
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets layers decide as they would for CUDA tensors; plain DDF is then an error where FilterNorm goes inside."""
     on_cuda = SimpleNamespace(is_cuda=True)
     monkeypatch.setattr(up_module, "normalizes_inside", lambda branch, input: normalizes_inside(branch, on_cuda))
-    monkeypatch.setattr(up_module, "ddf", None)
+
+    def normalized_ddf(*tensors: Tensor, norm_scale: float, **options: Any) -> Tensor:
+        return ops.ddf(*tensors, norm_scale=norm_scale, **options)
+
+    monkeypatch.setattr(up_module, "ddf", normalized_ddf)
 
 
 def watched(layer: DDFUp2d) -> DDFUp2d:

@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from timm.layers import Conv2dSame
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddf_convert import reference
+from ddf_convert import ops, reference
 from ddf_convert.layers import ChannelBranch, ChannelFilterNorm, DDF2d, DDFConv2d, DDFUp2d, SpatialFilterNorm, branches
 from ddf_convert.layers import ddf as ddf_module
 from ddf_convert.layers.ddf import normalizes_inside
@@ -33,14 +34,18 @@ def _seed() -> None:
 
 
 def by_reference(input: Tensor, channel: Tensor, spatial: Tensor, **options: object) -> Tensor:
-    return reference.forward(input, channel, spatial, *(options[name] for name in options))  # type: ignore[arg-type]
+    return reference.forward(input, channel, spatial, reference.Geometry(**options))  # type: ignore[arg-type]
 
 
 def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
     """Lets layers decide as they would for CUDA tensors; plain DDF is then an error where FilterNorm goes inside."""
     on_cuda = SimpleNamespace(is_cuda=True)
     monkeypatch.setattr(ddf_module, "normalizes_inside", lambda branch, input: normalizes_inside(branch, on_cuda))
-    monkeypatch.setattr(ddf_module, "ddf", None)
+
+    def normalized_ddf(*tensors: Tensor, norm_scale: float, **options: Any) -> Tensor:
+        return ops.ddf(*tensors, norm_scale=norm_scale, **options)
+
+    monkeypatch.setattr(ddf_module, "ddf", normalized_ddf)
 
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -154,7 +159,7 @@ def test_same_padding_is_tensorflows() -> None:
         nn.functional.conv2d(input[:, :, 1:, 1:], *layer.spatial_branch[0].parameters(), 2)
     )
     padded = nn.functional.pad(input, (0, 1, 0, 1))
-    torch.testing.assert_close(layer(input), reference.forward(padded, channel, spatial, 2, 0, 1, "mul"))
+    torch.testing.assert_close(layer(input), reference.forward(padded, channel, spatial, reference.Geometry(stride=2)))
     assert not torch.allclose(layer(input), bare(input))
 
 
@@ -164,7 +169,7 @@ def test_padding_modes(mode: str) -> None:
     zeros.load_state_dict(layer.state_dict())
     input = torch.randn(1, 4, 6, 7)
     padded = nn.functional.pad(input, (1, 1, 1, 1), mode=mode)
-    expected = reference.forward(padded, layer.channel_branch(input), layer.spatial_branch(input), 1, 0, 1, "mul")
+    expected = reference.forward(padded, layer.channel_branch(input), layer.spatial_branch(input), reference.Geometry())
     torch.testing.assert_close(layer(input), expected)
     torch.testing.assert_close(layer(input)[:, :, 1:-1, 1:-1], zeros(input)[:, :, 1:-1, 1:-1])
 
@@ -412,7 +417,8 @@ def test_compiles_and_exports_with_the_shortcuts(monkeypatch: pytest.MonkeyPatch
     ):
         torch.testing.assert_close(ours, eager)
     exported = torch.export.export(layer, (input,))
-    assert torch.ops.ddf_convert.ddf_normalized.default in [node.target for node in exported.graph.nodes]
+    (call,) = [node for node in exported.graph.nodes if node.target is torch.ops.ddf_convert.ddf.default]
+    assert call.args[-1] == layer.spatial_branch[1].scale
     torch.testing.assert_close(exported.module()(input), layer(input))
     layer.spatial_branch[1].register_forward_hook(lambda module, inputs, output: 2 * output)
     monkeypatch.undo()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -15,7 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import ddf_convert
 from ddf_convert import ops, reference
-from ddf_convert.ops import filter_norm
+from ddf_convert.ops.registration import BACKENDS
+from ddf_convert.reference import Geometry
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -52,21 +54,20 @@ def _seed() -> None:
 TOLERANCES = {torch.float64: 1e-13, torch.float32: 2e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 
-def assert_like_reference(made: list[Tensor], options: tuple[Any, ...]) -> None:
-    *geometry, upscale = options if len(options) == 5 else (*options, 1)
-    output = torch.ops.ddf_convert.ddf(*made, *options)
+def assert_like_reference(made: list[Tensor], geometry: Geometry) -> None:
+    output = torch.ops.ddf_convert.ddf(*made, *geometry)
     layout = ops.memory_format(made[0])
     grad = torch.randn(output.shape).to(output.dtype, memory_format=layout)
-    gradients = torch.ops.ddf_convert.ddf_backward(grad, *made, *geometry, [True] * 3, upscale)
+    gradients = torch.ops.ddf_convert.ddf_backward(grad, *made, [True] * 3, *geometry)
     for map in (output, gradients[0], gradients[2]):
         assert map.is_contiguous(memory_format=layout)
     exact = [tensor.double() for tensor in made]
-    expected = [reference.forward(*exact, *options)]
-    expected += reference.backward(grad.double(), *exact, *geometry, (True, True, True), upscale)
+    expected = [reference.forward(*exact, geometry)]
+    expected += reference.backward(grad.double(), *exact, geometry, (True, True, True))
     for ours, theirs in zip((output, *gradients), expected, strict=True):
         assert ours.dtype == made[0].dtype
         error = (ours.double() - theirs).norm() / theirs.norm().clamp_min(1e-3)
-        assert error <= TOLERANCES[ours.dtype], (float(error), options, [tuple(tensor.shape) for tensor in made])
+        assert error <= TOLERANCES[ours.dtype], (float(error), geometry, [tuple(tensor.shape) for tensor in made])
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -82,7 +83,7 @@ def test_cpu_kernels_match_the_reference(size: int, dtype: torch.dtype, layout: 
         for padding in {dilation * (size - 1) // 2, 0, size}:
             if min(ops.output_size(side, size, stride, padding, dilation) for side in shape) > 0:
                 made = tensors(size, stride, padding, dilation, heads, (2, channels, *shape), dtype, layout)
-                assert_like_reference(made, (stride, padding, dilation, combine))
+                assert_like_reference(made, Geometry(stride, padding, dilation, combine))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -95,7 +96,7 @@ def test_cpu_kernels_match_the_reference_at_real_sizes(combine: str, layout: str
         ((1, 240, 5, 400), 1, 1),
     ):
         made = tensors(3, stride, 1, 1, heads, shape, torch.float32, layout)
-        assert_like_reference(made, (stride, 1, 1, combine))
+        assert_like_reference(made, Geometry(stride, 1, 1, combine))
 
 
 # (size, upscale, stride, padding, dilation, heads, shape)
@@ -115,7 +116,7 @@ UPSCALED = [
 def test_upscaling_cpu_kernels_match_the_reference(dtype: torch.dtype, layout: str) -> None:
     for number, (size, upscale, stride, padding, dilation, heads, shape) in enumerate(UPSCALED):
         made = tensors(size, stride, padding, dilation, heads, shape, dtype, layout, upscale=upscale)
-        assert_like_reference(made, (stride, padding, dilation, ("mul", "add")[number % 2], upscale))
+        assert_like_reference(made, Geometry(stride, padding, dilation, ("mul", "add")[number % 2], upscale))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -142,7 +143,7 @@ def test_upscaling_has_gradients_to_any_order(combine: str, layout: str) -> None
     assert gradgradcheck(call, made)
 
     def normalized(*tensors: Tensor) -> Tensor:
-        return ops.ddf_normalized(*tensors, scale=0.7, padding=1, combine=combine, upscale_factor=2)
+        return ops.ddf(*tensors, norm_scale=0.7, padding=1, combine=combine, upscale_factor=2)
 
     assert gradcheck(normalized, made, fast_mode=True)
 
@@ -155,11 +156,11 @@ def test_upscaling_passes_opcheck(dtype: torch.dtype, layout: str) -> None:
     options = (1, 1, 1, "mul")
     for operator, arguments in (
         (torch.ops.ddf_convert.ddf, (*made, *options, 2)),
-        (torch.ops.ddf_convert.ddf_normalized, (*made, 0.7, *options, 2)),
+        (torch.ops.ddf_convert.ddf, (*made, *options, 2, 0.7)),
     ):
         assert set(torch.library.opcheck(operator, arguments, **tolerance).values()) == {"SUCCESS"}
     grad = torch.randn_like(torch.ops.ddf_convert.ddf(*made, *options, 2).detach()).requires_grad_()
-    arguments = (grad, *made, *options, [True, False, True], 2)
+    arguments = (grad, *made, [True, False, True], *options, 2)
     results = torch.library.opcheck(torch.ops.ddf_convert.ddf_backward, arguments, **tolerance)
     assert set(results.values()) == {"SUCCESS"}
 
@@ -200,7 +201,7 @@ def test_opcheck(combine: str, stride: int, dilation: int, heads: int, dtype: to
     assert set(torch.library.opcheck(torch.ops.ddf_convert.ddf, (*made, *options), **tolerance).values()) == {"SUCCESS"}
     grad = torch.randn_like(torch.ops.ddf_convert.ddf(*made, *options).detach()).requires_grad_()
     for needs in ([True, True, True], [True, False, False], [False, True, False]):
-        arguments = (grad, *made, *options, needs)
+        arguments = (grad, *made, needs, *options)
         results = torch.library.opcheck(torch.ops.ddf_convert.ddf_backward, arguments, **tolerance)
         assert set(results.values()) == {"SUCCESS"}
 
@@ -244,7 +245,7 @@ def test_flop_counter_counts_the_taps(normalized: bool) -> None:
     made = tensors(5, 2, 2, 1, 2, (2, 8, 9, 11), grad=True)
     with FlopCounterMode(display=False) as counter:
         if normalized:
-            output = torch.ops.ddf_convert.ddf_normalized(*made, 0.5, 2, 2, 1, "mul")
+            output = torch.ops.ddf_convert.ddf(*made, 2, 2, 1, "mul", 1, 0.5)
         else:
             output = torch.ops.ddf_convert.ddf(*made, 2, 2, 1, "mul")
     assert counter.get_total_flops() == 2 * 25 * output.numel()
@@ -269,7 +270,7 @@ def test_keeps_the_memory_format(layout: str, dtype: torch.dtype) -> None:
 def test_unusual_shapes(shape: tuple[int, int, int, int], layout: str) -> None:
     made = tensors(shape=shape, layout=layout, grad=True)
     output = ops.ddf(*made, padding=1)
-    torch.testing.assert_close(output, reference.forward(*made, 1, 1, 1, "mul"))
+    torch.testing.assert_close(output, reference.forward(*made, Geometry(padding=1)))
     output.sum().backward()
     assert [tensor.grad.shape for tensor in made if tensor.grad is not None] == [tensor.shape for tensor in made]
 
@@ -286,8 +287,8 @@ def test_strided_and_expanded_inputs() -> None:
         plain = [tensor.contiguous() for tensor in made]
         torch.testing.assert_close(ops.ddf(*made, padding=1), ops.ddf(*plain, padding=1))
         grad = torch.ones(1, dtype=torch.float64).expand(made[0].shape)  # as sum() gives it
-        gradients = torch.ops.ddf_convert.ddf_backward(grad, *made, 1, 1, 1, "mul", [True] * 3)
-        expected = reference.backward(grad, *plain, 1, 1, 1, "mul", (True,) * 3)
+        gradients = torch.ops.ddf_convert.ddf_backward(grad, *made, [True] * 3, 1, 1, 1, "mul")
+        expected = reference.backward(grad, *plain, Geometry(padding=1), (True,) * 3)
         for ours, theirs in zip(gradients, expected, strict=True):
             torch.testing.assert_close(ours, theirs)
 
@@ -301,7 +302,7 @@ def test_gradients_only_where_needed(needed: int) -> None:
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
         def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             if function is torch.ops.ddf_convert.ddf_backward.default:
-                calls.append(args[-1])
+                calls.append(args[4])
             return function(*args, **(kwargs or {}))
 
     with Watch():
@@ -310,7 +311,7 @@ def test_gradients_only_where_needed(needed: int) -> None:
     assert [tensor.grad is not None for tensor in made] == calls[0]
 
 
-@pytest.mark.parametrize("operator", ["ddf", "ddf_backward", "ddf_normalized", "filter_norm", "filter_norm_backward"])
+@pytest.mark.parametrize("operator", ["ddf", "ddf_backward", "filter_norm", "filter_norm_backward"])
 def test_other_devices_take_the_reference(operator: str) -> None:
     table = torch._C._dispatch_dump_table(f"ddf_convert::{operator}")
     kinds = dict(line.split(":", 1) for line in table.splitlines())
@@ -357,21 +358,21 @@ def test_wrong_arguments_are_refused(
 def test_wrong_gradient_is_refused() -> None:
     made = tensors()
     with pytest.raises(ValueError, match="grad_output must be"):
-        torch.ops.ddf_convert.ddf_backward(torch.randn(2, 8, 6, 9).double(), *made, 1, 1, 1, "mul", [True] * 3)
+        torch.ops.ddf_convert.ddf_backward(torch.randn(2, 8, 6, 9).double(), *made, [True] * 3, 1, 1, 1, "mul")
 
 
 # --- FilterNorm, and DDF with FilterNorm inside -----------------------------------------------------------------------
 
 
-def assert_normalized_like_its_parts(made: list[Tensor], options: tuple[Any, ...]) -> None:
+def assert_normalized_like_its_parts(made: list[Tensor], geometry: Geometry) -> None:
     """Forward and backward against FilterNorm and DDF in float64."""
     made = [tensor.detach().requires_grad_() for tensor in made]
-    output = torch.ops.ddf_convert.ddf_normalized(*made, 0.7, *options)
+    output = torch.ops.ddf_convert.ddf(*made, *geometry, 0.7)
     grad = torch.randn(output.shape).to(output.dtype)
     gradients = torch.autograd.grad(output, made, grad)
     exact = [tensor.detach().double().requires_grad_() for tensor in made]
     normalized = reference.filter_norm(exact[2], made[1].shape[-1] ** 2, 0.7)
-    whole = reference.forward(*exact[:2], normalized, *options)
+    whole = reference.forward(*exact[:2], normalized, geometry)
     expected = (whole, *torch.autograd.grad(whole, exact, grad.double()))
     for ours, theirs in zip((output, *gradients), expected, strict=True):
         assert ours.dtype == made[0].dtype
@@ -386,15 +387,15 @@ def test_normalized_is_filter_norm_and_ddf(size: int, dtype: torch.dtype, layout
     for combine, stride, dilation, heads in (("mul", 1, 1, 1), ("add", 2, 1, 2), ("mul", 1, 2, 4)):
         padding = dilation * (size - 1) // 2
         made = tensors(size, stride, padding, dilation, heads, (2, 8, 9, 11), dtype, layout)
-        assert_normalized_like_its_parts(made, (stride, padding, dilation, combine))
+        assert_normalized_like_its_parts(made, Geometry(stride, padding, dilation, combine))
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_reference_does_not_round_normalized_filters(dtype: torch.dtype) -> None:
     made = tensors(dtype=dtype)
     exact = [tensor.double() for tensor in made]
-    expected = reference.forward(*exact[:2], reference.filter_norm(exact[2], 9, 0.7), 1, 1, 1, "mul")
-    output = ops._normalized_reference(*made, 0.7, 1, 1, 1, "mul")
+    expected = reference.forward(*exact[:2], reference.filter_norm(exact[2], 9, 0.7), Geometry(padding=1))
+    output = reference.forward(*made, Geometry(padding=1), norm_scale=0.7)
     assert output.dtype == dtype
     assert torch.equal(output, expected.to(dtype))
 
@@ -406,7 +407,7 @@ def test_normalized_gradients(size: int, combine: str, layout: str) -> None:
     made = tensors(size, 1, size // 2, 1, 2, (1, 4, 3, 4), layout=layout, grad=True)
 
     def call(*tensors: Tensor) -> Tensor:
-        return ops.ddf_normalized(*tensors, scale=0.7, padding=size // 2, combine=combine)
+        return ops.ddf(*tensors, norm_scale=0.7, padding=size // 2, combine=combine)
 
     assert gradcheck(call, made)
     assert gradgradcheck(call, made, fast_mode=size == 5)
@@ -451,14 +452,14 @@ def test_opcheck_of_filter_norm_and_normalized(dtype: torch.dtype, layout: str) 
     for operator, arguments in (
         (torch.ops.ddf_convert.filter_norm, (made[2], 9, 0.7)),
         (torch.ops.ddf_convert.filter_norm_backward, (grad, made[2], 9, 0.7)),
-        (torch.ops.ddf_convert.ddf_normalized, (*made, 0.7, 1, 1, 1, "add")),
+        (torch.ops.ddf_convert.ddf, (*made, 1, 1, 1, "add", 1, 0.7)),
     ):
         assert set(torch.library.opcheck(operator, arguments, **tolerance).values()) == {"SUCCESS"}
 
 
 def test_normalized_compiles_whole() -> None:
     def call(input: Tensor, channel: Tensor, spatial: Tensor) -> Tensor:
-        return ops.ddf_normalized(input.relu(), channel, spatial * 3, scale=0.7, padding=1) * 2
+        return ops.ddf(input.relu(), channel, spatial * 3, norm_scale=0.7, padding=1) * 2
 
     made = tensors(dtype=torch.float32, layout="channels_last", grad=True)
     eager, ours = call(*made), torch.compile(call, fullgraph=True)(*made)
@@ -473,8 +474,8 @@ def test_normalized_compiles_whole() -> None:
 def test_normalized_under_autocast() -> None:
     made = tensors(dtype=torch.float32, grad=True)
     with torch.autocast("cpu", torch.bfloat16):
-        output = ops.ddf_normalized(made[0], made[1], made[2].bfloat16(), scale=0.7, padding=1)
-        exact = ops.ddf_normalized(*(tensor.double() for tensor in made), scale=0.7, padding=1)
+        output = ops.ddf(made[0], made[1], made[2].bfloat16(), norm_scale=0.7, padding=1)
+        exact = ops.ddf(*(tensor.double() for tensor in made), norm_scale=0.7, padding=1)
     assert (output.dtype, exact.dtype) == (torch.bfloat16, torch.float64)
     assert (output.double() - exact).norm() <= 4 * torch.finfo(
         torch.bfloat16
@@ -486,7 +487,7 @@ def test_normalized_under_autocast() -> None:
 def test_normalized_gradients_only_where_needed() -> None:
     made = tensors()
     made[0].requires_grad_()
-    ops.ddf_normalized(*made, scale=0.7, padding=1).sum().backward()
+    ops.ddf(*made, norm_scale=0.7, padding=1).sum().backward()
     assert [tensor.grad is not None for tensor in made] == [True, False, False]
 
 
@@ -506,9 +507,9 @@ def test_wrong_filters_are_refused(filters: Tensor, taps: int, error: type[Excep
 
 def test_normalized_refuses_what_its_parts_refuse() -> None:
     with pytest.raises(ValueError, match="2 taps or more"):
-        ops.ddf_normalized(*tensors(1, padding=0), scale=1.0)
+        ops.ddf(*tensors(1, padding=0), norm_scale=1.0)
     with pytest.raises(ValueError, match="combine must be"):
-        ops.ddf_normalized(*tensors(), scale=1.0, padding=1, combine="max")
+        ops.ddf(*tensors(), norm_scale=1.0, padding=1, combine="max")
     with pytest.raises(ValueError, match="grad_output must be"):
         torch.ops.ddf_convert.filter_norm_backward(torch.randn(2, 9, 3, 4), torch.randn(2, 9, 3, 3), 9, 1.0)
 
@@ -525,18 +526,18 @@ def samples(upscale: int = 1, count: int = 3) -> list[Tensor]:
 
 def the_operators(combine: str, upscale: int) -> dict[str, Any]:
     """Every operator as a function of (input, channel_filter, spatial_filter, gradient of the output)."""
-    options = (1, 1, 1, combine)
+    options = (1, 1, 1, combine, upscale)
 
     def backward(needs: list[bool]) -> Any:
         def call(input: Tensor, channel: Tensor, spatial: Tensor, grad: Tensor) -> tuple[Tensor, ...]:
-            gradients = torch.ops.ddf_convert.ddf_backward(grad, input, channel, spatial, *options, needs, upscale)
+            gradients = torch.ops.ddf_convert.ddf_backward(grad, input, channel, spatial, needs, *options)
             return tuple(gradient for gradient, needed in zip(gradients, needs, strict=True) if needed)
 
         return call
 
     return {
-        "ddf": lambda *made: torch.ops.ddf_convert.ddf(*made[:3], *options, upscale),
-        "ddf_normalized": lambda *made: torch.ops.ddf_convert.ddf_normalized(*made[:3], 0.7, *options, upscale),
+        "ddf": lambda *made: torch.ops.ddf_convert.ddf(*made[:3], *options),
+        "ddf, normalized": lambda *made: torch.ops.ddf_convert.ddf(*made[:3], *options, 0.7),
         "ddf_backward": backward([True] * 3),
         "ddf_backward, of some": backward([False, True, False]),
         "filter_norm": lambda *made: ops.filter_norm(made[2], 9, 0.7),
@@ -589,7 +590,7 @@ def test_vmap_of_vmap(layout: str) -> None:
     assert empty.shape == (3, 0, 4, 4, 5)
 
 
-@pytest.mark.parametrize("name", ["ddf", "ddf_normalized", "filter_norm"])
+@pytest.mark.parametrize("name", ["ddf", "ddf, normalized", "filter_norm"])
 @pytest.mark.parametrize(("combine", "upscale"), [("mul", 1), ("add", 2)])
 def test_gradients_of_samples_are_those_of_a_loop(combine: str, upscale: int, name: str) -> None:
     call, made = the_operators(combine, upscale)[name], samples(upscale)
@@ -621,11 +622,13 @@ def test_jacobians_by_torch_func() -> None:
         torch.testing.assert_close(torch.func.jacrev(call, place)(*made), expected)
 
 
-@pytest.mark.parametrize("name", ["ddf", "ddf_normalized", "filter_norm"])
+@pytest.mark.parametrize("name", ["ddf", "ddf, normalized", "filter_norm"])
 def test_forward_mode_is_refused_and_not_zero(name: str) -> None:
     made = [*tensors(heads=2, shape=(2, 4, 4, 5)), torch.empty(0)]
     call = the_operators("mul", 1)[name]
-    with pytest.raises(NotImplementedError, match=f"ddf_convert::{name} has no forward-mode derivative.*jacrev"):
+    with pytest.raises(
+        NotImplementedError, match=f"ddf_convert::{name.partition(',')[0]} has no forward-mode derivative.*jacrev"
+    ):
         torch.func.jvp(lambda spatial: call(*made[:2], spatial), (made[2],), (made[2],))
     with torch.autograd.forward_ad.dual_level():  # which alone changes nothing
         torch.testing.assert_close(call(*made), call(*[tensor.clone() for tensor in made]))
@@ -659,27 +662,21 @@ class Kernels(ModuleType):
     def usable(self, tensor: Tensor) -> bool:
         return self.runs
 
-    def forward(self, input: Tensor, channel: Tensor, spatial: Tensor, *rest: Any) -> Tensor:
-        *options, layout, scale = rest
-        self.calls.append(("forward", *options, layout, scale))
-        if scale is not None:
-            spatial = reference.filter_norm(spatial, channel.shape[-1] ** 2, scale)
-        return reference.forward(input, channel, spatial, *options)
+    def __getattr__(self, name: str) -> Any:
+        if name not in ("forward", "backward", "filter_norm", "filter_norm_backward"):
+            raise AttributeError(name)
 
-    def backward(self, *arguments: Any) -> tuple[Tensor, ...]:
-        *tensors, _, upscale = arguments
-        self.calls.append(("backward", *arguments[4:]))
-        return tuple(torch.empty(0) if grad is None else grad for grad in reference.backward(*tensors, upscale))
+        def call(*arguments: Any) -> Any:
+            self.calls.append((name, *(each for each in arguments if not isinstance(each, Tensor))))
+            return getattr(reference, name)(*arguments)
 
-    def filter_norm(self, filters: Tensor, taps: int, scale: float, layout: torch.memory_format) -> Tensor:
-        self.calls.append(("filter_norm", taps, scale, layout))
-        return reference.filter_norm(filters, taps, scale)
+        return call
 
-    def filter_norm_backward(
-        self, grad: Tensor, filters: Tensor, taps: int, scale: float, layout: torch.memory_format
-    ) -> Tensor:
-        self.calls.append(("filter_norm_backward", taps, scale, layout))
-        return reference.filter_norm_backward(grad, filters, taps, scale)
+
+def on_cuda(operator: str) -> Any:
+    """What torch calls for CUDA tensors; its arguments may be on the CPU here."""
+    module = sys.modules["ddf_convert.ops.filter_norm" if "norm" in operator else "ddf_convert.ops.ddf"]
+    return partial(module._backward if "backward" in operator else module._forward, BACKENDS["CUDA"])
 
 
 @pytest.mark.parametrize("runs", [True, False])
@@ -688,27 +685,30 @@ def test_cuda_tensors_go_to_the_kernels_that_can_run(runs: bool, monkeypatch: py
     monkeypatch.setitem(sys.modules, "ddf_convert.cuda", kernels)
     monkeypatch.setattr(ddf_convert, "cuda", kernels, raising=False)
     made = tensors(3, 2, 1, 1, 2, layout="channels_last")
-    options, layout = (2, 1, 1, "add"), torch.channels_last
+    geometry = Geometry(2, 1, 1, "add")
     grad, needs = torch.randn(2, 8, 4, 5).double(), [True, False, True]
     normalized = reference.filter_norm(made[2], 9, 0.7)
-    torch.testing.assert_close(ops._forward_cuda(*made, *options), reference.forward(*made, *options))
-    torch.testing.assert_close(
-        ops._normalized_cuda(*made, 0.7, *options), reference.forward(*made[:2], normalized, *options)
-    )
-    gradients = ops._backward_cuda(grad, *made, *options, needs)
-    for ours, theirs in zip(gradients, reference.backward(grad, *made, *options, tuple(needs)), strict=True):
-        torch.testing.assert_close(ours, torch.empty(0, dtype=ours.dtype) if theirs is None else theirs)
-    torch.testing.assert_close(filter_norm._forward_cuda(made[2], 9, 0.7), normalized)
-    torch.testing.assert_close(
-        filter_norm._backward_cuda(normalized, made[2], 9, 0.7),
-        reference.filter_norm_backward(normalized, made[2], 9, 0.7),
-    )
+    outputs = [
+        (on_cuda("ddf")(*made, *geometry), reference.forward(*made, geometry)),
+        (on_cuda("ddf")(*made, *geometry, 0.7), reference.forward(*made[:2], normalized, geometry)),
+        (on_cuda("filter_norm")(made[2], 9, 0.7), normalized),
+        (
+            on_cuda("filter_norm_backward")(normalized, made[2], 9, 0.7),
+            reference.filter_norm_backward(normalized, made[2], 9, 0.7),
+        ),
+    ]
+    gradients = on_cuda("ddf_backward")(grad, *made, needs, *geometry)
+    for ours, theirs in zip(gradients, reference.backward(grad, *made, geometry, tuple(needs)), strict=True):
+        outputs.append((ours, torch.empty(0, dtype=ours.dtype) if theirs is None else theirs))
+    for ours, theirs in outputs:
+        torch.testing.assert_close(ours, theirs)
+        assert ours.dim() < 4 or ours.is_contiguous(memory_format=torch.channels_last)
     expected = [
-        ("forward", *options, layout, None),
-        ("forward", *options, layout, 0.7),
-        ("backward", *options, tuple(needs), layout, 1),
-        ("filter_norm", 9, 0.7, layout),
-        ("filter_norm_backward", 9, 0.7, layout),
+        ("forward", geometry, None),
+        ("forward", geometry, 0.7),
+        ("filter_norm", 9, 0.7),
+        ("filter_norm_backward", 9, 0.7),
+        ("backward", geometry, tuple(needs)),
     ]
     assert kernels.calls == (expected if runs else [])
 
@@ -719,11 +719,11 @@ def test_arguments_are_checked_before_the_kernels(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(ddf_convert, "cuda", kernels, raising=False)
     made = tensors()
     for call in (
-        lambda: ops._forward_cuda(*made, 0, 1, 1, "mul"),
-        lambda: ops._normalized_cuda(*made, 0.7, 0, 1, 1, "mul"),
-        lambda: ops._backward_cuda(made[0][:1], *made, 1, 1, 1, "mul", [True] * 3),
-        lambda: filter_norm._forward_cuda(made[2], 7, 0.7),
-        lambda: filter_norm._backward_cuda(made[0], made[2], 9, 0.7),
+        lambda: on_cuda("ddf")(*made, 0, 1, 1, "mul"),
+        lambda: on_cuda("ddf")(*made, 0, 1, 1, "mul", 1, 0.7),
+        lambda: on_cuda("ddf_backward")(made[0][:1], *made, [True] * 3, 1, 1, 1, "mul"),
+        lambda: on_cuda("filter_norm")(made[2], 7, 0.7),
+        lambda: on_cuda("filter_norm_backward")(made[0], made[2], 9, 0.7),
     ):
         with pytest.raises(ValueError, match=r"ddf|filter_norm"):
             call()

@@ -21,11 +21,10 @@ import ddf_convert as ddf
 from ddf_convert import cli
 from ddf_convert.errors import UsageError
 from ddf_convert.layers import DDF2d, DDFConv2d
-from ddf_convert.recipes import factors
-from ddf_convert.recipes.batch_norm import BatchNorms
-from ddf_convert.recipes.calibrate import sample
+from ddf_convert.recipes import factorization
+from ddf_convert.recipes.calibrate import BatchNormCalibrator, sample_positions
 from ddf_convert.recipes.losses import Objective, divergence, relative_error
-from ddf_convert.recipes.pairs import Pair, pairs
+from ddf_convert.recipes.pairs import ConvPair, find_pairs
 from ddf_convert.recipes.parameters import learning_rate, trainable_names
 from ddf_convert.recipes.schema import Initialize, Losses, Stage
 
@@ -377,14 +376,14 @@ def test_dense_convolutions_get_the_best_factors(case):
     original, image = net.around(conv), torch.randn(1, 3, 8, 8)
     model = PRESERVE.convert(original, image, **ANY, **options)
     (layer,) = PRESERVE.initialize(model, original).layers
-    pair = pairs(model, original)[0]
+    pair = find_pairs(model, original)[0]
     weight = pair.weight()
     if pair.mix is None:
         kept = weight.diagonal(dim1=1, dim2=2).square().sum()
     else:
         kept = torch.linalg.svdvals(weight.transpose(1, 2))[..., 0].square().sum()
     assert layer.weight_error == pytest.approx((1 - kept / weight.square().sum()).clamp_min(0).sqrt().item(), abs=1e-6)
-    product = factors.best_for_weights(weight, pair.mix is not None).product()
+    product = factorization.factorize_weights(weight, pair.mix is not None).product()
     with torch.no_grad():
         conv.weight.copy_(product.reshape_as(conv.weight))
         torch.testing.assert_close(model(image), original(image), **far(torch.float32, original(image)))
@@ -457,7 +456,9 @@ def test_sampled_patches_are_what_the_convolution_sees():
         layer = DDFConv2d(5, 6, affine=True, **{**{"padding": 1, "stride": 1, "dilation": 1}, **options})
         images = torch.randn(2, 5, 11, 9)
         with torch.no_grad():
-            patches, outputs = sample(Pair("conv", "conv", conv, layer), images, conv(images), each=13, seed=1)
+            patches, outputs = sample_positions(
+                ConvPair("conv", "conv", conv, layer), images, conv(images), count=13, seed=1
+            )
         assert patches.shape == (26, 5, 9)
         made = patches.flatten(1) @ conv.weight.detach().flatten(1).T
         torch.testing.assert_close(made, outputs, **near(torch.float32, outputs, terms=9 * 5))
@@ -469,7 +470,7 @@ def test_alternating_least_squares_finds_what_is_there_to_find():
 
     def moments(weight):
         wanted = torch.einsum("goit,ngit->ngo", weight, patches)
-        return factors.Moments(
+        return factorization.Moments(
             torch.einsum("ngit,ngju->gitju", patches, patches) / len(patches),
             torch.einsum("ngo,ngit->goit", wanted, patches) / len(patches),
         )
@@ -478,11 +479,11 @@ def test_alternating_least_squares_finds_what_is_there_to_find():
         made, wanted = (torch.einsum("goit,ngit->ngo", each, patches) for each in (found.product(), weight))
         return ((made - wanted).square().sum() / wanted.square().sum()).sqrt().item()
 
-    truth = factors.best_for_weights(torch.randn(2, 6, 5, 9, dtype=torch.float64), True).product()
-    assert error(factors.best_for_moments(moments(truth), truth, True), truth) < 1e-6
+    truth = factorization.factorize_weights(torch.randn(2, 6, 5, 9, dtype=torch.float64), True).product()
+    assert error(factorization.factorize_moments(moments(truth), truth, True), truth) < 1e-6
     weight = torch.randn(2, 6, 5, 9, dtype=torch.float64)
-    preserved = error(factors.best_for_weights(weight, True), weight)
-    assert error(factors.best_for_moments(moments(weight), weight, True), weight) < 0.95 * preserved
+    preserved = error(factorization.factorize_weights(weight, True), weight)
+    assert error(factorization.factorize_moments(moments(weight), weight, True), weight) < 0.95 * preserved
 
 
 @pytest.mark.parametrize("mixing", ["dense", "never"])
@@ -538,9 +539,9 @@ def test_batch_norms_put_out_what_the_original_puts_out(own_statistics):
         model[0].weight.mul_(3)
         model[0].bias.add_(2)
     before = model[1].running_mean.clone()
-    norms = BatchNorms(model, original)
-    assert norms.adjust(batches, model[3], original[3]) == ["1"]
-    assert norms.adjust(batches) == ["4"]
+    norms = BatchNormCalibrator(model, original)
+    assert norms.calibrate(batches, model[3], original[3]) == ["1"]
+    assert norms.calibrate(batches) == ["4"]
     with torch.no_grad():
         images = torch.cat(batches)
         torch.testing.assert_close(model(images), original(images), rtol=0.05, atol=0.1)

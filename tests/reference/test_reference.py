@@ -38,11 +38,11 @@ def test_reference_is_the_definition(combine: str, size: int) -> None:
             torch.randn(shape, dtype=torch.float64, requires_grad=True)
             for shape in ((2, 8, 9, 11), (2, 8, size, size), (2, heads * size**2, rows, columns))
         ]
-        options = (stride, padding, dilation, combine)
-        expected = by_definition(*tensors, *options)
-        torch.testing.assert_close(reference.forward(*tensors, *options), expected)
+        geometry = reference.Geometry(stride, padding, dilation, combine)
+        expected = by_definition(*tensors, *geometry[:4])
+        torch.testing.assert_close(reference.forward(*tensors, geometry), expected)
         grad = torch.randn_like(expected)
-        gradients = reference.backward(grad, *tensors, *options, (True, True, True))
+        gradients = reference.backward(grad, *tensors, geometry, (True, True, True))
         for ours, theirs in zip(gradients, torch.autograd.grad(expected, tensors, grad), strict=True):
             torch.testing.assert_close(ours, theirs)
 
@@ -86,12 +86,12 @@ def test_special_cases_of_the_paper() -> None:
     input, channel = torch.randn(2, 6, 8, 8).double(), torch.randn(2, 6, 3, 3).double()
     ones = torch.ones(2, 9, 8, 8).double()
     # A spatial filter of ones: a depthwise convolution with weights of each image's own.
-    output = reference.forward(input, channel, ones, 1, 1, 1, "mul")
+    output = reference.forward(input, channel, ones, reference.Geometry(padding=1))
     for image in range(2):
         expected = F.conv2d(input[image : image + 1], channel[image, :, None], padding=1, groups=6)
         torch.testing.assert_close(output[image : image + 1], expected)
     # A channel filter of ones: every channel of a head sees the same filter at a pixel.
     spatial = torch.randn(2, 9, 8, 8).double()
     same = input[:, :1].expand(2, 6, 8, 8)
-    output = reference.forward(same, torch.ones_like(channel), spatial, 1, 1, 1, "mul")
+    output = reference.forward(same, torch.ones_like(channel), spatial, reference.Geometry(padding=1))
     torch.testing.assert_close(output, output[:, :1].expand_as(output))

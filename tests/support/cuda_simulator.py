@@ -173,7 +173,7 @@ def prepare() -> None:
     """Makes memory NaN before it is written, threads of a block take turns, and each kernel is written out once."""
     from numba.cuda.simulator import kernel, kernelapi
 
-    from ddf_convert.cuda.kernel_spec import Variant
+    from ddf_convert.cuda.kernel_spec import KernelSpec
 
     torch.use_deterministic_algorithms(True)  # with it, torch fills what it allocates with NaN
     torch.utils.deterministic.fill_uninitialized_memory = True  # type: ignore[attr-defined]
@@ -183,14 +183,14 @@ def prepare() -> None:
     kernelapi.np = _Numpy()
     kernel.BlockThread = _Thread
     kernel.BlockManager = _Block
-    write_out, written = Variant.build, {}
+    write_out, written = KernelSpec.build, {}
 
-    def build(variant: Variant, functions: dict[str, Any], compute: Any) -> Callable[..., None]:
+    def build(variant: KernelSpec, functions: dict[str, Any], compute: Any) -> Callable[..., None]:
         if variant not in written:  # it says what the functions and the type of sums are
             written[variant] = write_out(variant, functions, compute)
         return written[variant]
 
-    Variant.build = build
+    KernelSpec.build = build
 
 
 class _Numpy:
@@ -300,8 +300,8 @@ def _call(case: Case, layout: torch.memory_format) -> Iterator[Result]:
     from ddf_convert.reference.checks import output_size
 
     dtype = getattr(torch, case.dtype)
-    options = (case.stride, case.padding, case.dilation, case.combine)
-    rows, columns = (output_size(side, case.size, *options[:3]) for side in (case.height, case.width))
+    geometry = reference.Geometry(case.stride, case.padding, case.dilation, case.combine, case.upscale)
+    rows, columns = (output_size(side, case.size, *geometry[:3]) for side in (case.height, case.width))
 
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape).to(dtype, memory_format=layout)
@@ -314,12 +314,14 @@ def _call(case: Case, layout: torch.memory_format) -> Iterator[Result]:
     exact = [tensor.double() for tensor in (input, channel, spatial)]
     normalized = exact[2] if case.scale is None else reference.filter_norm(exact[2], case.size**2, case.scale)
 
-    output = dispatch.forward(input, channel, spatial, *options, layout, case.scale, upscale)
-    yield "output", output, reference.forward(*exact[:2], normalized, *options, upscale), dtype, True
-    gradients = dispatch.backward(grad, input, channel, spatial, *options, case.needs, layout, upscale)
-    expected = reference.backward(grad.double(), *exact, *options, case.needs, upscale)
+    output = dispatch.forward(input, channel, spatial, geometry, case.scale)
+    yield "output", output, reference.forward(*exact[:2], normalized, geometry), dtype, True
+    gradients = dispatch.backward(grad, input, channel, spatial, geometry, case.needs)
+    expected = reference.backward(grad.double(), *exact, geometry, case.needs)
     for name, made, wanted in zip(("grad_input", "grad_channel", "grad_spatial"), gradients, expected, strict=True):
-        yield name, made, torch.empty(0) if wanted is None else wanted, dtype, name != "grad_channel" and made.dim() > 1
+        assert (made is None) == (wanted is None)
+        if made is not None:
+            yield name, made, wanted, dtype, name != "grad_channel"
 
 
 def _norm(case: Norm, layout: torch.memory_format) -> Iterator[Result]:
@@ -331,11 +333,11 @@ def _norm(case: Norm, layout: torch.memory_format) -> Iterator[Result]:
     if case.equal:
         filters = filters[:, :1].expand(case.shape)
     filters, grad = (each.to(dtype, memory_format=layout) for each in (filters, torch.randn(case.shape)))
-    made = dispatch.filter_norm(filters, case.taps, 0.7, layout)
+    made = dispatch.filter_norm(filters, case.taps, 0.7)
     yield "normalized", made, reference.filter_norm(filters.double(), case.taps, 0.7), dtype, True
     if case.equal:
         return  # the gradient is 1e10 times that of the result: more than halves hold
-    made = dispatch.filter_norm_backward(grad, filters, case.taps, 0.7, layout)
+    made = dispatch.filter_norm_backward(grad, filters, case.taps, 0.7)
     exact = reference.filter_norm_backward(grad.double(), filters.double(), case.taps, 0.7)
     yield "gradient", made, exact, dtype, True
 

@@ -23,18 +23,26 @@ from torch import nn
 
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.recipes.schema import Augmentation
-from ddf_convert.training import dataset as images_module
+from ddf_convert.training import dataset as dataset_module
 from ddf_convert.training.dataloader import (
     ImageSettings,
     evaluation_loader,
     image_settings,
     make_transform,
     training_loader,
-    worker_death,
 )
-from ddf_convert.training.dataset import UNLABELLED, BrokenImage, Images, NoSuchSplit, as_rgb, held_out, open_images
-from ddf_convert.training.sampler import TrainingOrder, evaluation_order, permutation, seed_for, seeded
+from ddf_convert.training.dataset import (
+    NO_LABEL,
+    BrokenImageError,
+    ImageDataset,
+    MissingSplitError,
+    open_images,
+    random_split,
+)
+from ddf_convert.training.diagnostics import worker_death
+from ddf_convert.training.sampler import TrainingSampler, evaluation_indices, permutation, seed_for, seeded
 from ddf_convert.utils import logging
+from ddf_convert.utils.images import to_rgb
 from ddf_convert.utils.imports import call, find_callable
 
 SMALL = ImageSettings((3, 16, 16), crop_pct=1.0)
@@ -122,15 +130,15 @@ def test_seeded_draws_the_same_and_leaves_no_trace():
 
 
 def test_a_folder_of_classes(classes):
-    images = open_images(str(classes), "train", labelled=True)
+    images = open_images(str(classes), "train", labeled=True)
     assert images.classes == ("c1", "c2", "c10")  # in timm's order
     assert images.has_labels
     assert [images[index][1] for index in range(24)] == [0] * 8 + [1] * 8 + [2] * 8
     assert images[9][0].getpixel((0, 0)) == color(9)
     assert images.name(9).endswith("9.png")
-    assert len(open_images(str(classes), "validation", labelled=True, whole=True)) == 24
-    with pytest.raises(NoSuchSplit, match="no val/"):
-        open_images(str(classes), "validation", labelled=True)
+    assert len(open_images(str(classes), "validation", labeled=True, undivided=True)) == 24
+    with pytest.raises(MissingSplitError, match="no val/"):
+        open_images(str(classes), "validation", labeled=True)
 
 
 @pytest.mark.parametrize("name", ["val", "valid", "validation", "test"])
@@ -139,10 +147,10 @@ def test_a_folder_with_parts(tmp_path, name):
         for label in names:
             write_images(tmp_path / part / label, 2, ord(label))
     (tmp_path / "readme.txt").write_text("not an image")
-    images = open_images(str(tmp_path), "validation", labelled=True)
+    images = open_images(str(tmp_path), "validation", labeled=True)
     assert images.classes == ("a", "b", "c")  # those of train/, though one has no images here
     assert [images[index][1] for index in range(len(images))] == [1, 1, 2, 2]
-    assert len(open_images(str(tmp_path), "train", labelled=False)) == 6
+    assert len(open_images(str(tmp_path), "train", labeled=False)) == 6
 
 
 def test_a_folder_without_labels(classes, tmp_path):
@@ -151,11 +159,11 @@ def test_a_folder_without_labels(classes, tmp_path):
     write_images(tmp_path / ".thumbnails", 1)
     (tmp_path / "._10.png").write_bytes(b"of a Macintosh")
     for folder, count in ((tmp_path, 4), (classes, 24)):
-        images = open_images(str(folder), "train", labelled=False)
+        images = open_images(str(folder), "train", labeled=False)
         assert len(images) == count
         assert images.classes is None
         assert not images.has_labels
-        assert images[0][1] == UNLABELLED
+        assert images[0][1] == NO_LABEL
 
 
 def _one_class(folder: Path) -> None:
@@ -213,29 +221,31 @@ def test_images_beside_the_classes_are_told_of(classes, tmp_path, caplog):
     for name in ("a", "b"):
         write_images(tmp_path / name, 2)
     write_images(tmp_path, 3)
-    assert len(open_images(str(tmp_path), "train", labelled=True)) == 4
+    assert len(open_images(str(tmp_path), "train", labeled=True)) == 4
     assert "left out (3)" in caplog.text
 
 
-def test_held_out(classes):
-    images = open_images(str(classes), "train", labelled=True)
+def test_random_split(classes):
+    images = open_images(str(classes), "train", labeled=True)
     for options, count in (
         ({}, 2),
         ({"fraction": 0.5}, 12),
         ({"fraction": 0.5, "at_most": 5}, 5),
         ({"fraction": 0}, 1),
     ):
-        train, validation = held_out(images, **options)
+        train, validation = random_split(images, **options)
         names = [[part.name(index) for index in range(len(part))] for part in (train, validation)]
         assert len(validation) == count
         assert sorted(names[0] + names[1]) == sorted(images.name(index) for index in range(24))
-        again = held_out(images, **options)[1]
+        again = random_split(images, **options)[1]
         assert [again.name(index) for index in range(count)] == names[1]
     assert validation.classes == images.classes
-    other = held_out(images, fraction=0.5, seed=1)[1]
-    assert [other.name(index) for index in range(12)] != [held_out(images, 0.5)[1].name(index) for index in range(12)]
+    other = random_split(images, fraction=0.5, seed=1)[1]
+    assert [other.name(index) for index in range(12)] != [
+        random_split(images, 0.5)[1].name(index) for index in range(12)
+    ]
     with pytest.raises(UsageError, match="too few"):
-        held_out(images.subset([3]))
+        random_split(images.subset([3]))
 
 
 # Pixels
@@ -291,7 +301,7 @@ PIXELS: list[tuple[str, Callable[[], Any], Any]] = [
 
 @pytest.mark.parametrize(("make", "expected"), [case[1:] for case in PIXELS], ids=[case[0] for case in PIXELS])
 def test_every_kind_of_image_becomes_rgb(make, expected):
-    image = as_rgb(make())
+    image = to_rgb(make())
     assert image.mode == "RGB"
     wanted = np.asarray(expected)
     wanted = np.broadcast_to(wanted[:, :, None] if wanted.ndim == 2 else wanted, (2, 2, 3))
@@ -312,7 +322,7 @@ def test_every_kind_of_image_becomes_rgb(make, expected):
 )
 def test_what_is_no_image(image, words):
     with pytest.raises(ValueError, match=words):
-        as_rgb(image)
+        to_rgb(image)
 
 
 # Callables and timm's data sets
@@ -362,24 +372,24 @@ def data_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_a_callable(data_module, capsys):
-    images = open_images("own_data:plain", "train", labelled=True)
+    images = open_images("own_data:plain", "train", labeled=True)
     assert (len(images), images.classes, images[3][1]) == (10, ("dark", "light"), 1)
     assert images[3][0].getpixel((0, 0)) == (60, 60, 60)
     assert images.name(3) == "image 3 of own_data:plain"
-    assert len(open_images("own_data:plain", "validation", labelled=True, whole=True)) == 10
-    validation = open_images("own_data:parts", "validation", labelled=True)
+    assert len(open_images("own_data:plain", "validation", labeled=True, undivided=True)) == 10
+    validation = open_images("own_data:parts", "validation", labeled=True)
     assert (len(validation), validation[1][1]) == (4, 1)
     assert capsys.readouterr().out == ""
     for name in ("bare", "plain"):
-        images = open_images(f"own_data:{name}", "train", labelled=False)
-        assert (images[2][1], images.has_labels, images.classes) == (UNLABELLED, False, None)
+        images = open_images(f"own_data:{name}", "train", labeled=False)
+        assert (images[2][1], images.has_labels, images.classes) == (NO_LABEL, False, None)
 
 
 @pytest.mark.parametrize(
     ("name", "split", "error", "words"),
     [
-        ("own_data:plain", "validation", NoSuchSplit, "takes no argument split"),
-        ("own_data:no_validation", "validation", NoSuchSplit, "returned None"),
+        ("own_data:plain", "validation", MissingSplitError, "takes no argument split"),
+        ("own_data:no_validation", "validation", MissingSplitError, "returned None"),
         ("own_data:bare", "train", UsageError, "image 0 .* is Tensor, not a pair"),
         ("own_data:stream", "train", UsageError, "Stream, not a torch Dataset"),
         ("own_data:number", "train", UsageError, "int, not a torch Dataset"),
@@ -397,7 +407,7 @@ def test_a_callable(data_module, capsys):
 def test_data_with_mistakes(data_module, monkeypatch, tmp_path, name, split, error, words):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(error, match=words) as caught:
-        open_images(name, split, labelled=True)
+        open_images(name, split, labeled=True)
     assert "\n" not in str(caught.value)
 
 
@@ -406,11 +416,11 @@ def test_data_with_mistakes(data_module, monkeypatch, tmp_path, name, split, err
     [("words", 0, "its label is str"), ("beyond", 1, "is 7; labels go from 0 to 1"), ("below", 0, "its label is -1")],
 )
 def test_labels_with_mistakes(data_module, name, index, words):
-    images = open_images(f"own_data:{name}", "train", labelled=True)
+    images = open_images(f"own_data:{name}", "train", labeled=True)
     with pytest.raises(UsageError, match=words):
         images[index]
     with pytest.raises(UsageError, match=words):  # and not as an image to be left out
-        list(evaluation_loader(Images(images._source, images.classes, True, "skip", [index]), SMALL, 2))
+        list(evaluation_loader(ImageDataset(images._source, images.classes, True, "skip", [index]), SMALL, 2))
 
 
 def test_callables_are_called_with_what_they_take(data_module):
@@ -431,7 +441,7 @@ def test_a_data_set_of_torchvision(tmp_path, monkeypatch):
             (raw / f"{part}-{name}-ubyte").write_bytes(bytes([0, 0, 8, array.ndim]) + shape + array.tobytes())
     data = f"torch/fashion_mnist@{tmp_path / 'here'}"
     for split, count in (("train", 5), ("validation", 3)):
-        images = open_images(data, split, labelled=True)
+        images = open_images(data, split, labeled=True)
         assert (len(images), images[2][1]) == (count, 2)
         assert np.asarray(images[1][0])[0, :3, 1].tolist() == [16, 17, 18]
         assert images.classes is not None
@@ -451,8 +461,8 @@ def test_readers_of_timm(tmp_path, monkeypatch, classes):
             raise ValueError('Unknown split "validation". Should be one of [...]')
         return timm.data.ImageDataset(str(classes))
 
-    monkeypatch.setattr(images_module.timm.data, "create_dataset", create)
-    images = open_images("hfds/digits", "validation", labelled=True)
+    monkeypatch.setattr(dataset_module.timm.data, "create_dataset", create)
+    images = open_images("hfds/digits", "validation", labeled=True)
     assert made == [("hfds/digits", "validation"), ("hfds/digits", "test")]
     assert (len(images), images.classes, images[20][1]) == (24, ("c1", "c2", "c10"), 2)
     assert images.name(20) == "image 20 of hfds/digits"
@@ -481,9 +491,9 @@ def broken(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(("damage", "words"), [case[1:] for case in BROKEN], ids=[case[0] for case in BROKEN])
 def test_a_broken_image_is_named(tmp_path, damage, words):
     write_images(tmp_path, 2)
-    images = open_images(str(tmp_path), "train", labelled=False)
+    images = open_images(str(tmp_path), "train", labeled=False)
     damage(tmp_path / "1.png")
-    with pytest.raises(BrokenImage, match=words) as caught:
+    with pytest.raises(BrokenImageError, match=words) as caught:
         images[1]
     assert str(tmp_path / "1.png") in str(caught.value)
     assert "--on-broken skip" in str(caught.value)
@@ -491,8 +501,8 @@ def test_a_broken_image_is_named(tmp_path, damage, words):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_broken_image_stops(broken, workers):
-    images = open_images(str(broken), "train", labelled=True)
-    order = TrainingOrder(12, 0, 4)
+    images = open_images(str(broken), "train", labeled=True)
+    order = TrainingSampler(12, 0, 4)
     for loader in (
         evaluation_loader(images, SMALL, 4, workers=workers),
         training_loader(images, SMALL, None, order, workers=workers),
@@ -505,7 +515,7 @@ def test_a_broken_image_stops(broken, workers):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_broken_images_are_skipped(broken, workers, caplog):
-    images = open_images(str(broken), "train", labelled=True, on_broken="skip")
+    images = open_images(str(broken), "train", labeled=True, on_broken="skip")
     whole = [number for number in range(12) if number not in (4, 9)]
     loader = evaluation_loader(images, SMALL, 2, workers=workers)
     for _ in range(2):
@@ -514,7 +524,7 @@ def test_broken_images_are_skipped(broken, workers, caplog):
         assert [label for _, labels in batches for label in labels.tolist()] == [number // 6 for number in whole]
     assert loader.broken == {str(broken / "a" / "4.png"), str(broken / "b" / "9.png")}
 
-    order = TrainingOrder(12, 7, 4)
+    order = TrainingSampler(12, 7, 4)
     training = training_loader(images, SMALL, None, order, workers=workers)
     drawn = permutation(12, 7, 0).tolist()
     expected = [next(one for one in drawn[place:] + drawn[:place] if one in whole) for place in range(12)]
@@ -526,24 +536,24 @@ def test_broken_images_are_skipped(broken, workers, caplog):
 
 
 def test_batches_of_broken_images_alone(broken):
-    images = open_images(str(broken), "train", labelled=True, on_broken="skip")
+    images = open_images(str(broken), "train", labeled=True, on_broken="skip")
     only = images.subset([4, 9, 0])
     assert [labels.tolist() for _, labels in evaluation_loader(only, SMALL, 2)] == [[0]]
     with pytest.raises(UsageError, match="none of the 2 images can be read"):
-        list(training_loader(images.subset([4, 9]), SMALL, None, TrainingOrder(2, 0, 2)))
+        list(training_loader(images.subset([4, 9]), SMALL, None, TrainingSampler(2, 0, 2)))
 
 
 def test_a_callable_that_loses_an_image(data_module, caplog):
     with pytest.raises(UsageError, match=r"image 5 of own_data:lossy cannot be read \(lost\)"):
-        list(evaluation_loader(open_images("own_data:lossy", "train", labelled=True), SMALL, 4))
-    skipping = open_images("own_data:lossy", "train", labelled=True, on_broken="skip")
+        list(evaluation_loader(open_images("own_data:lossy", "train", labeled=True), SMALL, 4))
+    skipping = open_images("own_data:lossy", "train", labeled=True, on_broken="skip")
     assert sum(len(labels) for _, labels in evaluation_loader(skipping, SMALL, 4)) == 9
 
 
 # The order
 
 
-def batches_of(order: TrainingOrder, epoch: int = 0, step: int = 0) -> list[list[int]]:
+def batches_of(order: TrainingSampler, epoch: int = 0, step: int = 0) -> list[list[int]]:
     order.start_at(epoch, step)
     drawn = permutation(order.count, order.seed, epoch)
     batches = [[int(drawn[place]) for at, place in batch if at == epoch] for batch in order]
@@ -552,20 +562,20 @@ def batches_of(order: TrainingOrder, epoch: int = 0, step: int = 0) -> list[list
 
 
 def test_an_epoch_sees_every_image_once():
-    order = TrainingOrder(13, 5, 3)
+    order = TrainingSampler(13, 5, 3)
     for epoch in (0, 1):
         batches = batches_of(order, epoch)
         seen = [index for batch in batches for index in batch]
         assert (order.steps_per_epoch, len(batches), {len(batch) for batch in batches}) == (4, 4, {3})
         assert len(set(seen)) == 12
     assert batches_of(order, 0) != batches_of(order, 1)
-    assert batches_of(TrainingOrder(13, 6, 3)) != batches_of(order)
+    assert batches_of(TrainingSampler(13, 6, 3)) != batches_of(order)
 
 
 @pytest.mark.parametrize(("world", "accumulate"), [(1, 4), (2, 2), (4, 1)])
 def test_processes_share_what_one_accumulates(world, accumulate):
-    alone = batches_of(TrainingOrder(50, 5, 3, accumulate=4), 2)
-    ranks = [batches_of(TrainingOrder(50, 5, 3, accumulate, rank, world), 2) for rank in range(world)]
+    alone = batches_of(TrainingSampler(50, 5, 3, accumulate=4), 2)
+    ranks = [batches_of(TrainingSampler(50, 5, 3, accumulate, rank, world), 2) for rank in range(world)]
     steps = [
         [batch for rank in ranks for batch in rank[step * accumulate : (step + 1) * accumulate]] for step in range(4)
     ]
@@ -574,9 +584,9 @@ def test_processes_share_what_one_accumulates(world, accumulate):
 
 @pytest.mark.parametrize("step", [0, 1, 3])
 def test_an_order_begins_anywhere(step):
-    order = TrainingOrder(31, 5, 3, accumulate=2, rank=1, world=2)
+    order = TrainingSampler(31, 5, 3, accumulate=2, rank=1, world=2)
     assert order.steps_per_epoch == 2
-    order = TrainingOrder(40, 5, 3, accumulate=2, rank=1, world=2)
+    order = TrainingSampler(40, 5, 3, accumulate=2, rank=1, world=2)
     assert batches_of(order, 4, step) == batches_of(order, 4)[step * 2 :]
     with pytest.raises(ValueError, match="step 4 of an epoch of 3"):
         order.start_at(0, 4)
@@ -593,12 +603,12 @@ def test_an_order_begins_anywhere(step):
 )
 def test_too_few_images_for_a_step(numbers, words):
     with pytest.raises(UsageError, match=words):
-        TrainingOrder(*numbers)
+        TrainingSampler(*numbers)
 
 
 @pytest.mark.parametrize(("count", "world"), [(10, 1), (10, 3), (2, 4)])
 def test_evaluation_sees_every_image_once(count, world):
-    shares = [list(evaluation_order(count, rank, world)) for rank in range(world)]
+    shares = [list(evaluation_indices(count, rank, world)) for rank in range(world)]
     assert sorted(index for share in shares for index in share) == list(range(count))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1
 
@@ -637,7 +647,7 @@ def test_transforms(settings, size, augmentation):
 
 def test_evaluation_shows_the_values(tmp_path):
     PIL.Image.new("RGB", (30, 20), (51, 102, 255)).save(tmp_path / "0.png")
-    images = open_images(str(tmp_path), "train", labelled=False)
+    images = open_images(str(tmp_path), "train", labeled=False)
     batch, labels = next(iter(evaluation_loader(images, SMALL, 4)))
     expected = (torch.tensor([0.2, 0.4, 1.0]) - torch.tensor(SMALL.mean)) / torch.tensor(SMALL.std)
     torch.testing.assert_close(batch, expected.view(1, 3, 1, 1).expand(1, 3, 16, 16))
@@ -652,10 +662,10 @@ def test_augmentations_that_timm_does_not_know():
 
 def test_batches_depend_on_the_place_alone(classes):
     """Not on the number of workers, of processes, on what was drawn before, or on where the run was resumed."""
-    images = open_images(str(classes), "train", labelled=True)
+    images = open_images(str(classes), "train", labeled=True)
 
     def loaded(workers: int = 0, epoch: int = 2, step: int = 0, seed: int = 3, rank: int = 0, world: int = 1) -> Any:
-        order = TrainingOrder(24, seed, 3, 2 // world, rank, world)
+        order = TrainingSampler(24, seed, 3, 2 // world, rank, world)
         loader = training_loader(images, SMALL, STRONG, order, workers)
         if workers:  # an epoch before, given up: the workers stay and must not mix them
             order.start_at(0)
@@ -676,13 +686,13 @@ def test_batches_depend_on_the_place_alone(classes):
     assert loaded(seed=4) != expected
     torch.set_rng_state(state)
     before = torch.get_rng_state()
-    contents(training_loader(images, SMALL, STRONG, TrainingOrder(24, 0, 8)))
+    contents(training_loader(images, SMALL, STRONG, TrainingSampler(24, 0, 8)))
     assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_an_image_is_varied_anew_in_every_epoch(classes):
-    images = open_images(str(classes), "train", labelled=True).subset([0])
-    order = TrainingOrder(1, 0, 1)
+    images = open_images(str(classes), "train", labeled=True).subset([0])
+    order = TrainingSampler(1, 0, 1)
     loader = training_loader(images, SMALL, STRONG, order)
     seen = set()
     for epoch in range(4):
@@ -692,8 +702,8 @@ def test_an_image_is_varied_anew_in_every_epoch(classes):
 
 
 def test_data_that_draw_at_random_are_repeatable(data_module):
-    images = open_images("own_data:noisy", "train", labelled=True)
-    order = TrainingOrder(8, 0, 4)
+    images = open_images("own_data:noisy", "train", labeled=True)
+    order = TrainingSampler(8, 0, 4)
     assert contents(training_loader(images, SMALL, None, order)) == contents(
         training_loader(images, SMALL, None, order)
     )
@@ -701,13 +711,13 @@ def test_data_that_draw_at_random_are_repeatable(data_module):
 
 
 def test_an_order_of_other_images(classes):
-    images = open_images(str(classes), "train", labelled=True)
-    with pytest.raises(ValueError, match="an order of 23 images for 24"):
-        training_loader(images, SMALL, None, TrainingOrder(23, 0, 2))
+    images = open_images(str(classes), "train", labeled=True)
+    with pytest.raises(ValueError, match="a sampler of 23 images for 24"):
+        training_loader(images, SMALL, None, TrainingSampler(23, 0, 2))
 
 
 def test_workers_outlive_a_signal_to_all(classes):
-    loader = evaluation_loader(open_images(str(classes), "train", labelled=True), SMALL, 2, workers=1)
+    loader = evaluation_loader(open_images(str(classes), "train", labeled=True), SMALL, 2, workers=1)
     batches = iter(loader)
     next(batches)
     (worker,) = loader._iterator._workers
@@ -719,7 +729,7 @@ def test_workers_outlive_a_signal_to_all(classes):
 
 
 def _lose_a_worker(folder: Path, results: Any) -> None:
-    loader = evaluation_loader(open_images(str(folder), "train", labelled=True), SMALL, 2, workers=1)
+    loader = evaluation_loader(open_images(str(folder), "train", labeled=True), SMALL, 2, workers=1)
     batches = iter(loader)
     next(batches)
     # torch also raises from a signal handler, at any line: here while the first error is being reported.
@@ -740,15 +750,15 @@ def test_the_death_of_a_worker_is_explained(classes):
     run.join(30)
     assert run.exitcode == 3
     assert not results.empty()
-    assert "lower --workers" in results.get()
+    assert "--workers 1" in results.get()
     by_signal = worker_death(RuntimeError("DataLoader worker (pid 7) is killed by signal: Killed. "))
-    assert "lower --workers" in str(by_signal)
+    assert "--workers 1" in str(by_signal)
     assert worker_death(RuntimeError("Caught KeyError in DataLoader worker process 0.")) is None
     assert worker_death(RuntimeError("shapes differ")) is None
 
 
 def _fail_with_workers(folder: Path) -> None:
-    batches = iter(evaluation_loader(open_images(str(folder), "train", labelled=True), SMALL, 2, workers=2))
+    batches = iter(evaluation_loader(open_images(str(folder), "train", labeled=True), SMALL, 2, workers=2))
     next(batches)
     kept: list[Any] = [batches]
     kept.append(kept)  # a cycle, so that they end with the process and not before

@@ -19,7 +19,7 @@ from ddf_convert.training import distributed
 from ddf_convert.training.dataloader import evaluation_loader, image_settings
 from ddf_convert.training.dataset import open_images
 from ddf_convert.training.distributed import Processes, first_to_say
-from ddf_convert.training.evaluation import Settings, evaluate
+from ddf_convert.training.evaluation import EvaluationSettings, evaluate
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 
@@ -71,7 +71,7 @@ def test_two_processes_train_as_one_and_stop_and_go_on_together(place: Path) -> 
     model = ddf.restore(module.normed(), "two/last")
     images = open_images("data", "validation", True)
     loader = evaluation_loader(images, image_settings(model, runs.SIZE), 15)
-    assert evaluate(model, loader, Settings(ALONE)).loss == pytest.approx(two["last"]["loss"], rel=1e-5)
+    assert evaluate(model, loader, EvaluationSettings(ALONE)).loss == pytest.approx(two["last"]["loss"], rel=1e-5)
     # Until the end of an epoch each process has its own statistics of batch normalization: the checkpoint has them all.
     whole = runs.start(*[each if each != "two" else "whole" for each in arguments], processes=2)
     assert whole.codes == [0, 0], whole.stderr

@@ -23,7 +23,7 @@ from ddf_convert.artifacts.lock import locked
 from ddf_convert.errors import UsageError
 from ddf_convert.training import fingerprint, resume, run_dir
 from ddf_convert.training.checkpoints import Checkpoints
-from ddf_convert.training.dataset import Images, open_images
+from ddf_convert.training.dataset import ImageDataset, open_images
 from ddf_convert.training.fingerprint import Entry
 from ddf_convert.training.logs import read
 from ddf_convert.training.run_dir import RunFolder
@@ -308,10 +308,10 @@ def test_another_decoder_is_not_another_image() -> None:
             def load(self, index: int, shifted: Any = shifted) -> tuple[Any, int]:
                 return shifted, 0
 
-            def listed(self) -> None:
+            def samples(self) -> None:
                 return None
 
-        entries.append(fingerprint.of_images(Images(One(), None, True), "training"))
+        entries.append(fingerprint.of_images(ImageDataset(One(), None, True), "training"))
     assert fingerprint.differences(entries[0], entries[1]) == ""
     assert "exchanged" in fingerprint.differences(entries[0], entries[2])
 
@@ -319,8 +319,8 @@ def test_another_decoder_is_not_another_image() -> None:
 def test_of_many_files_some_contents_and_all_sizes_are_looked_at(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fingerprint, "_SAMPLED", 10)
-    monkeypatch.setattr(fingerprint, "_PART", 7)
+    monkeypatch.setattr(fingerprint, "_MAX_HASHED", 10)
+    monkeypatch.setattr(fingerprint, "_CHUNK", 7)
     files = [tmp_path / f"{number:02}" for number in range(40)]
     for number, file in enumerate(files):
         file.write_bytes(bytes([number]))

@@ -123,7 +123,7 @@ def test_averaged_weights_are_evaluated_and_saved(place: Path) -> None:
     model = ddf.restore(__import__("tinyruns").calm(), "averaged/last").eval()
     images = open_images("data", "validation", True)
     loader = evaluation_loader(images, image_settings(model, runs.SIZE), 4)
-    found_again = evaluate(model, loader, evaluation.Settings(ALONE))
+    found_again = evaluate(model, loader, evaluation.EvaluationSettings(ALONE))
     assert read("averaged/log.csv")[-1].loss == pytest.approx(found_again.loss, rel=1e-6)
     assert read("averaged/log.csv")[-1].loss != pytest.approx(read("without/log.csv")[-1].loss, rel=1e-6)
 
@@ -181,11 +181,17 @@ def test_every_image_is_evaluated_once_whoever_shares_them(place: Path) -> None:
     objective = Objective(model, Losses(task=0, logits=1.0, features=2.0), original)
     parts = [
         evaluate(
-            model, evaluation_loader(images, settings, 4, rank, 2), evaluation.Settings(ALONE), objective, original
+            model,
+            evaluation_loader(images, settings, 4, rank, 2),
+            evaluation.EvaluationSettings(ALONE),
+            objective,
+            original,
         )
         for rank in (0, 1)
     ]
-    whole = evaluate(model, evaluation_loader(images, settings, 15), evaluation.Settings(ALONE), objective, original)
+    whole = evaluate(
+        model, evaluation_loader(images, settings, 15), evaluation.EvaluationSettings(ALONE), objective, original
+    )
     assert [part.images for part in parts] == [8, 7]
     for name in ("top1", "agreement", "divergence"):
         expected = sum(getattr(part, name) * part.images for part in parts) / 15
@@ -205,7 +211,7 @@ def test_every_image_is_evaluated_once_whoever_shares_them(place: Path) -> None:
     unlabelled = evaluate(
         model,
         evaluation_loader(open_images("data", "validation", False), settings, 15),
-        evaluation.Settings(ALONE, labelled=False),
+        evaluation.EvaluationSettings(ALONE, labeled=False),
         objective,
         original,
     )

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from ddf_convert.cuda.codegen.ptx import entry, ptx
-from ddf_convert.cuda.kernel_spec import Variant
+from ddf_convert.cuda.kernel_spec import KernelSpec
 
 _lock = threading.Lock()
-_loaded: dict[tuple[Variant, int], tuple[Any, struct.Struct]] = {}  # a kernel stays loaded as long as the process
+_loaded: dict[tuple[KernelSpec, int], tuple[Any, struct.Struct]] = {}  # a kernel stays loaded as long as the process
 _bound = threading.local()
 
 # The driver takes a kernel's parameters as one packed buffer, told by a list of keys and values (see cuLaunchKernel).
@@ -27,11 +27,11 @@ class DriverError(RuntimeError):
     """The driver refused something; says what, and its reason."""
 
 
-def run(variant: Variant, device: int, blocks: int, arguments: tuple[Any, ...]) -> None:
+def run(spec: KernelSpec, device: int, blocks: int, arguments: tuple[Any, ...]) -> None:
     """Launches a kernel on the current stream of a device.
 
     Args:
-        variant: The kernel.
+        spec: The kernel.
         device: Index of the GPU.
         blocks: How many.
         arguments: Tensors on that device in the place of pointers, and numbers. They must not be freed by other streams
@@ -42,12 +42,12 @@ def run(variant: Variant, device: int, blocks: int, arguments: tuple[Any, ...]) 
     """
     if torch.cuda.current_device() != device:
         with torch.cuda.device(device):
-            return run(variant, device, blocks, arguments)
-    function, format = _loaded.get((variant, device)) or _load(variant, device)
+            return run(spec, device, blocks, arguments)
+    function, format = _loaded.get((spec, device)) or _load(spec, device)
     if device not in getattr(_bound, "devices", ()):
         _bind(device)
     values = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
-    launch(function, format, blocks, variant.threads, torch._C._cuda_getCurrentRawStream(device), values)
+    launch(function, format, blocks, spec.threads, torch._C._cuda_getCurrentRawStream(device), values)
 
 
 def launch(function: Any, format: struct.Struct, blocks: int, threads: int, stream: int, values: list[Any]) -> None:
@@ -82,31 +82,31 @@ def driver() -> Any:
     return driver
 
 
-def parameter_format(variant: Variant) -> struct.Struct:
+def parameter_format(spec: KernelSpec) -> struct.Struct:
     """How a kernel's parameters stand in memory: as in a C struct."""
-    letters = {**_FORMAT, "f": "d" if variant.dtype == "float64" else "f"}
-    return struct.Struct("@" + "".join(letters[letter] for letter in variant.arguments))
+    letters = {**_FORMAT, "f": "d" if spec.dtype == "float64" else "f"}
+    return struct.Struct("@" + "".join(letters[letter] for letter in spec.arguments))
 
 
-def _load(variant: Variant, device: int) -> tuple[Any, struct.Struct]:
+def _load(spec: KernelSpec, device: int) -> tuple[Any, struct.Struct]:
     """Compiles a kernel, or reads it from the disk, and loads it into the current device's context."""
     if torch.cuda.is_current_stream_capturing():
         raise DriverError(
-            f"the CUDA kernel {variant.name} is not loaded yet and a CUDA graph is being captured;"
+            f"the CUDA kernel {spec.name} is not loaded yet and a CUDA graph is being captured;"
             " run the model once before the capture"
         )
-    text = ptx(variant, torch.cuda.get_device_capability(device))
+    text = ptx(spec, torch.cuda.get_device_capability(device))
     with _lock:
-        if (variant, device) not in _loaded:
+        if (spec, device) not in _loaded:
             _bind(device)
             status, module = driver().cuModuleLoadData(text.encode() + b"\0")
             if status:
-                raise DriverError(f"load of {variant.name}: {_reason(status)}")
+                raise DriverError(f"load of {spec.name}: {_reason(status)}")
             status, function = driver().cuModuleGetFunction(module, entry(text).encode())
             if status:
-                raise DriverError(f"{variant.name} in its module: {_reason(status)}")
-            _loaded[variant, device] = function, parameter_format(variant)
-    return _loaded[variant, device]
+                raise DriverError(f"{spec.name} in its module: {_reason(status)}")
+            _loaded[spec, device] = function, parameter_format(spec)
+    return _loaded[spec, device]
 
 
 def _bind(device: int) -> None:

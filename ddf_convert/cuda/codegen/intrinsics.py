@@ -205,7 +205,7 @@ def sync_warp(typing: Any) -> Any:
 
 
 @intrinsic
-def anew(typing: Any, index: Any) -> Any:
+def opaque(typing: Any, index: Any) -> Any:
     """The index itself, which the compiler cannot recognize from one turn of a loop to the next.
 
     What is read there is then read again in each turn, and not kept in registers that the loop needs.
@@ -264,13 +264,13 @@ def put(typing: Any, array: Any, index: Any, value: Any) -> Any:
 
 
 def multiplier(compute: Any, lanes: int, add: bool) -> Any:
-    """``weigh(total, a, b, feature)``: total + (a * b) * feature, or total + (a + b) * feature.
+    """``fma_combine(total, a, b, feature)``: total + (a * b) * feature, or total + (a + b) * feature.
 
     ``a`` is a number, the others are tuples of ``lanes``.
     """
 
     @intrinsic
-    def weigh(typing: Any, total: Any, a: Any, b: Any, feature: Any) -> Any:
+    def fma_combine(typing: Any, total: Any, a: Any, b: Any, feature: Any) -> Any:
         vector = types.UniTuple(compute, lanes)
 
         def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -284,7 +284,7 @@ def multiplier(compute: Any, lanes: int, add: bool) -> Any:
 
         return vector(vector, compute, vector, vector), generate
 
-    return weigh
+    return fma_combine
 
 
 def products(compute: Any, lanes: int, add: bool) -> dict[str, Any]:
@@ -341,11 +341,11 @@ def functions(stored: Any, compute: Any, add: bool, native_bfloat16: bool) -> di
         "store": {lanes: storer(stored, compute, lanes, native_bfloat16) for lanes in (1, 2, 4)},
         "store_sum": storer(compute, compute, 1, native_bfloat16),
         "fetch": {lanes: fetcher(lanes) for lanes in (1, 2, 4)},
-        "weigh": {lanes: multiplier(compute, lanes, add) for lanes in (1, 2, 4)},
+        "fma_combine": {lanes: multiplier(compute, lanes, add) for lanes in (1, 2, 4)},
         "put": put,
         "ALIGNMENT": 16,
         "shift": shift,
         "divide": divide,
-        "anew": anew,
+        "opaque": opaque,
         "sync_warp": sync_warp,
     }

@@ -1,4 +1,4 @@
-"""From a variant to PTX: compiled once for each architecture, kept on disk, announced when it takes long.
+"""From a spec to PTX: compiled once for each architecture, kept on disk, announced when it takes long.
 
 PTX is what Numba makes; the driver turns it into machine code when it is loaded, and keeps that itself.
 """
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from ddf_convert.cuda.kernel_spec import Variant
+from ddf_convert.cuda.kernel_spec import KernelSpec
 from ddf_convert.reference import EPSILON, LEAST_SQUARE
 from ddf_convert.utils.logging import warn_if_slow, warn_once
 
@@ -30,11 +30,11 @@ _import_lock = threading.Lock()
 Capability = tuple[int, int]
 
 
-def ptx(variant: Variant, capability: Capability) -> str:
+def ptx(spec: KernelSpec, capability: Capability) -> str:
     """The PTX of a kernel, from the cache on disk if it is there.
 
     Args:
-        variant: The kernel.
+        spec: The kernel.
         capability: Compute capability to compile for, such as (9, 0).
 
     Raises:
@@ -47,19 +47,19 @@ def ptx(variant: Variant, capability: Capability) -> str:
             " set NUMBA_CACHE_DIR to a folder that can be written to"
         )
         with _lock:
-            return compile_ptx(variant, capability)
-    file = folder / _file_name(variant, capability)
+            return compile_ptx(spec, capability)
+    file = folder / _file_name(spec, capability)
     kept = _read(file)
     if kept is not None:
         return kept
-    words = f"compiling the CUDA kernel {variant.name.replace('_', ' ')} (once; kept in {folder})"
+    words = f"compiling the CUDA kernel {spec.name.replace('_', ' ')} (once; kept in {folder})"
     with warn_if_slow(words), _lock:
-        made = compile_ptx(variant, capability)
+        made = compile_ptx(spec, capability)
     _write(file, made)
     return made
 
 
-def compile_ptx(variant: Variant, capability: Capability) -> str:
+def compile_ptx(spec: KernelSpec, capability: Capability) -> str:
     """The PTX of a kernel, compiled now. Arguments as for :func:`ptx`."""
     from numba import cuda
     from numba.core import types
@@ -68,11 +68,11 @@ def compile_ptx(variant: Variant, capability: Capability) -> str:
 
     _import_array_functions()
 
-    stored, compute = element_types(variant.dtype)
-    functions = intrinsics.functions(stored, compute, variant.add, native_bfloat16=capability >= _BFLOAT16)
-    kernel = variant.build(functions, compute)
+    stored, compute = element_types(spec.dtype)
+    functions = intrinsics.functions(stored, compute, spec.add, native_bfloat16=capability >= _BFLOAT16)
+    kernel = spec.build(functions, compute)
     kinds = {"s": types.CPointer(stored), "c": types.CPointer(compute), "f": compute, "i": types.int64}
-    signature = types.void(*(kinds[letter] for letter in variant.arguments))
+    signature = types.void(*(kinds[letter] for letter in spec.arguments))
     made: str
     made, _ = cuda.compile(  # type: ignore[attr-defined]
         kernel,
@@ -148,7 +148,7 @@ def cache_folder() -> Path | None:
 
 @functools.cache
 def _makers() -> str:
-    """Everything but the variant that decides what the compiler makes."""
+    """Everything but the spec that decides what the compiler makes."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
@@ -163,9 +163,9 @@ def _makers() -> str:
     return digest.hexdigest()
 
 
-def _file_name(variant: Variant, capability: Capability) -> str:
-    key = hashlib.sha256(f"{variant!r} {capability} {_makers()}".encode()).hexdigest()
-    return f"{variant.name}_sm{capability[0]}{capability[1]}_{key[:24]}.ptx"
+def _file_name(spec: KernelSpec, capability: Capability) -> str:
+    key = hashlib.sha256(f"{spec!r} {capability} {_makers()}".encode()).hexdigest()
+    return f"{spec.name}_sm{capability[0]}{capability[1]}_{key[:24]}.ptx"
 
 
 def _read(file: Path) -> str | None:

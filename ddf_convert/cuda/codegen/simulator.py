@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ddf_convert.cuda.codegen.ptx import element_types
-from ddf_convert.cuda.kernel_spec import Variant
+from ddf_convert.cuda.kernel_spec import KernelSpec
 
 
 class Pointer(NamedTuple):
@@ -64,7 +64,7 @@ def functions(dtype: str, add: bool) -> dict[str, Any]:
             raise IndexError(f"put at {index}")
         array[index] = value
 
-    def weigh(total: Any, a: Any, b: Any, feature: Any) -> Any:
+    def fma_combine(total: Any, a: Any, b: Any, feature: Any) -> Any:
         combined = [a + each if add else a * each for each in b]
         return tuple(t + w * f for t, w, f in zip(total, combined, feature, strict=True))
 
@@ -92,9 +92,9 @@ def functions(dtype: str, add: bool) -> dict[str, Any]:
         "fetch": {lanes: fetches(lanes) for lanes in (1, 2, 4)},
         "put": put,
         "divide": lambda dividend, divisor: int(dividend) // int(divisor),
-        "anew": lambda index: index,
+        "opaque": lambda index: index,
         "sync_warp": sync_warp,
-        "weigh": everywhere(weigh),
+        "fma_combine": everywhere(fma_combine),
         "multiply": everywhere(lambda a, b: tuple(x * y for x, y in zip(a, b, strict=True))),
         "accumulate": everywhere(accumulate),
         "dot": everywhere(dot),
@@ -123,24 +123,24 @@ _NARROW = {
 }
 
 
-def simulate(variant: Variant, blocks: int, arguments: tuple[Any, ...]) -> None:
+def simulate(spec: KernelSpec, blocks: int, arguments: tuple[Any, ...]) -> None:
     """Runs a kernel in the simulator.
 
     Args:
-        variant: The kernel.
+        spec: The kernel.
         blocks: How many.
         arguments: CPU tensors, dense in memory, in the place of pointers; numbers.
     """
     from numba import cuda
 
-    _, compute = element_types(variant.dtype)
-    kernel = variant.build(functions(variant.dtype, variant.add), compute)
-    kind = np.float64 if variant.dtype == "float64" else np.float32
+    _, compute = element_types(spec.dtype)
+    kernel = spec.build(functions(spec.dtype, spec.add), compute)
+    kind = np.float64 if spec.dtype == "float64" else np.float32
     made = [
         Pointer(_flat(argument)) if letter in "sc" else kind(argument) if letter == "f" else argument
-        for letter, argument in zip(variant.arguments, arguments, strict=True)
+        for letter, argument in zip(spec.arguments, arguments, strict=True)
     ]
-    cuda.jit(kernel)[blocks, variant.threads](*made)
+    cuda.jit(kernel)[blocks, spec.threads](*made)
 
 
 def _flat(tensor: Tensor) -> Any:

@@ -139,7 +139,7 @@ def window(
             for q, a, b in static(TOTALS):
                 total[q, a, b] = tuple(COMPUTE(0) for column in static(range(COLUMNS)))
             here = first_channel + local
-            this_tile = anew(which_tile)
+            this_tile = opaque(which_tile)
             if CHANNELS_LAST:
                 row[0] = shift(source, (image * source_plane + corner) * source_channels + first_source + local)
             else:
@@ -172,7 +172,7 @@ def window(
                         s = fetch[COLUMNS](spatial_tile, at)
                         for q in static(range(Q)):
                             features = tuple(f[q, dx] for dx in static(TAP_COLUMNS[j].offsets))
-                            total[q, a, TAP_COLUMNS[j].phase] = weigh[COLUMNS](
+                            total[q, a, TAP_COLUMNS[j].phase] = fma_combine[COLUMNS](
                                 total[q, a, TAP_COLUMNS[j].phase], c[q], s, features
                             )
 

@@ -39,7 +39,7 @@ def forward(
             c = load[1](channel, (b * channels + r) * size * size + tap, inside, True)
             at = b * filter_image + (head * size * size + tap) * filter_tap + y * filter_row + x * filter_column
             s = load[1](spatial, at, inside, True)
-            total = weigh[1]((total,), c[0], s, f)[0]
+            total = fma_combine[1]((total,), c[0], s, f)[0]
     store[1](output, b * out_image + r * out_channel + y * out_row + x * out_column, (total,))
 
 
@@ -73,7 +73,7 @@ def grad_input(
             c = load[1](channel, (b * channels + r) * size * size + tap, inside, True)
             at = b * filter_image + (head * size * size + tap) * filter_tap + y * filter_row + x * filter_column
             s = load[1](spatial, at, inside, True)
-            total = weigh[1]((total,), c[0], s, g)[0]
+            total = fma_combine[1]((total,), c[0], s, g)[0]
     at = b * source_image + r * source_channel + row * source_row + column * source_column
     store[1](gradient, at, (total,))
 

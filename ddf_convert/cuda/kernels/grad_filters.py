@@ -17,7 +17,7 @@ from numba import cuda
 from ddf_convert.cuda.codegen.unroll import registers, static
 
 
-def filter_gradients(
+def grad_filters(
     channel_parts,
     spatial_parts,
     grad_output,
@@ -37,7 +37,7 @@ def filter_gradients(
 ):
     """Writes what each block has of the gradients; see the module's text.
 
-    ``channels`` and ``heads`` are those of the filters; the source can have fewer channels, as in window.py.
+    ``channels`` and ``heads`` are those of the filters; the source can have fewer channels, as in forward.py.
     ``channel_parts`` is (blocks of pixels, B, C, K*K), ``spatial_parts`` (chunks of channels, B, G*K*K, Ho, Wo) in the
     layout of the map. A block takes ``chunk`` channels of one head (at most CHUNK) and ``span`` pixel groups, which are
     LANES, or STEPS, pixels of one row.
