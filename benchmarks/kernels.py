@@ -32,17 +32,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
 from common import markdown
 from common.results import script_parser
+from gpu.cases import Case, MapGeometry, kernels_of
 from rich.console import Console
 from rich.table import Table
 
 from ddf_convert.bench.device import DTYPES, LAYOUTS
-from ddf_convert.cuda import dispatch
 from ddf_convert.cuda.codegen.ptx import Capability, compile_ptx
 from ddf_convert.cuda.kernel_spec import FilterNormSpec, GenericSpec, GradFiltersSpec, KernelSpec, Q, WindowSpec
-from ddf_convert.reference.checks import Geometry, output_size
 
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0))
 # Of one multiprocessor: threads, registers, bytes of shared memory, blocks (CUDA C++ Programming Guide, appendix on
@@ -74,40 +72,15 @@ class Compiled(NamedTuple):
     usage: Usage | None
 
 
-@contextlib.contextmanager
-def recorded() -> Iterator[dict[KernelSpec, None]]:
-    """Stops calls of the operator from running; yields the kernels that they would run, in order."""
-    found: dict[KernelSpec, None] = {}
-
-    def note(variant: KernelSpec, *rest: Any) -> None:
-        found.setdefault(variant)
-
-    with mock.patch.object(dispatch, "_run", note):
-        yield found
-
-
 def variants(
     dtypes: Sequence[str] = tuple(DTYPES), sizes: Sequence[int] = (3, 5, 7), strides: Sequence[int] = (1, 2)
 ) -> list[KernelSpec]:
     """Returns the kernels of layers with 256 channels on 56x56 maps, and the generic ones."""
-    channels, side = 256, 56
-    with recorded() as found:
-        for dtype, layout, size, stride in itertools.product(dtypes, LAYOUTS.values(), sizes, strides):
-            padding = size // 2
-            rows = output_size(side, size, stride, padding, 1)
-            input, channel, spatial, grad = (
-                torch.empty(shape, dtype=DTYPES[dtype]).to(memory_format=form)
-                for shape, form in (
-                    ((1, channels, side, side), layout),
-                    ((1, channels, size, size), torch.contiguous_format),
-                    ((1, size**2, rows, rows), layout),
-                    ((1, channels, rows, rows), layout),
-                )
-            )
-            geometry = Geometry(stride, padding)
-            dispatch.forward(input, channel, spatial, geometry)
-            dispatch.forward(input, channel, spatial, geometry, norm_scale=1.0)
-            dispatch.backward(grad, input, channel, spatial, geometry, (True, True, True))
+    cases = (
+        Case(size, dtype, layout, MapGeometry(56, 56, stride), channels=256, heads=1, combine="mul")
+        for dtype, layout, size, stride in itertools.product(dtypes, LAYOUTS, sizes, strides)
+    )
+    found = kernels_of(cases, normalized=True)
     for dtype in dtypes:
         for function in ("forward", "grad_input", "grad_channel", "grad_spatial"):
             found.setdefault(GenericSpec(dtype, False, function))

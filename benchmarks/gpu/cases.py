@@ -1,16 +1,21 @@
-"""Calls of the operator to compare: dtypes, layouts, kernel sizes, geometries, heads."""
+"""Calls of the operator to compare, and the CUDA kernels that they take."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields
+from unittest import mock
 
 import torch
 from torch import Tensor
 
 from ddf_convert import ops
 from ddf_convert.bench.device import DTYPES, LAYOUTS
+from ddf_convert.cuda import dispatch
+from ddf_convert.cuda.kernel_spec import KernelSpec
+from ddf_convert.reference import Geometry
 
 BATCH = 2
 
@@ -113,3 +118,28 @@ def cases(dtypes: Sequence[str], kernels: Sequence[int], geometries: Sequence[Ma
                 channels = CHANNELS[heads][next(turn) % len(CHANNELS[heads])]
                 for dtype, layout in itertools.product(dtypes, LAYOUTS):
                     yield Case(kernel, dtype, layout, geometry, channels, heads, combine)
+
+
+def kernels_of(
+    cases: Iterable[Case], multiprocessors: int | None = None, normalized: bool = False
+) -> dict[KernelSpec, None]:
+    """Returns the kernels that cases take, in order; calls are dispatched and not run.
+
+    Args:
+        cases: The calls; forward and all gradients.
+        multiprocessors: Of the GPU; None dispatches as for the simulator.
+        normalized: Also the forward kernels that normalize the spatial filter.
+    """
+    found: dict[KernelSpec, None] = {}
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(mock.patch.object(dispatch, "_run", lambda spec, *rest: found.setdefault(spec)))
+        if multiprocessors is not None:
+            stack.enter_context(mock.patch.object(dispatch, "multiprocessors", return_value=multiprocessors))
+        for case in cases:
+            input, channel, spatial, grad = case.tensors(torch.device("cpu"))
+            geometry = Geometry(*case.options())
+            dispatch.forward(input, channel, spatial, geometry)
+            if normalized:
+                dispatch.forward(input, channel, spatial, geometry, norm_scale=1.0)
+            dispatch.backward(grad, input, channel, spatial, geometry, (True, True, True))
+    return found

@@ -16,22 +16,19 @@ import math
 import multiprocessing
 import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from typing import Any
-from unittest import mock
 
 import torch
-from kernels import recorded
 from torch import Tensor
 
 from ddf_convert import ops, reference
 from ddf_convert.bench.device import DTYPES, LAYOUTS, convolution_settings
 from ddf_convert.cuda import dispatch
 from ddf_convert.cuda.codegen import ptx as compiler
-from ddf_convert.cuda.kernel_spec import KernelSpec
 from ddf_convert.layers import DDF2d
-from gpu.cases import GEOMETRIES, LARGER, Case, MapGeometry, cases
+from gpu.cases import GEOMETRIES, LARGER, Case, MapGeometry, cases, kernels_of
 from gpu.run import Run, fail, skip
 
 TOLERANCES = {"float64": 1e-12, "float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -264,7 +261,7 @@ def compilation(run: Run, record: dict[str, Any]) -> None:
         return
     capability = DRY_CAPABILITY if run.dry else torch.cuda.get_device_capability(run.device)
     count = MULTIPROCESSORS if run.dry else dispatch.multiprocessors(run.device)
-    wanted = kernel_variants(itertools.chain(small_cases(run), large_cases(run)), count)
+    wanted = list(kernels_of(itertools.chain(small_cases(run), large_cases(run)), count))
     record["kernels"] = len(wanted)
     if run.dry:
         wanted = wanted[:DRY_KERNELS]
@@ -281,15 +278,3 @@ def compilation(run: Run, record: dict[str, Any]) -> None:
     finally:
         pool.shutdown(wait=run.dry, cancel_futures=True)
         record |= {"processes": workers, "compile_seconds": round(time.monotonic() - start, 1)}
-
-
-def kernel_variants(cases: Iterable[Case], multiprocessors: int) -> list[KernelSpec]:
-    """Returns the kernels of these cases, which are dispatched and not run."""
-    host = torch.device("cpu")
-    with recorded() as found, mock.patch.object(dispatch, "multiprocessors", return_value=multiprocessors):
-        for case in cases:
-            input, channel, spatial, grad = case.tensors(host)
-            geometry = reference.Geometry(*case.options())
-            dispatch.forward(input, channel, spatial, geometry)
-            dispatch.backward(grad, input, channel, spatial, geometry, (True, True, True))
-    return list(found)

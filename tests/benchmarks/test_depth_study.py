@@ -1,4 +1,4 @@
-"""The study of depth upsampling (benchmarks/depth_motorcycle.py), on a scene that is made here."""
+"""The study of depth upsampling (benchmarks/depth_motorcycle.py), on a drawn scene."""
 
 import sys
 import types
@@ -12,7 +12,7 @@ from ddf_convert.depth.lowres import downsample
 from ddf_convert.errors import UsageError
 
 
-def made(width=160):
+def make_scene(width=160):
     """Stripes at an angle, near and far, with a few holes."""
     rows, columns = np.mgrid[0:48, 0:width]
     near = (columns + rows // 2) % 40 < 20
@@ -22,8 +22,8 @@ def made(width=160):
     return study.ScenePart(photo, disparity)
 
 
-class Slices:
-    """Stands in for OpenCV's extra modules, which not every machine has: filters that filter nothing."""
+class IdentityFilters:
+    """Replaces OpenCV's extra modules, which not every machine has."""
 
     @staticmethod
     def guidedFilter(guide, image, radius, eps):  # noqa: N802  as OpenCV has it
@@ -37,10 +37,10 @@ class Slices:
 
 @pytest.fixture
 def opencv(monkeypatch):
-    monkeypatch.setitem(sys.modules, "cv2", types.SimpleNamespace(ximgproc=Slices))
+    monkeypatch.setitem(sys.modules, "cv2", types.SimpleNamespace(ximgproc=IdentityFilters))
 
 
-def test_the_parts_do_not_overlap():
+def test_the_parts_of_the_scene_do_not_overlap():
     whole = study.ScenePart(torch.arange(300).expand(3, 32, 300), torch.arange(1.0, 301.0).expand(1, 32, 300))
     learned, tested = study.split(whole)
     assert learned.disparity.max() == 180
@@ -60,15 +60,15 @@ def test_interpolation_puts_pixels_where_they_were_taken():
     torch.testing.assert_close(cubic[..., 3::8, 3::8], low)
 
 
-def test_measurements_alone_are_filtered_where_that_is_asked(opencv):
-    part = made(32)
+def test_joint_bilateral_upsampling_filters_the_measurements_alone(opencv):
+    part = make_scene(32)
     low = part.small(4)
     photo = part.guide
     found = study.joint_bilateral(photo, low, 4, space=1.0, color=0.1, of="measurements")
     torch.testing.assert_close(found, study.interpolate(photo, low, 4, "bilinear"))
 
 
-def test_opencv_is_asked_for(monkeypatch):
+def test_a_missing_opencv_is_an_error_with_the_command_to_install_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(UsageError, match="pip install"):
         study.opencv()
@@ -80,7 +80,7 @@ def test_opencv_is_asked_for(monkeypatch):
 def test_the_whole_study(opencv, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(study, "CROP", 16)
     monkeypatch.setattr(study, "PICTURE_FACTOR", 4)
-    divided = study.split(made())
+    divided = study.split(make_scene())
     measured = study.MeasuredRows(tmp_path / "rows.jsonl")
     document = study.measure(divided, (4,), (0, 1), 2, measured)
     again = study.measure(divided, (4,), (0, 1), 2, study.MeasuredRows(tmp_path / "rows.jsonl"))

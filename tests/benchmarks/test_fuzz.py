@@ -44,7 +44,7 @@ def results(good, sandbox):
         return [fuzz.run_case(number, 1, good, sandbox) for number in range(CASES * 5 // 4) if number % 5 != 4]
 
 
-def test_artifacts_pass(results):
+def test_corrupted_artifacts_pass(results):
     assert [result for result in results if result.problems] == []
 
 
@@ -73,7 +73,7 @@ def test_cases_reach_every_check(results):
     assert {each.name for each in results} == set(corrupt.corruption_names())
 
 
-def test_what_is_not_reached_is_said(results):
+def test_gaps_of_coverage_are_reported(results):
     found = list(fuzz.coverage_gaps([result._replace(depth="schema") for result in results]))
     assert [words.split()[-1] for words in found] == ["hashes", "header", "shapes", "weights", "outputs"]
     dead = [fuzz.Result("command", "bench op", "2", "", "", "")] * fuzz.ENOUGH
@@ -93,7 +93,7 @@ def test_the_table_counts_every_case_once(results):
 
 @pytest.mark.parametrize("name", artifacts.GOOD)
 @pytest.mark.parametrize("way", ["restore", "original"])
-def test_what_is_good_passes_and_is_reached(name, way, good, sandbox, tmp_path):
+def test_a_good_artifact_is_loaded_and_run(name, way, good, sandbox, tmp_path):
     folder = shutil.copytree(good / name, tmp_path / name)
     assert artifacts.judge(good, folder, way, corrupt.SAME, sandbox) == ("outputs", "loaded", [])
 
@@ -125,7 +125,7 @@ def trusting(model, folder):
     ],
     ids=["careless", "trusting", "forgetful", "broken", "greedy"],
 )
-def test_loaders_are_judged(loader, expected, wrong, good, sandbox, tmp_path, monkeypatch):
+def test_problems_of_a_loader_are_found(loader, expected, wrong, good, sandbox, tmp_path, monkeypatch):
     monkeypatch.setattr(ddf, "restore", loader)
     folder = shutil.copytree(good / "own", tmp_path / "own")
     judged = artifacts.judge(good, folder, "restore", expected, sandbox)[2]
@@ -134,7 +134,7 @@ def test_loaders_are_judged(loader, expected, wrong, good, sandbox, tmp_path, mo
 
 
 @pytest.mark.parametrize("change", corrupt.corruption_names())
-def test_changes_change_something_and_are_past_the_hashes(change, good, tmp_path, monkeypatch):
+def test_corruptions_change_files_and_get_past_the_hashes(change, good, tmp_path, monkeypatch):
     chosen = [each for each in corrupt._corruptions if each[0].__name__.strip("_") == change]
     monkeypatch.setattr(corrupt, "_corruptions", chosen)
     folder = shutil.copytree(good / "own", tmp_path / "own")
@@ -168,7 +168,7 @@ def spin():
         pass
 
 
-def test_the_sandbox_sees_what_must_not_happen(sandbox, tmp_path):
+def test_the_sandbox_notes_violations_and_ends_endless_code(sandbox, tmp_path):
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()
     outside.mkdir()
@@ -184,7 +184,7 @@ def test_the_sandbox_sees_what_must_not_happen(sandbox, tmp_path):
     events = [line.split(" ")[0] for line in found]
     assert events[:3] == ["open", "os.rename", "open"]
     assert "pickle.find_class" in events
-    touch(outside)  # nobody is watching now
+    touch(outside)  # not watched
     assert len(found) == len(events)
     for endless in (threading.Event().wait, spin):
         with pytest.raises(TooLongError), sandbox.watching(inside, 0.1):
@@ -200,7 +200,7 @@ def test_the_sandbox_sees_what_must_not_happen(sandbox, tmp_path):
     ],
     ids=["works", "is refused", "writes elsewhere"],
 )
-def test_command_lines_are_judged(line, code, wrong, sandbox, tmp_path, monkeypatch):
+def test_problems_of_a_command_line_are_found(line, code, wrong, sandbox, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
     ended, judged = fuzz.run_command(line, tmp_path / "out", sandbox)

@@ -202,6 +202,6 @@ def test_gradients_reach_the_scales_first_and_then_everything():
     assert all(yes == all_ for yes, all_ in second.values())
 
 
-def test_parts_of_layers_have_names():
+def test_parameters_belong_to_named_parts():
     assert recipes_mobilenet.part_of("ddf.spatial_branch.0.weight") == "spatial filter: its 1x1 convolution"
     assert recipes_mobilenet.part_of("mix.bias") == "1x1 convolution behind"
