@@ -72,8 +72,12 @@ class Case:
         padding = 0 if self.geometry.padding is None else same + self.geometry.padding
         return self.geometry.stride, padding, self.geometry.dilation, self.combine
 
-    def tensors(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Returns random (input, channel filter, spatial filter, gradient of the output)."""
+    def tensors(self, device: torch.device) -> list[Tensor]:
+        """Returns random [input, channel filter, spatial filter, gradient of the output]."""
+        return [tensor.normal_() for tensor in self.empty_tensors(device)]
+
+    def empty_tensors(self, device: torch.device) -> list[Tensor]:
+        """Returns the same without values."""
         stride, padding, dilation, _ = self.options()
         rows, columns = (
             ops.output_size(size, self.kernel, stride, padding, dilation)
@@ -87,11 +91,10 @@ class Case:
             (*maps, self.upscale * rows, self.upscale * columns),
         )
         layouts = (self.layout, "contiguous", self.layout, self.layout)
-        input, channel, spatial, grad = (
-            torch.empty(shape, dtype=DTYPES[self.dtype], device=device, memory_format=LAYOUTS[layout]).normal_()
+        return [
+            torch.empty(shape, dtype=DTYPES[self.dtype], device=device, memory_format=LAYOUTS[layout])
             for shape, layout in zip(shapes, layouts, strict=True)
-        )
-        return input, channel, spatial, grad
+        ]
 
     def __str__(self) -> str:
         """Returns everything that differs between cases, in one line."""
@@ -136,7 +139,7 @@ def kernels_of(
         if multiprocessors is not None:
             stack.enter_context(mock.patch.object(dispatch, "multiprocessors", return_value=multiprocessors))
         for case in cases:
-            input, channel, spatial, grad = case.tensors(torch.device("cpu"))
+            input, channel, spatial, grad = case.empty_tensors(torch.device("cpu"))
             geometry = Geometry(*case.options())
             dispatch.forward(input, channel, spatial, geometry)
             if normalized:

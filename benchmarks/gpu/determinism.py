@@ -65,6 +65,13 @@ def equal(one: list[Tensor], other: list[Tensor]) -> bool:
     return all(torch.equal(left, right) for left, right in zip(one, other, strict=True))
 
 
+def new_stream(device: torch.device) -> torch.cuda.Stream:
+    """Returns a stream that starts after the current one's work."""
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.current_stream(device))
+    return stream
+
+
 def _repeats(run: Run, record: dict[str, Any], shape: Sequence[int], dtype: str, layout: str) -> None:
     tensors = make_tensors(run.device, shape, dtype, layout)
     first = results(tensors)
@@ -76,9 +83,8 @@ def _busy(run: Run, record: dict[str, Any]) -> None:
     """Repeats beside matrix products on another stream, which change the order of the operator's blocks."""
     sets = [make_tensors(run.device, SHAPES[1], dtype, layout) for dtype, layout in itertools.product(DTYPES, LAYOUTS)]
     expected = [results(tensors) for tensors in sets]
-    busy = torch.cuda.Stream(run.device)
     factor = torch.randn(2048, 2048, device=run.device)
-    busy.wait_stream(torch.cuda.current_stream(run.device))
+    busy = new_stream(run.device)
     right = True
     for _ in range(REPEATS):
         with torch.cuda.stream(busy):
@@ -96,10 +102,7 @@ def _threads(run: Run, record: dict[str, Any], count: int = 4) -> None:
     right = [False] * count
 
     def work(place: int) -> None:
-        stream = None if run.dry else torch.cuda.Stream(run.device)
-        if stream is not None:
-            stream.wait_stream(torch.cuda.default_stream(run.device))
-        with torch.cuda.stream(stream):  # None changes nothing
+        with torch.cuda.stream(None if run.dry else new_stream(run.device)):  # None changes nothing
             right[place] = all(equal(expected[place], results(sets[place])) for _ in range(10))
 
     threads = [threading.Thread(target=work, args=(place,)) for place in range(count)]
@@ -113,9 +116,7 @@ def _threads(run: Run, record: dict[str, Any], count: int = 4) -> None:
 def _streams(run: Run, record: dict[str, Any]) -> None:
     sets = [make_tensors(run.device, (4, 64, 30 + seed, 34), "bfloat16", "channels_last", seed) for seed in range(2)]
     expected = [results(tensors) for tensors in sets]
-    streams = [torch.cuda.Stream(run.device) for _ in sets]
-    for stream in streams:
-        stream.wait_stream(torch.cuda.current_stream(run.device))
+    streams = [new_stream(run.device) for _ in sets]
     found: list[list[list[Tensor]]] = [[], []]
     for _ in range(REPEATS):
         for place, stream in enumerate(streams):
@@ -130,8 +131,7 @@ def _graph(run: Run, record: dict[str, Any]) -> None:
     """Captures a graph, and compares its replays on other contents with eager calls."""
     for dtype, layout in (("float32", "contiguous"), ("bfloat16", "channels_last")):
         static = make_tensors(run.device, (4, 64, 30, 34), dtype, layout)
-        side = torch.cuda.Stream(run.device)
-        side.wait_stream(torch.cuda.current_stream(run.device))
+        side = new_stream(run.device)
         with torch.cuda.stream(side):
             results(static)  # what is compiled at first use cannot be captured
         torch.cuda.current_stream(run.device).wait_stream(side)
