@@ -36,7 +36,7 @@ from ddf_convert.cost.timing import median_ms
 from ddf_convert.errors import DDFError
 from ddf_convert.layers import DDF2d, DDFUp2d
 from ddf_convert.models.ddf_upnet import DDFUpNet
-from ddf_convert.utils.device import called
+from ddf_convert.utils.device import describe_short
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 from support import converted_networks, networks
@@ -282,7 +282,7 @@ def page(document: dict[str, Any]) -> Iterator[str]:
     if facts := document.get("machine"):
         packages = ("python", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime")
         versions = ", ".join(f"{name} {facts[name]}" for name in packages)
-        text = f"{called(facts)}, shared with others (load {facts['load']:.1f}); {versions}."
+        text = f"{describe_short(facts)}, shared with others (load {facts['load']:.1f}); {versions}."
         yield from paragraph(text)[:-1]  # the page's last line
 
 

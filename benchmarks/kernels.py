@@ -38,7 +38,7 @@ from gpu.cases import Case, MapGeometry, kernels_of
 from rich.console import Console
 from rich.table import Table
 
-from ddf_convert.bench.device import DTYPES, LAYOUTS
+from ddf_convert.bench.measure import DTYPES, LAYOUTS
 from ddf_convert.cuda.codegen.ptx import Capability, compile_ptx
 from ddf_convert.cuda.kernel_spec import FilterNormSpec, GenericSpec, GradFiltersSpec, KernelSpec, Q, WindowSpec
 

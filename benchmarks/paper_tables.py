@@ -25,9 +25,9 @@ from ddf_convert import Cost, measure
 from ddf_convert.artifacts.atomic import write_file
 from ddf_convert.bench import op
 from ddf_convert.bench import plot as bench_plot
-from ddf_convert.bench.peers import DENSE, DEPTHWISE, MODULE, OP, UNFOLD
+from ddf_convert.bench.op import DENSE, DEPTHWISE, MODULE, OP, UNFOLD
 from ddf_convert.layers import DDF2d
-from ddf_convert.utils.device import called, choose
+from ddf_convert.utils.device import choose, describe_short
 from ddf_convert.utils.figures import new_figure
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -58,8 +58,16 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _latency(device: str | None, seconds: float) -> dict[str, Any]:
     where = choose(device)
-    settings = op.Settings(
-        tuple(TABLE_2), 256, op.BATCH[where.type], 3, "float32", ("contiguous",), where, seconds, False
+    settings = op.OpSettings(
+        resolutions=tuple(TABLE_2),
+        channels=256,
+        batch=op.BATCH[where.type],
+        kernel_size=3,
+        dtype="float32",
+        layouts=("contiguous",),
+        device=where,
+        seconds=seconds,
+        compiled=False,
     )
     return op.run(settings, lambda words: print(words, flush=True))
 
@@ -218,8 +226,8 @@ def _table_2_lines(latency: dict[str, Any]) -> Iterator[str]:
     yield ""
     yield from paragraph(
         "Milliseconds of a forward pass, 256 channels, 3x3, float32. **paper**: an RTX 2080 Ti, 32 images."
-        f" **measured**: {called(latency['machine'])}, {layout}, {' or '.join(map(str, images))} images at a time"
-        " (`ddf-convert bench op`). Compare columns, and not the two machines."
+        f" **measured**: {describe_short(latency['machine'])}, {layout}, {' or '.join(map(str, images))} images at a"
+        " time (`ddf-convert bench op`). Compare columns, and not the two machines."
     )
     rows = []
     for size, quoted in TABLE_2.items():
@@ -281,7 +289,7 @@ def memory_png(latency: dict[str, Any]) -> bytes:
     axis.minorticks_off()
     axis.grid(True, alpha=0.3)
     axis.legend()
-    axis.set_title(f"forward + backward, 256 channels, 3x3, float32\n{called(latency['machine'])}", fontsize=10)
+    axis.set_title(f"forward + backward, 256 channels, 3x3, float32\n{describe_short(latency['machine'])}", fontsize=10)
     return png(figure, dpi=150)
 
 

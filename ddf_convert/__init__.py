@@ -13,7 +13,6 @@ if "_DDF_CONVERT_COMPLETE" not in os.environ:
         Action,
         Conversion,
         ConvertConfig,
-        Filter,
         FoundBy,
         Plan,
         Replacement,
@@ -22,6 +21,9 @@ if "_DDF_CONVERT_COMPLETE" not in os.environ:
         list_filters,
         plan,
         register_filter,
+    )
+    from ddf_convert.conversion import (
+        LayerType as Filter,
     )
     from ddf_convert.cost.count import Cost, count_parameters, measure
     from ddf_convert.report import Comparison, compare

@@ -11,21 +11,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pydantic import ValidationError
 
-# What the system says where there is no room at the moment, or where an attempt was cut off.
-_PASSING = re.compile("EAGAIN|EBUSY|EDQUOT|EINTR|EIO|EMFILE|ENFILE|ENOLCK|ENOMEM|ENOSPC|ESTALE|ETIMEDOUT")
+# Error numbers for "no room at the moment" and for attempts that were cut off.
+_TRANSIENT = re.compile("EAGAIN|EBUSY|EDQUOT|EINTR|EIO|EMFILE|ENFILE|ENOLCK|ENOMEM|ENOSPC|ESTALE|ETIMEDOUT")
 _NO_MEMORY = re.compile(r"out.of.memory|(can't|cannot) allocate memory|not enough memory|bad_alloc", re.IGNORECASE)
-_WORD = 300  # characters of one word: more than a path has that people type
-_MESSAGE = 4000
-_LONG_WORD = re.compile(rf"\S{{{_WORD + 1},}}")
+_MAX_WORD = 300  # characters: more than a path that people type
+_MAX_MESSAGE = 4000
+_LONG_WORD = re.compile(rf"\S{{{_MAX_WORD + 1},}}")
 
 
 def shortened(message: str) -> str:
-    """A message without the middle of what is very long in it, and with escapes for what a terminal would not print.
+    """Returns a message with very long parts abbreviated and unprintable characters escaped.
 
     Messages quote names and values of files, which may be anything: an option of a manifest can have megabytes.
     """
-    words = _LONG_WORD.sub(lambda found: _ends(found[0], _WORD), message)
-    short = _ends(words, _MESSAGE) if len(words) > _MESSAGE else words
+    words = _LONG_WORD.sub(lambda match: _ends(match[0], _MAX_WORD), message)
+    short = _ends(words, _MAX_MESSAGE) if len(words) > _MAX_MESSAGE else words
     return "".join(each if each.isprintable() or each in "\n\t" else repr(each)[1:-1] for each in short)
 
 
@@ -54,21 +54,17 @@ class ArtifactError(UsageError):
 
 
 def may_pass(error: BaseException) -> bool:
-    """Whether what failed may succeed if it is tried again: memory or the disk was full, or the attempt was cut off.
-
-    Args:
-        error: What was raised; the errors behind it are looked at too.
-    """
+    """Whether an error, or one behind it, may pass: memory or the disk was full, or the attempt was cut off."""
     return any(
         isinstance(each, MemoryError | InterruptedError | TimeoutError)
-        or (isinstance(each, OSError) and _PASSING.fullmatch(errno.errorcode.get(each.errno or 0, "")))
+        or (isinstance(each, OSError) and _TRANSIENT.fullmatch(errno.errorcode.get(each.errno or 0, "")))
         or (isinstance(each, RuntimeError) and _NO_MEMORY.search(str(each)) is not None)
         for each in _chain(error)
     )
 
 
 def _chain(error: BaseException) -> Iterator[BaseException]:
-    """An error, and those that it was raised from."""
+    """Yields an error, and those that it was raised from."""
     seen: set[int] = set()
     following: BaseException | None = error
     while following is not None and id(following) not in seen:
@@ -78,13 +74,13 @@ def _chain(error: BaseException) -> Iterator[BaseException]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's message, without the full stop."""
+    """Returns the first line of an error's message, without the full stop."""
     lines = [line for line in str(error).splitlines() if line.strip()]
     return lines[0].strip().rstrip(".") if lines else type(error).__name__
 
 
 def in_one_line(error: ValidationError) -> str:
-    """What pydantic found wrong, the first few points of it."""
+    """Returns the first few points that pydantic found wrong."""
     points = [
         f"{'.'.join(map(str, item['loc'])) or 'text'}: {item['msg'].removeprefix('Value error, ')}"
         for item in error.errors()
@@ -93,6 +89,6 @@ def in_one_line(error: ValidationError) -> str:
 
 
 def suggestion(name: str, names: Iterable[str]) -> str:
-    """What to append to an error: the nearest names, or nothing when none is near."""
+    """Returns what to append to an error: the nearest names, or "" if none is near."""
     near = difflib.get_close_matches(name, list(names), n=3)
     return f"; did you mean {' or '.join(near)}?" if near else ""

@@ -23,7 +23,7 @@ import ddf_convert as ddf
 from architectures.catalog import Architecture, build, example_inputs
 from architectures.forward import ForwardResult, device_of, for_real, on_shapes, tensors
 from ddf_convert.artifacts.state import describe_difference
-from ddf_convert.conversion.rewriter import prepare, swap
+from ddf_convert.conversion.rewriter import apply_replacements
 
 CONVOLUTIONS = (nn.Conv2d, nn.ConvTranspose2d)
 EVERYTHING: dict[str, Any] = {"depthwise": True, "stem": True, "allow_growth": True}
@@ -218,7 +218,7 @@ def _check_totals(subject: _Subject, plan: ddf.Plan, measured: ddf.Cost) -> None
 def _check_manifest(converted: nn.Module, fresh: nn.Module) -> None:
     """Checks that the record of a conversion, through JSON, converts a fresh model the same way."""
     record = ddf.Conversion.model_validate_json(converted.ddf_conversion.model_dump_json())  # type: ignore[operator]
-    swap(fresh, prepare(fresh, record.replaced))
+    apply_replacements(fresh, record.replaced)
     shapes = {name: tuple(tensor.shape) for name, tensor in fresh.state_dict().items()}
     difference = describe_difference(shapes, converted.state_dict())
     if difference:

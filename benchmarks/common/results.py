@@ -16,7 +16,7 @@ import torch
 from common.markdown import paragraph
 from ddf_convert.artifacts.atomic import write_file
 from ddf_convert.errors import DDFError, UsageError
-from ddf_convert.utils.device import called, describe
+from ddf_convert.utils.device import describe, describe_short
 from ddf_convert.utils.figures import encode_figure, require_matplotlib
 
 RESULTS = Path(__file__).parents[1] / "results"
@@ -89,7 +89,7 @@ def write(folder: Path, name: str, document: Document, lines: Iterable[str], fig
     folder.mkdir(parents=True, exist_ok=True)
     made = paragraph(
         f"Made by `python benchmarks/{name.removesuffix('_quick')}.py`, after `python benchmarks/fetch_real.py`, in"
-        f" {document['seconds']:.0f} s on {called(document['machine'])}, with a load of"
+        f" {document['seconds']:.0f} s on {describe_short(document['machine'])}, with a load of"
         f" {document['machine']['load']:.1f} (mean of 15 minutes)."
     )
     write_file(folder / f"{name}.json", json.dumps(document, indent=1) + "\n")

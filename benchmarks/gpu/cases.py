@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ddf_convert import ops
-from ddf_convert.bench.device import DTYPES, LAYOUTS
+from ddf_convert.bench.measure import DTYPES, LAYOUTS
 from ddf_convert.cuda import dispatch
 from ddf_convert.cuda.kernel_spec import KernelSpec
 from ddf_convert.reference import Geometry

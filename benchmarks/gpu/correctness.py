@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from ddf_convert import ops, reference
-from ddf_convert.bench.device import DTYPES, LAYOUTS, convolution_settings
+from ddf_convert.bench.measure import DTYPES, LAYOUTS, convolution_settings
 from ddf_convert.cuda import dispatch
 from ddf_convert.cuda.codegen import ptx as compiler
 from ddf_convert.layers import DDF2d

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ddf_convert import ops
-from ddf_convert.bench.device import DTYPES, LAYOUTS
+from ddf_convert.bench.measure import DTYPES, LAYOUTS
 from gpu.run import Run, check, skip
 
 REPEATS = 20

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ddf_convert import ops, reference
-from ddf_convert.bench.device import LAYOUTS
+from ddf_convert.bench.measure import LAYOUTS
 from gpu.correctness import GRADIENTS, TOLERANCES, error
 from gpu.run import Run, check, skip
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from common.markdown import table
 
-from ddf_convert.bench.peers import OP
+from ddf_convert.bench.op import OP
 from ddf_convert.bench.tables import percent
 from ddf_convert.report.units import figure
 from gpu.run import problems

@@ -10,12 +10,10 @@ import torch
 from torch import Tensor
 
 from ddf_convert import ops
-from ddf_convert.bench.bandwidth import copy_bandwidth
-from ddf_convert.bench.measure import Figures, random_leaf
-from ddf_convert.bench.model import Settings, throughput
-from ddf_convert.bench.op import measure
-from ddf_convert.bench.peers import COMPILED, OP, Workload
-from ddf_convert.bench.up import Settings as UpSettings
+from ddf_convert.bench.measure import Figures, copy_bandwidth, random_leaf
+from ddf_convert.bench.model import ModelSettings, throughput
+from ddf_convert.bench.op import COMPILED, OP, OpWorkload, measure_workload
+from ddf_convert.bench.up import UpSettings
 from ddf_convert.bench.up import run as measure_up
 from ddf_convert.cost.timing import host_us
 from gpu.run import Run
@@ -61,7 +59,17 @@ def up(run: Run, record: dict[str, Any]) -> None:
     for dtype, layout, _ in TABLES[:1] if run.dry else TABLES[:4]:
         for size in sizes:
             run.need(1 if run.dry else 10, f"from DDF-Up, {dtype}, {layout}, {size}x{size} on")
-            settings = UpSettings((size,), channels, 2, batch, 3, dtype, layout, run.device, seconds)
+            settings = UpSettings(
+                resolutions=(size,),
+                channels=channels,
+                scale_factor=2,
+                batch=batch,
+                kernel_size=3,
+                dtype=dtype,
+                layout=layout,
+                device=run.device,
+                seconds=seconds,
+            )
             found = measure_up(settings)["results"][layout]
             record.setdefault("tables", {}).setdefault(dtype, {}).setdefault(layout, {}).update(found)
             run.save()
@@ -76,10 +84,10 @@ def _table(
     for size in sizes:
         run.need(25 if compiled else 1 if run.dry else 12, f"from {dtype}, {layout}, {size}x{size} on")
         batch, channels = (2, 16) if run.dry else (BATCH, CHANNELS)
-        work = Workload(size, channels, batch, 3, dtype, layout, run.device)
+        work = OpWorkload(size, channels, batch, 3, dtype, layout, run.device)
         row: Figures = {}
         rows[str(size)] = row
-        measure(work, 0.002 if run.dry else SECONDS, compiled, bandwidth, row, only=only)
+        measure_workload(work, 0.002 if run.dry else SECONDS, compiled, bandwidth, row, only=only)
         if not run.dry:
             torch.cuda.empty_cache()
         run.save()
@@ -148,7 +156,15 @@ def _throughput_of_largest_batch(run: Run, name: str, dtype: str, tf32: bool) ->
     batch = 2 if run.dry else MODEL_BATCH
     input_size = (3, 32, 32) if run.dry else (3, 224, 224)
     while True:
-        settings = Settings(input_size, batch, dtype, "channels_last", run.device, 0.01 if run.dry else 1.0, tf32)
+        settings = ModelSettings(
+            input_size=input_size,
+            batch=batch,
+            dtype=dtype,
+            layout="channels_last",
+            device=run.device,
+            seconds=0.01 if run.dry else 1.0,
+            tf32=tf32,
+        )
         try:
             return {**throughput(timm.create_model(name), settings), "batch": batch}
         except torch.OutOfMemoryError:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from ddf_convert.bench.device import LAYOUTS
-from ddf_convert.bench.peers import COMPILED, DENSE, DEPTHWISE, MODULE, OP, TF32
+from ddf_convert.bench.measure import LAYOUTS
+from ddf_convert.bench.op import COMPILED, DENSE, DEPTHWISE, MODULE, OP, TF32
 from gpu.run import Run
 
 ALL = (7, 14, 28, 56, 112, 224)

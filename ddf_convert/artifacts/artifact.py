@@ -50,14 +50,12 @@ from ddf_convert.artifacts.state import (
     split_state,
     state_shapes,
 )
-from ddf_convert.conversion.convert import Conversion, check_whole, recorded
-from ddf_convert.conversion.parts import outstanding
-from ddf_convert.conversion.rewriter import prepare, swap
-from ddf_convert.conversion.tracer import describe
+from ddf_convert.conversion.record import Conversion, check_whole, outstanding, recorded
+from ddf_convert.conversion.rewriter import apply_replacements
 from ddf_convert.errors import ArtifactError, DDFError, UsageError, first_line
 from ddf_convert.utils.fake_copy import check_initialized, meta_copy
 from ddf_convert.utils.logging import warn_once
-from ddf_convert.utils.modules import bare
+from ddf_convert.utils.modules import bare, model_name
 from ddf_convert.version import __version__
 
 __all__ = [
@@ -125,11 +123,11 @@ def save(
     tensors, shared = split_shared(state)
     original_state, original_extra_states = split_state(bare(original)) if original is not None else ({}, {})
     original_tensors, original_shared = split_shared(original_state)
-    conversion = recorded(model) or Conversion(source=describe(model))
+    conversion = recorded(model) or Conversion(source=model_name(model))
     origin = find_source(model, conversion, source)
     if isinstance(origin, OwnSource) and origin.reason:
         warn_once(
-            f"the model is saved as one of your own, and not as timm's {describe(model)}: {origin.reason}. Only"
+            f"the model is saved as one of your own, and not as timm's {model_name(model)}: {origin.reason}. Only"
             f" restore(fresh_model, folder) will read it; {_SAVE_WITH_SOURCE}"
         )
     names = [WEIGHTS, *([ORIGINAL] if original is not None else []), *([REPORT] if report is not None else [])]
@@ -192,7 +190,7 @@ def load(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> nn
     weights, header = _open_weights(folder, manifest)
     sketch = _build(folder, manifest.source, "meta", header)  # checked first, where nothing costs memory
     with _errors_name(folder, sketch):
-        _check_fits(meta_copy(sketch), describe(sketch), manifest, header)
+        _check_fits(meta_copy(sketch), model_name(sketch), manifest, header)
         model = _build(folder, manifest.source, "cpu", header)
         model = _convert_and_fill(model, manifest, _read_tensors(weights, manifest.shared))
     return model.eval().to(device)
@@ -222,7 +220,7 @@ def restore(model: nn.Module, path: str | os.PathLike[str]) -> nn.Module:
     with _errors_name(folder, inner):
         if any(tensor.device.type == "meta" for tensor in (*inner.parameters(), *inner.buffers())):
             raise UsageError("the model is on the meta device and can hold no weights; build it on a real device")
-        _check_fits(meta_copy(inner), describe(inner), manifest, header)
+        _check_fits(meta_copy(inner), model_name(inner), manifest, header)
         tensors = _read_tensors(weights, manifest.shared)
         with unchanged_on_failure(inner):
             filled = _convert_and_fill(inner, manifest, tensors)
@@ -252,7 +250,7 @@ def load_original(path: str | os.PathLike[str], fresh_model: nn.Module | None = 
     with _errors_name(folder, model):
         difference = _state_difference(model, header, manifest.original_extra_states)
         if difference:
-            raise UsageError(f"the original's weights do not fit {describe(model)}: {difference}")
+            raise UsageError(f"the original's weights do not fit {model_name(model)}: {difference}")
         tensors = _read_tensors(weights, manifest.original_shared)
         with unchanged_on_failure(model):
             _fill(model, tensors, manifest.original_extra_states)
@@ -301,7 +299,7 @@ def _check_record(folder: Path, manifest: Manifest, header: Header) -> None:
 def _check_fits(sketch: nn.Module, name: str, manifest: Manifest, header: Header) -> None:
     """Converts a meta copy of a model and compares it with the weights' header; raises UsageError if they differ."""
     with limit_construction(header, sketch):
-        sketch = swap(sketch, prepare(sketch, outstanding(sketch, manifest.conversion.replaced)))
+        sketch = apply_replacements(sketch, outstanding(sketch, manifest.conversion.replaced))
     if difference := _state_difference(sketch, header, manifest.extra_states):
         versions = ", ".join(f"{package} {version}" for package, version in manifest.versions.items())
         raise UsageError(f"the weights do not fit {name}: {difference}; they were written with {versions}")
@@ -334,7 +332,7 @@ def _build(folder: Path, source: TimmSource, device: str, header: Header) -> nn.
 
 
 def _convert_and_fill(model: nn.Module, manifest: Manifest, tensors: dict[str, Tensor]) -> nn.Module:
-    model = swap(model, prepare(model, outstanding(model, manifest.conversion.replaced)))
+    model = apply_replacements(model, outstanding(model, manifest.conversion.replaced))
     _fill(model, tensors, manifest.extra_states)
     model.ddf_conversion = manifest.conversion  # type: ignore[assignment]
     return model
@@ -376,7 +374,7 @@ def _errors_name(folder: Path, model: nn.Module) -> Iterator[None]:
         raise
     except Exception as error:
         words = f"{type(error).__name__}: {first_line(error)}"
-        raise ArtifactError(f"{folder}: what it records cannot be done to {describe(model)}: {words}") from error
+        raise ArtifactError(f"{folder}: what it records cannot be done to {model_name(model)}: {words}") from error
 
 
 def _describe_own(source: OwnSource) -> str:

@@ -10,8 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, JsonValue, ValidationError
 
 from ddf_convert.artifacts.atomic import MANIFEST, FileRecord, read_json
 from ddf_convert.artifacts.provenance import OwnSource, TimmSource
-from ddf_convert.conversion.convert import Conversion
 from ddf_convert.conversion.eligibility import with_narrow_squeeze
+from ddf_convert.conversion.record import Conversion
 from ddf_convert.errors import ArtifactError, in_one_line
 
 FORMAT = "ddf_convert"

@@ -19,12 +19,12 @@ from torch import fx, nn
 
 from ddf_convert.artifacts.module_diff import ModuleDiff, ModuleDifference, diff_modules
 from ddf_convert.artifacts.state import describe_difference, state_shapes
-from ddf_convert.conversion.convert import Conversion
 from ddf_convert.conversion.interpolate_hook import class_of
-from ddf_convert.conversion.rewriter import prepare, swap
-from ddf_convert.conversion.tracer import describe
+from ddf_convert.conversion.record import Conversion
+from ddf_convert.conversion.rewriter import apply_replacements
 from ddf_convert.errors import DDFError, UsageError, first_line, in_one_line
 from ddf_convert.utils.fake_copy import real_copy
+from ddf_convert.utils.modules import model_name
 
 # Arguments of timm.create_model that make it read or download files; an artifact never contains them.
 FILE_ARGUMENTS = {
@@ -131,7 +131,7 @@ def find_source(
     """
     # A GraphModule is a class of its own each time: the name of the model that it was made of identifies it better.
     graph = isinstance(model, fx.GraphModule)
-    described = conversion.source if graph else describe(model)
+    described = conversion.source if graph else model_name(model)
     given = requested if isinstance(requested, TimmSource) else None
     name = given.name if given else str(requested or described)
     known = timm.is_model(name)
@@ -240,7 +240,7 @@ def _try(model: nn.Module, conversion: Conversion, source: TimmSource) -> _Trial
 
 def _build_converted(source: TimmSource, conversion: Conversion, device: str) -> nn.Module:
     built = build_source(source, device)
-    return swap(built, prepare(built, conversion.replaced))
+    return apply_replacements(built, conversion.replaced)
 
 
 def _first_difference(diff: ModuleDiff) -> str:

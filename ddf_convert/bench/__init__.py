@@ -1,5 +1,4 @@
-"""Measuring: the operator, a layer or a model beside what they replace, on a CPU or a GPU.
+"""Benchmarks: the operator, a layer or a model beside what they replace, on a CPU or a GPU; and doctor's checks.
 
-Each of ``op``, ``layer`` and ``model`` has ``Settings`` and a ``run`` that returns plain data; ``tables`` and ``plot``
-show it. Nothing here is imported unless something is measured.
+``op``, ``up``, ``layer`` and ``model`` each have settings and a ``run`` that returns plain data for ``tables`` and ``plot``.
 """

@@ -3,74 +3,72 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
-from ddf_convert.bench import device as devices
-from ddf_convert.bench.measure import Figures, figures, placed, random_leaf
-from ddf_convert.bench.memory import kept_when_freed
-from ddf_convert.bench.op import check_kernel
+from ddf_convert.bench.measure import (
+    ConvBenchSettings,
+    Figures,
+    Progress,
+    convolution_settings,
+    input_sets,
+    keep_freed_memory,
+    measure,
+    move,
+    no_progress,
+    random_leaf,
+)
 from ddf_convert.cost import count
-from ddf_convert.cost.timing import copies_needed
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.layers import DDF2d, DDFConv2d
-from ddf_convert.utils.device import describe
 
 BATCH = {"cuda": 32, "cpu": 4}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What to measure: the input is (batch, channels, size, size), the padding keeps its size at stride 1.
+@dataclass(frozen=True, kw_only=True)
+class LayerSettings(ConvBenchSettings):
+    """What to measure: the input is (batch, channels, size, size); the padding keeps its size at stride 1.
 
     Attributes:
-        channels: C, in and out.
         size: Rows, and columns, in pixels.
-        kernel_size: K.
-        stride: In pixels.
-        dilation: In pixels.
-        heads: G, of the DDF layers.
+        stride: Stride in pixels.
+        dilation: Dilation in pixels.
+        heads: Heads of the DDF layers.
         se_ratio: Squeeze of their channel branch.
         combine: "mul" or "add".
-        batch: B.
-        dtype: One of ``device.DTYPES``.
-        layout: One of ``device.LAYOUTS``.
-        device: Where.
-        seconds: To spend on each time, at least.
+        layout: A key of ``LAYOUTS``.
         tf32: Whether float32 products may be TF32 on a GPU.
 
     Raises:
-        UsageError: K is even or below 3, the heads do not divide the channels, or the squeeze is not above 0.
+        UsageError: The kernel size is wrong, the heads do not divide the channels, or the squeeze is not above 0.
     """
 
-    channels: int
     size: int
-    kernel_size: int
     stride: int
     dilation: int
     heads: int
     se_ratio: float
     combine: str
-    batch: int
-    dtype: str
     layout: str
-    device: torch.device
-    seconds: float
     tf32: bool
 
     def __post_init__(self) -> None:
-        check_kernel(self.kernel_size)
+        super().__post_init__()
         if self.heads < 1 or self.channels % self.heads:
             raise UsageError(f"--heads {self.heads}: must divide the {self.channels} channels")
         if not 0 < self.se_ratio < math.inf:
             raise UsageError(f"--se-ratio {self.se_ratio}: must be above 0 and finite")
 
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Shape of the input."""
+        return self.batch, self.channels, self.size, self.size
+
     def layers(self) -> dict[str, nn.Module]:
-        """The layers by name, in float32 on the CPU."""
+        """Returns the layers by name, in float32 on the CPU."""
         conv: dict[str, Any] = {"stride": self.stride, "dilation": self.dilation}
         ddf = {**conv, "heads": self.heads, "se_ratio": self.se_ratio, "combine": self.combine}
         padding = self.dilation * (self.kernel_size - 1) // 2
@@ -81,22 +79,9 @@ class Settings:
             "DDFConv2d": DDFConv2d(channels, channels, kernel, **ddf),
         }
 
-    def input(self) -> Tensor:
-        """Random, of the dtype and layout, on the device."""
-        shape = (self.batch, self.channels, self.size, self.size)
-        return random_leaf(shape, self.dtype, self.layout, self.device)
 
-    def place(self, layer: nn.Module) -> nn.Module:
-        """The layer itself, of the dtype and layout, on the device."""
-        return placed(layer, self.dtype, self.layout, self.device)
-
-
-def run(settings: Settings, say: Callable[[str], object] = lambda words: None) -> dict[str, Any]:
+def run(settings: LayerSettings, progress: Progress = no_progress) -> dict[str, Any]:
     """Measures the three layers.
-
-    Args:
-        settings: What.
-        say: Told what is being measured.
 
     Returns:
         ``results[layer]`` are the :class:`Figures`, with ``parameters`` and ``macs``; beside them, the settings.
@@ -105,21 +90,16 @@ def run(settings: Settings, say: Callable[[str], object] = lambda words: None) -
         DDFError: They do not fit the memory.
     """
     torch.manual_seed(0)
+    device, dtype, layout = settings.device, settings.dtype, settings.layout
     results: dict[str, Figures] = {}
     try:
-        first = settings.input()
-        inputs = [(first,), *((settings.input(),) for _ in range(copies_needed([first], settings.device) - 1))]
-        with kept_when_freed(), devices.convolution_settings(settings.tf32):
+        inputs = input_sets(lambda: (random_leaf(settings.shape, dtype, layout, device),), device)
+        with keep_freed_memory(), convolution_settings(settings.tf32):
             for name, layer in settings.layers().items():
-                say(f"Measuring {name}")
-                cost = count.measure(layer, torch.empty(first.shape, device="meta"))
-                measured = figures(settings.place(layer), inputs, settings.device, settings.seconds)
-                results[name] = {**measured, "parameters": cost.params, "macs": cost.macs}
+                progress(f"Measuring {name}")
+                cost = count.measure(layer, torch.empty(settings.shape, device="meta"))
+                figures = measure(move(layer, dtype, layout, device), inputs, device, settings.seconds)
+                results[name] = {**figures, "parameters": cost.params, "macs": cost.macs}
     except torch.OutOfMemoryError as error:
         raise DDFError("out of memory: give a smaller --batch or --size") from error
-    return {
-        "bench": "layer",
-        "machine": describe(settings.device),
-        "settings": {**asdict(settings), "device": str(settings.device)},
-        "results": results,
-    }
+    return settings.document("layer", settings=settings.to_dict(), results=results)

@@ -4,72 +4,70 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree
 
-from ddf_convert.bench import device as devices
-from ddf_convert.bench.device import DTYPES, LAYOUTS
-from ddf_convert.bench.memory import kept_when_freed, peak_mib
+from ddf_convert.bench.measure import (
+    DTYPES,
+    LAYOUTS,
+    BenchSettings,
+    Progress,
+    convolution_settings,
+    keep_freed_memory,
+    no_progress,
+    peak_mib,
+)
 from ddf_convert.conversion import Plan, convert
 from ddf_convert.cost.timing import median_ms
 from ddf_convert.errors import DDFError, first_line
-from ddf_convert.utils.device import describe
 
 BATCH = {"cuda": 64, "cpu": 4}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How to run the models.
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings(BenchSettings):
+    """How to run the models. ``dtype`` is the model's in inference and autocast's in training.
 
     Attributes:
         input_size: (C, H, W) of an image.
-        batch: Images at a time.
-        dtype: "float32" or "bfloat16": for inference the model's own, for training that of autocast.
-        layout: One of ``device.LAYOUTS``.
-        device: Where.
-        seconds: To spend on each figure, at least.
+        layout: A key of ``LAYOUTS``.
         tf32: Whether float32 products may be TF32 on a GPU.
     """
 
     input_size: tuple[int, int, int]
-    batch: int
-    dtype: str
     layout: str
-    device: torch.device
-    seconds: float
     tf32: bool
 
 
 def run(
-    name: str, model: nn.Module, plan: Plan, settings: Settings, say: Callable[[str], object] = lambda words: None
+    name: str, model: nn.Module, plan: Plan, settings: ModelSettings, progress: Progress = no_progress
 ) -> dict[str, Any]:
     """Measures a model before and after its conversion.
 
     Args:
-        name: What the user calls the model.
-        model: It is moved, trained a few steps and brought to the dtype.
+        name: Name of the model.
+        model: The model; it is moved, trained a few steps and converted to the dtype.
         plan: What to convert.
-        settings: How.
-        say: Told what is being measured.
+        settings: How to run both models.
+        progress: Receives what is measured next.
 
     Returns:
         ``results["before"]`` and ``["after"]`` are the figures of :func:`throughput`, with ``parameters`` and, of one
         image, ``macs``; beside them, the settings.
 
     Raises:
-        DDFError: The model does not run as asked, or does not fit the memory.
+        DDFError: The model does not run with these settings, or does not fit the memory.
     """
     results = {}
     pairs = (("before", model, plan.before), ("after", convert(model, plan), plan.after))
     for when, version, cost in pairs:
-        say(f"Measuring {name} {when} conversion")
+        progress(f"Measuring {name} {when} conversion")
         try:
-            measured = throughput(version, settings)
+            figures = throughput(version, settings)
         except torch.OutOfMemoryError as error:
             raise DDFError(f"{name} {when} conversion: out of memory; give a smaller --batch") from error
         except (RuntimeError, ValueError, TypeError) as error:
@@ -81,24 +79,15 @@ def run(
             ) from error
         finally:
             version.cpu()
-        results[when] = {**measured, "parameters": cost.params, "macs": cost.macs}
-    return {
-        "bench": "model",
-        "model": name,
-        "machine": describe(settings.device),
-        "settings": {**asdict(settings), "device": str(settings.device)},
-        "results": results,
-    }
+        results[when] = {**figures, "parameters": cost.params, "macs": cost.macs}
+    return settings.document("model", model=name, settings=settings.to_dict(), results=results)
 
 
-def throughput(model: nn.Module, settings: Settings) -> dict[str, float | None]:
-    """Images a second of one model, as a program sees them: the host's time is not hidden.
+def throughput(model: nn.Module, settings: ModelSettings) -> dict[str, float | None]:
+    """Measures the images a second of one model, as a program sees them: the host's time is not hidden.
 
-    A step of training is a forward pass, a loss, a backward pass and a step of SGD with momentum.
-
-    Args:
-        model: It is moved to the device, trained a few steps, and converted to the dtype.
-        settings: How.
+    A step of training is a forward pass, a loss, a backward pass and a step of SGD with momentum. The model is moved to
+    the device, trained a few steps, and converted to the dtype.
 
     Returns:
         ``inference_images_per_s``, ``training_images_per_s``, and ``inference_mib`` and ``training_mib``: memory at
@@ -108,10 +97,10 @@ def throughput(model: nn.Module, settings: Settings) -> dict[str, float | None]:
     torch.manual_seed(0)
     model.to(device=device, dtype=torch.float32, memory_format=layout)  # type: ignore[call-overload]
     images = torch.randn(settings.batch, *settings.input_size, device=device).to(memory_format=layout)
-    with kept_when_freed(), devices.convolution_settings(settings.tf32):
+    with keep_freed_memory(), convolution_settings(settings.tf32):
         model.train()
         train = _training_step(model, images, lambda: torch.autocast(device.type, dtype, dtype != torch.float32))
-        for _ in range(2):  # the momenta are made at the first step
+        for _ in range(2):  # the first step allocates the momenta
             train()
         training_ms = median_ms(train, device, settings.seconds, hide_host=False)
         training_mib = peak_mib(train, device)
@@ -146,7 +135,7 @@ def _training_step(
         optimizer.zero_grad()
         with autocast():
             outputs = model(images)
-        # Of whatever the model returns: a classifier's scores, or the maps of a detector.
+        # The model may return anything: a classifier's scores, or the maps of a detector.
         tensors = [leaf for leaf in _pytree.tree_leaves(outputs) if isinstance(leaf, Tensor) and leaf.requires_grad]
         torch.stack([tensor.float().square().mean() for tensor in tensors]).sum().backward()
         optimizer.step()

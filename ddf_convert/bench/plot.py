@@ -1,15 +1,15 @@
-"""Measurements as a picture. matplotlib is an extra: it is imported when a plot is asked for."""
+"""The results of a benchmark as a plot."""
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-from ddf_convert.bench.peers import COMPILED, DENSE, DEPTHWISE, MODULE, OP, SLICES, TF32, UNFOLD
+from ddf_convert.bench.op import COMPILED, DENSE, DEPTHWISE, MODULE, OP, SLICES, TF32, UNFOLD
 from ddf_convert.bench.up import BILINEAR, SEPARATE, TRANSPOSED, UP
 from ddf_convert.errors import UsageError
-from ddf_convert.utils.device import called
+from ddf_convert.utils.device import describe_short
+from ddf_convert.utils.figures import encode_figure, new_figure, require_matplotlib
 
 # Ours in warm colors, what they are compared with in cool ones; the same column looks the same in every plot.
 _COLORS = {
@@ -30,25 +30,20 @@ _DPI = 150
 
 
 def check_plot(file: Path) -> None:
-    """Fails early where no plot could be drawn.
+    """Checks that a plot can be drawn.
 
     Raises:
         UsageError: matplotlib is missing, or the name is not that of a PNG.
     """
     if file.suffix.lower() != ".png":
         raise UsageError(f"--plot {file}: plots are PNG; give a name that ends in .png")
-    try:
-        import matplotlib.figure  # noqa: F401
-    except ImportError as error:
-        raise UsageError("--plot needs matplotlib: pip install 'ddf-convert[plot]'") from error
+    require_matplotlib("--plot")
 
 
 def png(document: dict[str, Any]) -> bytes:
-    """What a ``run`` of this package returned, as the contents of a PNG file."""
-    drawn = {"op": _op, "layer": _layer, "model": _model, "up": _op}[document["bench"]](document)
-    contents = io.BytesIO()
-    drawn.savefig(contents, format="png", dpi=_DPI)
-    return contents.getvalue()
+    """Returns the result of a ``run`` of this package as the content of a PNG file."""
+    draw = {"op": _op, "layer": _layer, "model": _model, "up": _op}[document["bench"]]
+    return encode_figure(draw(document), dpi=_DPI)
 
 
 def _op(document: dict[str, Any]) -> Any:
@@ -57,7 +52,7 @@ def _op(document: dict[str, Any]) -> Any:
 
     results = document["results"]
     titles = (("forward", "forward_ms"), ("forward + backward", "forward_backward_ms"))
-    figure = _figure(11, 1 + 4 * len(results))
+    figure = new_figure(11, 1 + 4 * len(results))
     axes = figure.subplots(len(results), 2, squeeze=False, sharex=True)
     for row, (layout, rows) in zip(axes, results.items(), strict=True):
         for axis, (title, key) in zip(row, titles, strict=True):
@@ -80,7 +75,7 @@ def _op(document: dict[str, Any]) -> Any:
         axis.set_xlabel("rows and columns of the map")
     axes[0][1].legend(loc="upper left", bbox_to_anchor=(1.01, 1))
     kernel = document["kernel_size"]
-    _heading(figure, document, f"{document['dtype']}, {document['channels']} channels, {kernel}x{kernel}")
+    _add_heading(figure, document, f"{document['dtype']}, {document['channels']} channels, {kernel}x{kernel}")
     return figure
 
 
@@ -90,23 +85,23 @@ def _layer(document: dict[str, Any]) -> Any:
     panels = [("forward, ms", "forward_ms"), ("forward + backward, ms", "forward_backward_ms")]
     if all(row["peak_mib"] is not None for row in results.values()):
         panels.append(("peak memory, MiB", "peak_mib"))
-    figure = _figure(3.4 * len(panels), 4)
+    figure = new_figure(3.4 * len(panels), 4)
     for axis, (title, key) in zip(figure.subplots(1, len(panels), squeeze=False)[0], panels, strict=True):
         colors = [_BEFORE, *[_AFTER] * (len(names) - 1)]
         _bars(axis, title, names, [results[name][key] for name in names], colors)
     size, kernel = settings["size"], settings["kernel_size"]
     words = f"{settings['channels']} channels, {size}x{size}, {kernel}x{kernel}, {settings['batch']} images"
-    _heading(figure, document, f"{words}, {settings['dtype']}, {settings['layout']}")
+    _add_heading(figure, document, f"{words}, {settings['dtype']}, {settings['layout']}")
     return figure
 
 
 def _model(document: dict[str, Any]) -> Any:
     settings, results = document["settings"], document["results"]
-    figure = _figure(7, 4)
+    figure = new_figure(7, 4)
     panels = (("inference, images/s", "inference_images_per_s"), ("training, images/s", "training_images_per_s"))
     for axis, (title, key) in zip(figure.subplots(1, 2), panels, strict=True):
         _bars(axis, title, list(results), [row[key] for row in results.values()], [_BEFORE, _AFTER])
-    _heading(
+    _add_heading(
         figure, document, f"{document['model']}, {settings['batch']} images, {settings['dtype']}, {settings['layout']}"
     )
     return figure
@@ -120,11 +115,5 @@ def _bars(axis: Any, title: str, names: list[str], values: list[float], colors: 
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _figure(width: float, height: float) -> Any:
-    from matplotlib.figure import Figure  # not pyplot: no window system, no state
-
-    return Figure(figsize=(width, height), layout="constrained")
-
-
-def _heading(figure: Any, document: dict[str, Any], words: str) -> None:
-    figure.suptitle(f"{words}\n{called(document['machine'])}", fontsize=10)
+def _add_heading(figure: Any, document: dict[str, Any], words: str) -> None:
+    figure.suptitle(f"{words}\n{describe_short(document['machine'])}", fontsize=10)

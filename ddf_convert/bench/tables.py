@@ -1,35 +1,34 @@
-"""Measurements as tables for a terminal of 80 columns."""
+"""The results of benchmarks and of doctor as tables for a terminal of 80 columns."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Group, RenderableType
 from rich.table import Column, Table
 from rich.text import Text
 
 from ddf_convert.bench.doctor import Check, State
 from ddf_convert.bench.measure import Figures
-from ddf_convert.bench.peers import DENSE, DEPTHWISE, MODULE, OP
+from ddf_convert.bench.op import DENSE, DEPTHWISE, MODULE, OP
 from ddf_convert.bench.up import SEPARATE, UNFOLDED, UP
 from ddf_convert.report import units
-from ddf_convert.report.tables import new_table
+from ddf_convert.report.tables import new_table, numeric_column, table_heading
 from ddf_convert.report.units import figure
-from ddf_convert.utils.device import called
+from ddf_convert.utils.device import describe_short
 
 _TIMES = (("forward, ms", "forward_ms"), ("forward + backward, ms", "forward_backward_ms"))
 
 
 def tables(document: dict[str, Any]) -> RenderableType:
-    """What a ``run`` of this package returned."""
-    shown = {"op": _op, "layer": _layer, "model": _model, "up": _up}[document["bench"]]
-    return Group(Text(called(document["machine"]), style="bold"), *shown(document))
+    """Returns the result of a ``run`` of this package as tables."""
+    render = {"op": _op, "layer": _layer, "model": _model, "up": _up}[document["bench"]]
+    return Group(Text(describe_short(document["machine"]), style="bold"), *render(document))
 
 
 def percent(value: float | None) -> str:
-    """A share: ``0.83 -> "83 %"``."""
+    """Returns a share as text: ``0.83 -> "83 %"``."""
     return "-" if value is None else f"{100 * value:.0f} %"
 
 
@@ -78,8 +77,8 @@ def _by_size(
     share: str | None = None,
     ratios: Sequence[tuple[str, str]] = (),
 ) -> list[RenderableType]:
-    """A row for each column of the measurements: there are more of those than sizes."""
-    table = _table(Column("", no_wrap=True), *(_right(f"{size}x{size}") for size in rows))
+    """A row for each implementation, a column for each size: there are fewer sizes."""
+    table = new_table(Column("", no_wrap=True), *(numeric_column(f"{size}x{size}") for size in rows))
     if len(set(batches.values())) > 1:
         table.add_row("images", *(str(batches[size]) for size in rows), style="dim")
     names = list(dict.fromkeys(name for row in rows.values() for name in row))
@@ -91,7 +90,7 @@ def _by_size(
         table.add_row(f"{over} / {under}", *(_ratio(row, over, under, key) for row in rows.values()))
     if share is not None:
         table.add_row("share of the copy", *(percent(row.get(OP, {}).get(share)) for row in rows.values()))
-    return [Text(f"\n{title}", style="bold"), table]
+    return [table_heading(title), table]
 
 
 def _ratio(row: dict[str, Figures], over: str, under: str, key: str) -> str:
@@ -100,7 +99,7 @@ def _ratio(row: dict[str, Figures], over: str, under: str, key: str) -> str:
 
 
 def _gaps(layout: str, rows: dict[str, dict[str, Figures]]) -> list[RenderableType]:
-    """Why some figures are missing."""
+    """The reasons of missing figures."""
     return [
         Text(f"{name}, {layout}, {size}x{size}: {found['error']}", style="yellow")
         for size, row in rows.items()
@@ -119,7 +118,7 @@ def _layer(document: dict[str, Any]) -> list[RenderableType]:
         _images(settings["batch"]),
         _precision(settings),
     ]
-    table = _table(Column("", no_wrap=True), *(_right(name) for name in results))
+    table = new_table(Column("", no_wrap=True), *(numeric_column(name) for name in results))
     for title, key in _TIMES:
         table.add_row(title, *(figure(row[key]) for row in results.values()))
     table.add_row("peak memory, MiB", *(figure(row["peak_mib"]) for row in results.values()))
@@ -135,7 +134,7 @@ def _model(document: dict[str, Any]) -> list[RenderableType]:
     before, after = results.values()
     size = "x".join(map(str, settings["input_size"]))
     heading = Text(f"{document['model']}, {_images(settings['batch'])} of {size}, {_precision(settings)}")
-    table = _table(Column("", no_wrap=True), *map(_right, results), _right("after / before"))
+    table = new_table(Column("", no_wrap=True), *map(numeric_column, results), numeric_column("after / before"))
     for title, key in (
         ("inference, images/s", "inference_images_per_s"),
         ("training, images/s", "training_images_per_s"),
@@ -164,16 +163,8 @@ def _images(most: int, *fewer: int) -> str:
     return "1 image" if most == 1 else f"{most} images"
 
 
-def _right(name: str) -> Column:
-    return Column(name, justify="right", no_wrap=True)
-
-
-def _table(*columns: Column) -> Table:
-    return Table(*columns, box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1), show_edge=False, header_style="dim")
-
-
 def checks_table(checks: Iterable[Check]) -> Table:
-    """What the doctor found."""
+    """Returns the checks of doctor as a table."""
     table = new_table(Column("", no_wrap=True), Column("", style="bold", no_wrap=True), Column("", overflow="fold"))
     table.show_header = False
     signs = {State.OK: ("ok", "green"), State.NOTE: ("note", "yellow"), State.PROBLEM: ("PROBLEM", "bold red")}

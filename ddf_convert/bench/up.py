@@ -6,7 +6,7 @@ written from its equations, with their widths (64 channels in the middle), in pl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,69 +15,72 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ddf_convert import ops
-from ddf_convert.bench.measure import Figures, figures, figures_or_error, placed, random_leaf
-from ddf_convert.bench.memory import kept_when_freed
-from ddf_convert.bench.op import check_kernel
-from ddf_convert.cost.timing import copies_needed
+from ddf_convert.bench.measure import (
+    ConvBenchSettings,
+    Figures,
+    Implementation,
+    Progress,
+    input_sets,
+    keep_freed_memory,
+    move,
+    no_progress,
+    random_leaf,
+)
 from ddf_convert.errors import UsageError
 from ddf_convert.layers import DDFUp2d
-from ddf_convert.utils.device import describe
 
 RESOLUTIONS = (28, 56, 112)
 BATCH = {"cuda": 16, "cpu": 1}
 UP, SEPARATE, BILINEAR, TRANSPOSED, UNFOLDED = "DDF-Up", "DDF-Up apart", "bilinear", "transposed conv", "unfold"
-_MIDDLE = 64  # channels from which the unfolding peer predicts its filters
+_CARAFE_CHANNELS = 64  # from which it predicts its filters
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What to measure: the input is (batch, channels, size, size) for each of the resolutions.
+@dataclass(frozen=True, kw_only=True)
+class UpSettings(ConvBenchSettings):
+    """What to measure: the input is (batch, channels, size, size); the transposed convolution's kernel is 2 * s.
 
     Attributes:
         resolutions: Sizes of the input, in pixels.
-        channels: C.
         scale_factor: s.
-        batch: B.
-        kernel_size: K of the filters; the transposed convolution's is 2 * s.
-        dtype: One of ``device.DTYPES``.
-        layout: One of ``device.LAYOUTS``.
-        device: Where.
-        seconds: To spend on each time, at least.
+        layout: A key of ``LAYOUTS``.
 
     Raises:
-        UsageError: K is even or below 3, or the factor is odd, for which the transposed convolution has no center.
+        UsageError: The kernel size is wrong, or the factor is odd: the transposed convolution has no center.
     """
 
     resolutions: tuple[int, ...]
-    channels: int
     scale_factor: int
-    batch: int
-    kernel_size: int
-    dtype: str
     layout: str
-    device: torch.device
-    seconds: float
 
     def __post_init__(self) -> None:
-        check_kernel(self.kernel_size)
+        super().__post_init__()
         if self.scale_factor < 2 or self.scale_factor % 2:
             raise UsageError(f"--scale-factor {self.scale_factor}: must be even, and at least 2")
 
+    def implementations(self) -> Iterator[Implementation]:
+        """Yields everything to measure, on its device, in its dtype and layout."""
+        channels, factor = self.channels, self.scale_factor
+
+        def moved(module: nn.Module) -> nn.Module:
+            return move(module, self.dtype, self.layout, self.device)
+
+        up = DDFUp2d(channels, factor, self.kernel_size)
+        transposed = nn.ConvTranspose2d(channels, channels, 2 * factor, factor, factor // 2)
+        yield Implementation(UP, moved(up), own=True)
+        yield Implementation(SEPARATE, moved(SeparateUp(up)))
+        yield Implementation(BILINEAR, lambda input: F.interpolate(input, scale_factor=factor, mode="bilinear"))
+        yield Implementation(TRANSPOSED, moved(transposed))
+        yield Implementation(UNFOLDED, moved(UnfoldedUp(channels, factor, self.kernel_size)))
+
 
 class UnfoldedUp(nn.Module):
-    """Content-aware upsampling with the windows of all pixels in memory at once.
-
-    Args:
-        channels: C.
-        scale_factor: s.
-        kernel_size: K.
-    """
+    """Content-aware upsampling with the windows of all pixels in memory at once."""
 
     def __init__(self, channels: int, scale_factor: int, kernel_size: int) -> None:
         super().__init__()
         self.scale_factor, self.kernel_size = scale_factor, kernel_size
-        self.compress = nn.Conv2d(channels, _MIDDLE, 1)
-        self.encode = nn.Conv2d(_MIDDLE, scale_factor**2 * kernel_size**2, 3, padding=1)
+        self.compress = nn.Conv2d(channels, _CARAFE_CHANNELS, 1)
+        self.encode = nn.Conv2d(_CARAFE_CHANNELS, scale_factor**2 * kernel_size**2, 3, padding=1)
 
     def forward(self, input: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, s*H, s*W)."""
@@ -91,7 +94,7 @@ class UnfoldedUp(nn.Module):
 
 
 class SeparateUp(nn.Module):
-    """DDF-Up with a call of the operator for each of its branches: what the fused layer is to be faster than."""
+    """DDF-Up with a call of the operator for each of its branches: the baseline of the fused layer."""
 
     def __init__(self, layer: DDFUp2d) -> None:
         super().__init__()
@@ -107,52 +110,29 @@ class SeparateUp(nn.Module):
         return F.pixel_shuffle(torch.stack(maps, 2).flatten(1, 2), self.layer.scale_factor)
 
 
-def layers(settings: Settings) -> Iterator[tuple[str, Callable[[Tensor], Tensor]]]:
-    """Everything to measure, by name, on its device, in its dtype and layout."""
-    channels, factor = settings.channels, settings.scale_factor
-
-    def ready(module: nn.Module) -> nn.Module:
-        return placed(module, settings.dtype, settings.layout, settings.device)
-
-    up = DDFUp2d(channels, factor, settings.kernel_size)
-    transposed = nn.ConvTranspose2d(channels, channels, 2 * factor, factor, factor // 2)
-    yield UP, ready(up)
-    yield SEPARATE, ready(SeparateUp(up))
-    yield BILINEAR, lambda input: F.interpolate(input, scale_factor=factor, mode="bilinear")
-    yield TRANSPOSED, ready(transposed)
-    yield UNFOLDED, ready(UnfoldedUp(channels, factor, settings.kernel_size))
-
-
-def run(settings: Settings, say: Callable[[str], object] = lambda words: None) -> dict[str, Any]:
-    """Measures everything.
-
-    Args:
-        settings: What.
-        say: Told what is being measured.
+def run(settings: UpSettings, progress: Progress = no_progress) -> dict[str, Any]:
+    """Measures every size.
 
     Returns:
-        ``results[layout][size][name]`` are the :class:`Figures`; beside them, what they were measured on.
+        ``results[layout][size][implementation]`` are the :class:`Figures`; beside them, what they were measured on.
     """
     torch.manual_seed(0)
+    device, dtype, layout = settings.device, settings.dtype, settings.layout
     rows: dict[str, dict[str, Figures]] = {}
-    with kept_when_freed():
+    with keep_freed_memory():
         for size in settings.resolutions:
             shape = (settings.batch, settings.channels, size, size)
-            first = random_leaf(shape, settings.dtype, settings.layout, settings.device)
-            copies = copies_needed([first], settings.device) - 1
-            inputs = [(first,), *((torch.randn_like(first).requires_grad_(),) for _ in range(copies))]
+            inputs = input_sets(lambda shape=shape: (random_leaf(shape, dtype, layout, device),), device)
             row = rows[str(size)] = {}
-            for name, layer in layers(settings):
-                say(f"Measuring {name}, {settings.dtype}, {settings.layout}, {size}x{size}")
-                measure = figures if name == UP else figures_or_error
-                row[name] = measure(layer, inputs, settings.device, settings.seconds)
-    return {
-        "bench": "up",
-        "machine": describe(settings.device),
-        "dtype": settings.dtype,
-        "kernel_size": settings.kernel_size,
-        "scale_factor": settings.scale_factor,
-        "channels": settings.channels,
-        "batches": dict.fromkeys(rows, settings.batch),
-        "results": {settings.layout: rows},
-    }
+            for implementation in settings.implementations():
+                progress(f"Measuring {implementation.name}, {dtype}, {layout}, {size}x{size}")
+                row[implementation.name] = implementation.measure(inputs, device, settings.seconds)
+    return settings.document(
+        "up",
+        dtype=dtype,
+        kernel_size=settings.kernel_size,
+        scale_factor=settings.scale_factor,
+        channels=settings.channels,
+        batches=dict.fromkeys(rows, settings.batch),
+        results={layout: rows},
+    )

@@ -119,7 +119,7 @@ def bench_op(
         from ddf_convert.utils.device import choose
 
         where = choose(device)
-        settings = op.Settings(
+        settings = op.OpSettings(
             resolutions=tuple(dict.fromkeys(resolution or op.RESOLUTIONS)),
             channels=channels,
             batch=batch or op.BATCH[where.type],
@@ -161,7 +161,7 @@ def bench_up(
         from ddf_convert.utils.device import choose
 
         where = choose(device)
-        settings = up.Settings(
+        settings = up.UpSettings(
             resolutions=tuple(dict.fromkeys(resolution or up.RESOLUTIONS)),
             channels=channels,
             scale_factor=scale_factor,
@@ -203,7 +203,7 @@ def bench_layer(
         from ddf_convert.utils.device import choose
 
         where = choose(device)
-        settings = layer.Settings(
+        settings = layer.LayerSettings(
             channels=channels,
             size=size,
             kernel_size=kernel_size,
@@ -256,7 +256,7 @@ def bench_model(
         plan = planned(opened, input_size, conversion)
         if not plan.replaced:
             raise UsageError(f"nothing to convert in {model}: `ddf-convert inspect {model}` says why")
-        settings = models.Settings(
+        settings = models.ModelSettings(
             input_size=input_size or opened.input_size,
             batch=batch or models.BATCH[where.type],
             dtype=dtype.value,

@@ -234,7 +234,7 @@ def _present(
     initialized: Initialized | None = None,
 ) -> None:
     from ddf_convert.report import Comparison, report
-    from ddf_convert.report.tables import tables
+    from ddf_convert.report.tables import initialized_table, tables
 
     comparison = Comparison.of(plan, name)
     if html:
@@ -244,8 +244,6 @@ def _present(
         return
     out.print(tables(comparison, everything))
     if initialized:
-        from ddf_convert.report.recipes import initialized_table
-
         out.print(initialized_table(initialized, everything))
     if html:
         print_file("\nPage", html)

@@ -215,9 +215,14 @@ def upsample(
 
 
 def _present(found: Upsampled) -> None:
-    from ddf_convert.report.tables import new_table, right
+    from ddf_convert.report.tables import new_table, numeric_column
 
-    columns = [Column(""), right("size"), right("range"), *([right("RMSE")] if found.measured else [])]
+    columns = [
+        Column(""),
+        numeric_column("size"),
+        numeric_column("range"),
+        *([numeric_column("RMSE")] if found.measured else []),
+    ]
     table = new_table(*columns)
     for row in found.rows:
         low, high = row.range

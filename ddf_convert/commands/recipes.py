@@ -32,7 +32,7 @@ def recipes_list(as_json: AsJson = False, debug: Debug = False) -> None:
     if as_json:
         print_json({"recipes": [recipe.model_dump(mode="json", by_alias=True) for recipe in found]})
         return
-    from ddf_convert.report.recipes import recipes_table
+    from ddf_convert.report.tables import recipes_table
 
     out.print(recipes_table(found))
 

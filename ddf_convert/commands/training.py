@@ -212,9 +212,9 @@ def evaluate(
 
 
 def _evaluation_table(found: Evaluation, name: str, data: str) -> RenderableType:
-    from ddf_convert.report.tables import new_table, right
+    from ddf_convert.report.tables import new_table, numeric_column
 
-    table = new_table(Column(""), right(""))
+    table = new_table(Column(""), numeric_column(""))
     table.show_header = False
     for key, words in _FIGURES:
         if getattr(found, key) is not None:
@@ -225,12 +225,12 @@ def _evaluation_table(found: Evaluation, name: str, data: str) -> RenderableType
 
 
 def _present(outcome: Outcome) -> None:
-    from ddf_convert.report.tables import new_table, right
+    from ddf_convert.report.tables import new_table, numeric_column
 
     rows = [("before training", outcome.before), ("best", outcome.best), ("last", outcome.last)]
     columns = [*_FIGURES[:3], _FIGURES[3] if outcome.one_loss else ("features", "error of the layers")]
     shown = [(key, words) for key, words in columns if any(getattr(row, key, None) is not None for _, row in rows)]
-    table = new_table(Column("", no_wrap=True), *map(right, ["epoch", "step", *(words for _, words in shown)]))
+    table = new_table(Column("", no_wrap=True), *map(numeric_column, ["epoch", "step", *(words for _, words in shown)]))
     for name, row in rows:
         if row is not None:
             figures = [_figure(key, getattr(row, key)) for key, _ in shown]

@@ -135,7 +135,7 @@ def _tap(text: str) -> tuple[int, int]:
 
 
 def _present(seen: Seen) -> None:
-    from ddf_convert.report.tables import new_table, right
+    from ddf_convert.report.tables import new_table, numeric_column
     from ddf_convert.visualize.picture import percent
 
     several = len(seen.images) > 1
@@ -143,7 +143,7 @@ def _present(seen: Seen) -> None:
     on = f"{len(seen.images)} images" if several else seen.images[0].name
     out.print(Text.assemble((seen.name, "bold"), f" on {on}, {sizes}: {len(seen.layers)} DDF layers\n"))
     names = ("dynamic", *(("pixels", "images") if several else ()), "channels")
-    table = new_table(Column("name", overflow="fold", style="bold"), Column("filters"), *map(right, names))
+    table = new_table(Column("name", overflow="fold", style="bold"), Column("filters"), *map(numeric_column, names))
     for layer in seen.ranked():
         dynamics = layer.dynamics
         total = Text("fixed", style="yellow") if layer.untouched else Text(percent(dynamics.total))

@@ -1,19 +1,21 @@
-"""From a model to its converted self: trace it, find the convolutions, plan, rewrite."""
+"""Conversion of models: record a run, trace it, find the candidates, plan, rewrite."""
 
-from ddf_convert.conversion.convert import Conversion, convert, recorded
-from ddf_convert.conversion.plan import Action, ConvertConfig, FoundBy, Plan, Replacement, Site
+from ddf_convert.conversion.config import ConvertConfig
+from ddf_convert.conversion.convert import convert
+from ddf_convert.conversion.plan import Action, FoundBy, Operation, Plan, Replacement, Site
 from ddf_convert.conversion.planner import plan
-from ddf_convert.conversion.registry import Filter, list_filters, register_filter
-from ddf_convert.conversion.rewriter import Replaced
+from ddf_convert.conversion.record import AppliedReplacement, Conversion, recorded
+from ddf_convert.conversion.registry import LayerType, list_filters, register_filter
 
 __all__ = [
     "Action",
+    "AppliedReplacement",
     "Conversion",
     "ConvertConfig",
-    "Filter",
     "FoundBy",
+    "LayerType",
+    "Operation",
     "Plan",
-    "Replaced",
     "Replacement",
     "Site",
     "convert",

@@ -1,4 +1,4 @@
-"""Sites: every convolution and upsampling of a model, its calls, and what is known of its surroundings."""
+"""Analysis: the convolutions and upsamplings of a model, their calls, and their neighbors in the graph."""
 
 from __future__ import annotations
 
@@ -9,131 +9,16 @@ import torch
 from torch import Tensor, fx, nn
 
 from ddf_convert.conversion.plan import FoundBy
-from ddf_convert.conversion.recorder import Call, Recording, is_site, site_kinds
-from ddf_convert.conversion.registry import replacing_layers
-from ddf_convert.conversion.tracer import VALUE, Traced, is_channelwise_node, is_multiplication
+from ddf_convert.conversion.recorder import Call, Recording
+from ddf_convert.conversion.sites import nearest_parameter, owner_of, site_kinds, site_modules
+from ddf_convert.conversion.tracer import VALUE, Traced, is_channelwise_node, is_multiplication, node_module
 
-
-def is_bottleneck(node: fx.Node) -> bool:
-    """Whether a dense 1x1 convolution produces a convolution's input and is all that consumes its output.
-
-    Operations that keep channels apart may stand between, and so may gates: the feature times something computed from
-    itself (squeeze and excitation). A residual addition, a concatenation or the model's output may not: what meets
-    the feature there would meet channels that nothing has mixed.
-    """
-    return _produced_by_1x1(node) and _consumed_by_1x1(node)
-
-
-def _produced_by_1x1(node: fx.Node) -> bool:
-    current = _first_input(node)
-    while current is not None and not _is_dense_1x1(current):
-        if is_multiplication(current):
-            current = _gated(current)
-        elif is_channelwise_node(current):
-            current = _first_input(current)
-        else:
-            return False
-    return current is not None
-
-
-def _consumed_by_1x1(node: fx.Node) -> bool:
-    features = {node}
-    gates: set[fx.Node] = set()
-    waiting = [node]
-    mixed = False
-    while waiting:
-        feature = waiting.pop()
-        users = list(feature.users)
-        # Gates first: what computes a gate may reshape or mix as it likes, the feature itself passes by.
-        for user in users:
-            if is_multiplication(user) and _gated(user, features):
-                for operand in user.all_input_nodes:
-                    gates |= _slice(operand, features) or set()
-        for user in users:
-            if user in gates or user in features or not _carries_channels(user):
-                continue
-            if _is_dense_1x1(user):
-                mixed = True
-            elif _gated(user, features) if is_multiplication(user) else is_channelwise_node(user):
-                if not _keeps_channels(feature, user):
-                    return False
-                features.add(user)
-                waiting.append(user)
-            else:
-                return False
-    return mixed
-
-
-def _gated(node: fx.Node, features: set[fx.Node] | None = None) -> fx.Node | None:
-    """The feature that a multiplication gates: its other side is a number, a parameter, or computed from the feature.
-
-    ``features`` are the nodes that count as the feature; without them, the one side is tried against the other.
-    """
-    operands = list(node.all_input_nodes)
-    if len(operands) == 1:
-        return operands[0]
-    for side, gate in (operands, operands[::-1]):
-        feature = {side} if features is None else features
-        if side in feature and _keeps_channels(side, node) and _slice(gate, feature) is not None:
-            return side
-    return None
-
-
-def _slice(node: fx.Node, features: set[fx.Node]) -> set[fx.Node] | None:
-    """The nodes that compute ``node`` from the features and the model's parameters; None if anything else is in it."""
-    found: set[fx.Node] = set()
-    waiting = [node]
-    while waiting:
-        current = waiting.pop()
-        if current in features or current in found:
-            continue
-        if current.op == "placeholder":
-            return None
-        found.add(current)
-        waiting.extend(current.all_input_nodes)
-    return found
-
-
-def _first_input(node: fx.Node) -> fx.Node | None:
-    return next(iter(node.all_input_nodes), None)
-
-
-def _keeps_channels(before: fx.Node, after: fx.Node) -> bool:
-    channels = [
-        value.shape[1] if isinstance(value, Tensor) and value.dim() == 4 else None
-        for value in (before.meta.get(VALUE), after.meta.get(VALUE))
-    ]
-    return channels[0] is not None and channels[0] == channels[1]
-
-
-def _carries_channels(node: fx.Node) -> bool:
-    """False for sizes, numbers and dtypes; what is not known may carry them."""
-    if VALUE not in node.meta:
-        return True
-    value = node.meta[VALUE]
-    if isinstance(value, tuple | list):
-        return any(isinstance(item, Tensor) for item in value)
-    return isinstance(value, Tensor | dict)
-
-
-def _is_dense_1x1(node: fx.Node) -> bool:
-    """Whether a node is a 1x1 convolution over all channels, as a module or as a function."""
-    if node.op == "call_module":
-        module = node.graph.owning_module.get_submodule(str(node.target))  # type: ignore[union-attr]
-        return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
-    if node.op == "call_function" and node.target is torch.conv2d:
-        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
-        value = weight.meta.get(VALUE) if isinstance(weight, fx.Node) else weight
-        feature = _first_input(node)
-        if not isinstance(value, Tensor) or feature is None or not isinstance(feature.meta.get(VALUE), Tensor):
-            return False
-        return tuple(value.shape[2:]) == (1, 1) and value.shape[1] == feature.meta[VALUE].shape[1]
-    return False
+_ModuleNames = Mapping[str, tuple[nn.Module, tuple[str, ...]]]
 
 
 @dataclass(frozen=True)
-class Convolution:
-    """One convolution, or one upsampling, of the model, before anything is decided about it.
+class Candidate:
+    """A convolution, or an upsampling, before anything is decided about it.
 
     Attributes:
         names: Every path at which the module is registered; for a functional call, its one name.
@@ -143,11 +28,11 @@ class Convolution:
         caution: What is not known of it, and why; empty where all is.
         bottleneck: 1x1 convolutions stand before and after every call, and nothing else meets the feature between.
         used_directly: The forward pass also reads its weight or bias by itself.
-        shared_with: Another convolution (or other module) that holds the same weight or bias, if any.
-        used_elsewhere: A functional call's weight or bias is used by something else too.
-        owner: Of a functional upsampling, the module whose forward makes the calls.
-        dtype: That a new layer in its place has, if it has no weights itself: that of the parameters around it.
-        fed_by: Of a pixel shuffle, the name of the convolution whose output it alone reads, if there is one.
+        shared_with: Another module that holds the same weight or bias, if any.
+        used_elsewhere: The weight or bias of a functional call is used by something else too.
+        owner: The module whose forward makes the calls of a functional upsampling.
+        dtype: The dtype of the parameters around it, for a new layer that replaces a module without any.
+        fed_by: The name of the convolution whose only reader a pixel shuffle is; empty if there is none.
         on_image: It is called before any convolution is.
     """
 
@@ -171,93 +56,57 @@ class Convolution:
         return self.names[0]
 
 
-def find_convolutions(model: nn.Module, recording: Recording, traced: Traced) -> list[Convolution]:
-    """Every 2D convolution of a model: in the order of the forward pass, then those that it does not reach.
+def find_candidates(model: nn.Module, recording: Recording, traced: Traced) -> list[Candidate]:
+    """Lists every 2D convolution, in the order of the forward pass, then those that it does not reach.
 
-    So is every upsampling, if it was recorded. The convolutions inside a layer that took another's place are part of
-    it and not listed.
+    Upsamplings are listed if they were recorded. What is inside a layer of an earlier conversion is not listed.
     """
     calls: dict[str, list[Call]] = {}
     for call in recording.calls:
         calls.setdefault(call.name, []).append(call)
-    modules = {names[0]: (module, names) for module, names in module_names(model, recording.kinds)}
-    early = _before_the_first_convolution(recording, modules)
+    modules = {names[0]: (module, names) for module, names in site_modules(model, recording.kinds)}
+    early = _called_before_convolutions(recording, modules)
     holders = _holders(model)
-    found = []
+    candidates = []
     for name in dict.fromkeys([*calls, *modules]):
         module, names = modules.get(name, (None, (name,)))
-        own = tuple(calls.get(name, ()))
+        own_calls = tuple(calls.get(name, ()))
         parameters = [] if module is None else [value for value in module._parameters.values() if value is not None]
         sharing = [path for parameter in parameters for path in holders[id(parameter)] if path not in names]
-        nodes, found_by, caution = _surroundings(name, own, recording, traced)
-        found.append(
-            Convolution(
+        nodes, found_by, caution = _nodes_of(name, own_calls, recording, traced)
+        like = nearest_parameter(model, name)
+        candidates.append(
+            Candidate(
                 names=names,
                 module=module,
-                calls=own,
+                calls=own_calls,
                 found_by=found_by,
                 caution=caution,
                 bottleneck=bool(nodes) and module is not None and all(map(is_bottleneck, nodes)),
                 used_directly=not recording.read_directly.isdisjoint(names),
                 shared_with=next(iter(sharing), None),
-                used_elsewhere=_is_used_elsewhere(own, recording, modules),
-                owner=model.get_submodule(name.rpartition(".")[0]) if own and own[0].upsampled else None,
-                dtype=_dtype(neighbor(model, name)),
+                used_elsewhere=_is_used_elsewhere(own_calls, recording, modules),
+                owner=model.get_submodule(owner_of(name)) if own_calls and own_calls[0].upsampled else None,
+                dtype=torch.float32 if like is None else like.dtype,
                 fed_by=_producer(nodes, traced) if isinstance(module, nn.PixelShuffle) else "",
                 on_image=name in early,
             )
         )
-    return found
+    return candidates
 
 
-def module_names(
-    model: nn.Module, kinds: tuple[type[nn.Module], ...] | None = None
-) -> list[tuple[nn.Module, tuple[str, ...]]]:
-    """Every module of these kinds below the model, with all its paths, in the order of registration."""
-    names: dict[int, tuple[nn.Module, list[str]]] = {}
-    whole = replacing_layers()
-    inside: tuple[str, ...] = ()
-    for path, module in model.named_modules(remove_duplicate=False):
-        if not path or path.startswith(inside):
-            continue
-        if is_site(module, kinds):
-            names.setdefault(id(module), (module, []))[1].append(path)
-        if isinstance(module, whole):
-            inside = (*inside, f"{path}.")
-    return [(module, tuple(paths)) for module, paths in names.values()]
-
-
-def neighbor(model: nn.Module, name: str) -> Tensor | None:
-    """A parameter that is like those of a new layer in the place of one that has none: the nearest one around it."""
-    path = name
-    while path:
-        path = path.rpartition(".")[0]
-        around = model.get_submodule(path)
-        found = [parameter for parameter in around.parameters() if parameter.is_floating_point()]
-        if found:
-            return next((parameter for parameter in found if parameter.requires_grad), found[0])
-    return None
-
-
-def _dtype(like: Tensor | None) -> torch.dtype:
-    return torch.float32 if like is None else like.dtype
-
-
-def _before_the_first_convolution(
-    recording: Recording, modules: Mapping[str, tuple[nn.Module, tuple[str, ...]]]
-) -> set[str]:
-    """Names of what is called before any convolution is, if one is called at all."""
+def _called_before_convolutions(recording: Recording, modules: _ModuleNames) -> set[str]:
     early: set[str] = set()
     for call in recording.calls:
         module, _ = modules.get(call.name, (None, ()))
         if call.function is not None or isinstance(module, site_kinds(upsample=False)):
             return early
         early.add(call.name)
-    return set()
+    return set()  # nothing comes before a convolution where none is called
 
 
 def _producer(nodes: list[fx.Node], traced: Traced) -> str:
-    """The convolution whose output a pixel shuffle, called once, reads, and nothing else does; "" if there is none."""
+    """The convolution whose output a pixel shuffle, called once, is the only reader of; "" if there is none."""
     if len(nodes) != 1 or not nodes[0].args or not isinstance(source := nodes[0].args[0], fx.Node):
         return ""
     reader = nodes[0]
@@ -269,46 +118,158 @@ def _producer(nodes: list[fx.Node], traced: Traced) -> str:
 
 
 def _is_identity(node: fx.Node) -> bool:
-    module = node.graph.owning_module
-    return (
-        node.op == "call_module"
-        and module is not None
-        and isinstance(module.get_submodule(str(node.target)), nn.Identity)
-    )
+    return node.op == "call_module" and isinstance(node_module(node), nn.Identity)
 
 
-def _surroundings(
+def _nodes_of(
     name: str, calls: tuple[Call, ...], recording: Recording, traced: Traced
 ) -> tuple[list[fx.Node], FoundBy, str]:
-    """The nodes of a convolution's calls, if the graphs hold all of them; how it was found, and what is not known."""
+    """The nodes of a site's calls, if the graphs hold all of them; how it was found, and what is not known."""
     pieces = [piece for piece in traced.pieces if name in piece.nodes]
     nodes = [node for piece in pieces for node in piece.nodes[name]]
     complete = sum(piece.entries * len(piece.nodes[name]) for piece in pieces) == len(calls)
-    place, reason = traced.why_untraced(name)
-    inside = f"inside {place or 'the model'} ({_class_of(place, recording)}), which {reason}" if reason else ""
     if complete and all(not piece.path for piece in pieces):
         return nodes, FoundBy.FX, ""
+    path, reason = traced.why_untraced(name)
+    class_name = type(recording.copied.module.get_submodule(path)).__name__
+    inside = f"inside {path or 'the model'} ({class_name}), which {reason}" if reason else ""
     if complete:
         return nodes, FoundBy.PIECES, f"{inside}: of what surrounds this piece nothing is known"
     return [], FoundBy.HOOKS, f"{inside or 'called where torch.fx does not see it'}: of its neighbors nothing is known"
 
 
-def _class_of(path: str, recording: Recording) -> str:
-    return type(recording.copied.module.get_submodule(path)).__name__
-
-
 def _is_used_elsewhere(calls: tuple[Call, ...], recording: Recording, modules: Container[str]) -> bool:
-    """Whether the parameters of a functional call are not its own alone."""
+    """Whether something else uses the parameters of a functional call."""
     function = calls[0].function if calls else None
     parameters = function.parameters if function else ()
-    return any(recording.uses[path] != len(calls) or path.rpartition(".")[0] in modules for path in parameters)
+    return any(recording.uses[path] != len(calls) or owner_of(path) in modules for path in parameters)
 
 
 def _holders(model: nn.Module) -> dict[int, list[str]]:
-    """Paths of the modules that hold each parameter themselves, by the parameter's id."""
+    """Paths of the modules that hold each parameter, by the parameter's id."""
     holders: dict[int, list[str]] = {}
     for path, module in model.named_modules():
         for parameter in module._parameters.values():
             if parameter is not None:
                 holders.setdefault(id(parameter), []).append(path or type(model).__name__)
     return holders
+
+
+# --- bottlenecks ------------------------------------------------------------------------------------------------------
+
+
+def is_bottleneck(node: fx.Node) -> bool:
+    """Whether a dense 1x1 convolution produces a convolution's input and is all that consumes its output.
+
+    Channelwise operations may stand between, and gates: the feature times something computed from itself (squeeze and
+    excitation). A residual addition, a concatenation or the model's output may not: they would meet channels that
+    nothing has mixed.
+    """
+    return _is_produced_by_1x1(node) and _is_consumed_by_1x1(node)
+
+
+def _is_produced_by_1x1(node: fx.Node) -> bool:
+    current = _first_input(node)
+    while current is not None and not _is_dense_1x1(current):
+        if is_multiplication(current):
+            current = _gated_feature(current)
+        elif is_channelwise_node(current):
+            current = _first_input(current)
+        else:
+            return False
+    return current is not None
+
+
+def _is_consumed_by_1x1(node: fx.Node) -> bool:
+    features = {node}
+    gates: set[fx.Node] = set()
+    waiting = [node]
+    mixed = False
+    while waiting:
+        feature = waiting.pop()
+        users = list(feature.users)
+        # Gates first: what computes a gate may reshape or mix as it likes, the feature itself passes by.
+        for user in users:
+            if is_multiplication(user) and _gated_feature(user, features):
+                for operand in user.all_input_nodes:
+                    gates |= _computed_from(operand, features) or set()
+        for user in users:
+            if user in gates or user in features or not _carries_channels(user):
+                continue
+            if _is_dense_1x1(user):
+                mixed = True
+            elif _gated_feature(user, features) if is_multiplication(user) else is_channelwise_node(user):
+                if not _keeps_channels(feature, user):
+                    return False
+                features.add(user)
+                waiting.append(user)
+            else:
+                return False
+    return mixed
+
+
+def _gated_feature(node: fx.Node, features: set[fx.Node] | None = None) -> fx.Node | None:
+    """The feature that a multiplication gates: its other side is a number, a parameter, or computed from the feature.
+
+    ``features`` are the nodes that count as the feature; without them, each side is tried against the other.
+    """
+    operands = list(node.all_input_nodes)
+    if len(operands) == 1:
+        return operands[0]
+    for side, gate in (operands, operands[::-1]):
+        feature = {side} if features is None else features
+        if side in feature and _keeps_channels(side, node) and _computed_from(gate, feature) is not None:
+            return side
+    return None
+
+
+def _computed_from(node: fx.Node, features: set[fx.Node]) -> set[fx.Node] | None:
+    """The nodes that compute ``node`` from the features and the model's parameters; None if anything else is in it."""
+    nodes: set[fx.Node] = set()
+    waiting = [node]
+    while waiting:
+        current = waiting.pop()
+        if current in features or current in nodes:
+            continue
+        if current.op == "placeholder":
+            return None
+        nodes.add(current)
+        waiting.extend(current.all_input_nodes)
+    return nodes
+
+
+def _first_input(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.all_input_nodes), None)
+
+
+def _keeps_channels(before: fx.Node, after: fx.Node) -> bool:
+    channels = [
+        value.shape[1] if isinstance(value, Tensor) and value.dim() == 4 else None
+        for value in (before.meta.get(VALUE), after.meta.get(VALUE))
+    ]
+    return channels[0] is not None and channels[0] == channels[1]
+
+
+def _carries_channels(node: fx.Node) -> bool:
+    """False for sizes, numbers and dtypes; an unknown value may carry channels."""
+    if VALUE not in node.meta:
+        return True
+    value = node.meta[VALUE]
+    if isinstance(value, tuple | list):
+        return any(isinstance(item, Tensor) for item in value)
+    return isinstance(value, Tensor | dict)
+
+
+def _is_dense_1x1(node: fx.Node) -> bool:
+    """Whether a node is a 1x1 convolution over all channels, as a module or as a function."""
+    if node.op == "call_module":
+        module = node_module(node)
+        return isinstance(module, nn.Conv2d) and module.kernel_size == (1, 1) and module.groups == 1
+    if node.op == "call_function" and node.target is torch.conv2d:
+        weight = node.args[1] if len(node.args) > 1 else node.kwargs.get("weight")
+        value = weight.meta.get(VALUE) if isinstance(weight, fx.Node) else weight
+        feature = _first_input(node)
+        if not isinstance(value, Tensor) or feature is None or not isinstance(feature.meta.get(VALUE), Tensor):
+            return False
+        return tuple(value.shape[2:]) == (1, 1) and value.shape[1] == feature.meta[VALUE].shape[1]
+    return False

@@ -1,9 +1,8 @@
-"""Layers in the places of ``F.interpolate`` calls; the module whose forward makes the calls keeps class and methods.
+"""Layers that answer ``F.interpolate`` calls, while the calling module keeps its class and methods.
 
-There is no module to swap, and a GraphModule would cost the model its class, or be impossible where torch.fx cannot
-trace. So the module that calls gets a subclass of its own class, as torch's parametrisations do, whose forward runs the
-class's own and answers some of its calls by layers that are registered in the module. What is called outside of the
-forward (a closure that activation checkpointing repeats) is not seen.
+There is no module to swap, and a GraphModule would cost the model its class. So the calling module gets a subclass of
+its own class, as torch's parametrizations do, whose forward answers some of the calls by layers in the module. Calls
+outside of the forward (in a closure that activation checkpointing repeats) are not seen.
 """
 
 from __future__ import annotations
@@ -17,46 +16,31 @@ import torch.nn.functional as F
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 
-# Arguments of F.interpolate.
-INTERPOLATE = ("input", "size", "scale_factor", "mode", "align_corners", "recompute_scale_factor", "antialias")
-_PREFIX = "ddf_interpolate"
+from ddf_convert.conversion.sites import ARGUMENTS
+
 _NUMBERS = (int, float, torch.SymInt)
-_made: dict[type, type[nn.Module]] = {}  # subclasses that intercept, by the class that each was made of
-
-
-class Apart(nn.Module):
-    """Stands, among new layers, for a module that stays, and whose calls must not be counted for one around it."""
-
-
-def is_intercepted(name: str) -> bool:
-    """Whether a name of the plan is that of an ``F.interpolate`` call: "neck.interpolate_1()"."""
-    return name.endswith("()") and name.rpartition(".")[2].startswith("interpolate")
-
-
-def stands_for_a_call(path: str) -> bool:
-    """Whether a path is that of a layer in the place of a call."""
-    return path.rpartition(".")[2].startswith(_PREFIX)
+_subclasses: dict[type, type[nn.Module]] = {}  # that intercept, by the class that each is made of
 
 
 def intercept(module: nn.Module, layers: Mapping[str, nn.Module] | None = None) -> None:
     """Answers calls of ``F.interpolate`` in a module's forward by layers; in place.
 
-    Calls are numbered in the order in which one run of the forward makes them, as ``record.function_name`` does. A call
-    that has no layer goes to torch, as does one that asks for another factor than the layer's. With no layers at all,
-    the module's calls are merely not counted for an intercepted module around it.
+    Calls are numbered in the order in which one run of the forward makes them, as ``sites.call_name`` does. A
+    call without a layer, or with another factor than the layer's, goes to torch. Without any layers, the module's calls
+    are merely not counted as those of an intercepted module around it.
 
     Args:
         module: The module whose forward makes the calls; it has no :func:`obstacle_to_intercepting`.
-        layers: By attribute: "ddf_interpolate_1" is for "interpolate_1()".
+        layers: By attribute: "ddf_interpolate_1" answers "interpolate_1()".
     """
     for attribute, layer in (layers or {}).items():
         module.add_module(attribute, layer)
     if not is_intercepting(type(module)):
-        module.__class__ = _intercepting(type(module))
+        module.__class__ = _intercepting_subclass(type(module))
 
 
 def obstacle_to_intercepting(module: nn.Module) -> str | None:
-    """Why calls in a module's forward cannot be answered; None if they can."""
+    """Says why calls in a module's forward cannot be answered; None if they can."""
     if isinstance(module, torch.jit.ScriptModule | fx.GraphModule):
         return f"inside a {'GraphModule' if isinstance(module, fx.GraphModule) else 'ScriptModule'}"
     if "forward" in vars(module):
@@ -65,24 +49,24 @@ def obstacle_to_intercepting(module: nn.Module) -> str | None:
 
 
 def class_of(module: nn.Module) -> type[nn.Module]:
-    """A module's class as its author wrote it, whether its calls are intercepted or not."""
+    """Returns a module's class as its author wrote it, whether its calls are intercepted or not."""
     kind = type(module)
     return kind.__mro__[1] if is_intercepting(kind) else kind
 
 
 def is_intercepting(kind: type) -> bool:
-    """Whether modules of a class have their calls answered by layers, or counted apart."""
+    """Whether calls of a class's modules are answered by layers, or counted apart."""
     return "_ddf_intercepts" in vars(kind)
 
 
-def _intercepting(kind: type[nn.Module]) -> type[nn.Module]:
-    """The subclass that intercepts, under the same name; one for each class."""
-    if kind not in _made:
-        _made.setdefault(kind, _subclass(kind))
-    return _made[kind]
+def _intercepting_subclass(kind: type[nn.Module]) -> type[nn.Module]:
+    """Returns the subclass that intercepts, under the same name; one for each class."""
+    if kind not in _subclasses:
+        _subclasses.setdefault(kind, _make_subclass(kind))
+    return _subclasses[kind]
 
 
-def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
+def _make_subclass(kind: type[nn.Module]) -> type[nn.Module]:
     original: Callable[..., Any] = kind.forward
 
     @functools.wraps(original)  # with its signature, which torch.fx and others read
@@ -95,20 +79,20 @@ def _subclass(kind: type[nn.Module]) -> type[nn.Module]:
         reduced: tuple[Any, ...] = kind.__reduce_ex__(self, protocol)  # type: ignore[assignment]
         made_by, arguments, *rest = reduced
         plain = tuple(kind if argument is type(self) else argument for argument in arguments)
-        return _made_again, (kind, made_by, plain), *rest
+        return _unpickle, (kind, made_by, plain), *rest
 
     names = {name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")}
     return type(kind.__name__, (kind,), {**names, "_ddf_intercepts": True, "forward": forward, "__reduce_ex__": reduce})
 
 
-def _made_again(kind: type[nn.Module], made_by: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
+def _unpickle(kind: type[nn.Module], made_by: Callable[..., nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
     module = made_by(*arguments)
-    module.__class__ = _intercepting(kind)
+    module.__class__ = _intercepting_subclass(kind)
     return module
 
 
 class _Calls(TorchFunctionMode):
-    """One run of a module's forward: what it remembers belongs to that run, and so to one thread."""
+    """One run of a module's forward: the state belongs to that run, and so to one thread."""
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -120,7 +104,7 @@ class _Calls(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is not F.interpolate or self.covered:
             return func(*args, **kwargs)
-        attribute = f"{_PREFIX}_{self.number}" if self.number else _PREFIX
+        attribute = f"ddf_interpolate_{self.number}" if self.number else "ddf_interpolate"  # as sites.layer_path
         self.number += 1
         layer = self.module._modules.get(attribute)
         around = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, _Calls) and not mode.covered]
@@ -129,15 +113,15 @@ class _Calls(TorchFunctionMode):
         try:
             if layer is None:
                 return func(*args, **kwargs)
-            return _answered(layer, func, args, kwargs)
+            return _answer(layer, func, args, kwargs)
         finally:
             for mode in around:
                 mode.covered = False
 
 
-def _answered(layer: nn.Module, func: Any, args: Any, kwargs: Any) -> Any:
-    """What the layer makes of a call; what torch does, if the call asks for another factor."""
-    given = dict(zip(INTERPOLATE, args, strict=False)) | kwargs
+def _answer(layer: nn.Module, func: Any, args: Any, kwargs: Any) -> Any:
+    """The layer's output, or torch's if the call asks for another factor."""
+    given = dict(zip(ARGUMENTS[F.interpolate], args, strict=False)) | kwargs
     input, size, factor = given["input"], given.get("size"), given.get("scale_factor")
     if isinstance(input, Tensor) and input.dim() != 4:
         return func(*args, **kwargs)  # of sequences or volumes, which DDF-Up does not take
@@ -147,15 +131,15 @@ def _answered(layer: nn.Module, func: Any, args: Any, kwargs: Any) -> Any:
         same = all(each == scale for each in factors if isinstance(each, _NUMBERS))
         return layer(input) if same else func(*args, **kwargs)
     sizes = size if isinstance(size, tuple | list) else (size, size) if isinstance(size, _NUMBERS) else None
-    if sizes is not None and isinstance(input, Tensor) and not _are_near(sizes, input, scale):
+    if sizes is not None and isinstance(input, Tensor) and not _is_multiple(sizes, input, scale):
         return func(*args, **kwargs)
     return layer(input, output_size=size if sizes is None else sizes)
 
 
-def _are_near(sizes: Sequence[Any], input: Tensor, scale: int) -> bool:
+def _is_multiple(sizes: Sequence[Any], input: Tensor, scale: int) -> bool:
     """Whether a size is a multiple of the input's, give or take what odd sizes lose on the way down.
 
-    What a tracer puts in the place of a number says nothing, and is taken for what was recorded.
+    What a tracer passes instead of a number is taken for what was recorded.
     """
     pairs: Any = zip(sizes, input.shape[-2:], strict=False)
     return not any(abs(wanted - scale * there) >= scale for wanted, there in pairs if isinstance(wanted, _NUMBERS))

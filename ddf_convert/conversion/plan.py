@@ -1,95 +1,19 @@
-"""The plan: what happens to every convolution of a model, and why; read and edited before anything changes."""
+"""The plan: what happens to every convolution of a model, and why. It can be read and edited before it is applied."""
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 from enum import StrEnum
-from typing import Annotated, Any, Literal
+from typing import Literal
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ddf_convert.conversion.config import ConvertConfig, Scalar
 from ddf_convert.cost.count import Cost
 from ddf_convert.errors import UsageError, in_one_line, suggestion
 
-Scalar = int | float | bool | str  # what a layer's options are
-
 _UPSAMPLING = ("nearest", "area", "linear", "bilinear", "bicubic", "trilinear", "pixel shuffle")  # kinds begin so
-_MULTIPLES = {"k": 10**3, "M": 10**6, "G": 10**9, "T": 10**12}
-
-
-def _number(value: Any) -> Any:
-    """A count as people write it, "2.5G", as a number; anything else as it is."""
-    if isinstance(value, str):
-        found = re.fullmatch(r"\s*(\d+(?:\.\d*)?)\s*([kKMmGgTt]?)\s*", value)
-        if not found:
-            raise ValueError(f"write a number such as 2.5G, 12M or 300k, not {value!r}")
-        unit = found[2].upper().replace("K", "k")
-        return round(float(found[1]) * _MULTIPLES.get(unit, 1))
-    return round(value) if isinstance(value, float) and math.isfinite(value) else value
-
-
-def _sizes(value: Any) -> Any:
-    return (value,) if isinstance(value, int) else value
-
-
-def _odd(sizes: tuple[int, ...]) -> tuple[int, ...]:
-    if not sizes or any(size < 3 or size % 2 == 0 for size in sizes):
-        raise ValueError("DDF has kernels of odd sizes from 3 on")
-    return tuple(sorted(set(sizes)))
-
-
-class ConvertConfig(BaseModel):
-    """How convolutions are replaced, and which are left alone unless asked for.
-
-    Attributes:
-        filter: What takes a convolution's place: "ddf", a rival of it ("spatial", "channel", "depthwise", "condconv",
-            "dw-condconv", "dw-weightnet"), or the name of a registered one (see ``register_filter``).
-        filter_options: Options that the filter has beside those below, such as ``{"num_experts": 4}``.
-        se_ratio: Width of the channel branch's squeeze as a fraction of the channels (sigma in the paper).
-        combine: "mul" (the paper) or "add" (the authors' second variant).
-        heads: Groups of channels with a spatial filter of their own.
-        affine: Give both FilterNorms a learned scale and shift, so that recipes can start from the old weights.
-        mixing: Whether a 1x1 convolution that mixes channels follows the new layer: "auto" adds one unless 1x1
-            convolutions stand on both sides (a bottleneck); "dense" adds one there too, wherever the convolution mixed
-            channels itself; "always", after depthwise ones too; "never" (what changes the width is skipped).
-        stem: Replace convolutions of few input channels too.
-        depthwise: Replace depthwise convolutions too, though DDF adds parameters to them.
-        allow_growth: Replace convolutions also where that adds parameters or MACs.
-        functional: Replace convolutions that are called as functions with weights of the model's own, too; the
-            converted model is then a torch.fx GraphModule.
-        upsample: Look at upsampling too, and replace it by DDF-Up: interpolations, which adds parameters and MACs,
-            and, where that saves, transposed convolutions and pixel shuffles.
-        kernel_size: Sizes K of the K x K convolutions to look at; one number or several.
-        keep_first: Leave alone so many of the convolutions that would be replaced, the first ones of the forward pass.
-        keep_last: The same for the last ones.
-        target_macs: Replace no more convolutions than bring the model down to so many MACs; a number, or "2.5G".
-        target_params: The same for parameters; "12M".
-        only_faster: Time every convolution and what would take its place on this machine, and leave alone what would
-            not get faster.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
-
-    filter: str = "ddf"
-    filter_options: dict[str, Scalar] = {}
-    se_ratio: float = Field(default=0.2, gt=0)
-    combine: Literal["mul", "add"] = "mul"
-    heads: int = Field(default=1, ge=1)
-    affine: bool = False
-    mixing: Literal["auto", "dense", "always", "never"] = "auto"
-    stem: bool = False
-    depthwise: bool = False
-    allow_growth: bool = False
-    functional: bool = False
-    upsample: bool = False
-    kernel_size: Annotated[tuple[int, ...], BeforeValidator(_sizes), AfterValidator(_odd)] = (3,)
-    keep_first: int = Field(default=0, ge=0)
-    keep_last: int = Field(default=0, ge=0)
-    target_macs: Annotated[int, BeforeValidator(_number), Field(gt=0)] | None = None
-    target_params: Annotated[int, BeforeValidator(_number), Field(gt=0)] | None = None
-    only_faster: bool = False
 
 
 class Action(StrEnum):
@@ -100,7 +24,7 @@ class Action(StrEnum):
 
 
 class FoundBy(StrEnum):
-    """How a convolution was found: what is known of it is less from one to the next."""
+    """How a convolution was found, the best known first."""
 
     FX = "fx"  # in the torch.fx graph of the whole model
     PIECES = "fx, piecewise"  # in the graph of a part of the model
@@ -124,12 +48,7 @@ class Operation(StrEnum):
 
 
 class Interpolation(BaseModel):
-    """How an interpolation found its pixels, in the words of ``F.interpolate``.
-
-    Attributes:
-        mode: Of the interpolation.
-        align_corners: Whether the centers of the corners' pixels, and not their corners, keep their places.
-    """
+    """The arguments of the ``F.interpolate`` that a layer replaces."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -138,13 +57,7 @@ class Interpolation(BaseModel):
 
 
 class Mix(BaseModel):
-    """The 1x1 convolution after a filter that keeps channels apart.
-
-    Attributes:
-        out_channels: Of it.
-        groups: Of it.
-        bias: Whether it has one.
-    """
+    """The 1x1 convolution after a layer that keeps channels apart."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -154,14 +67,14 @@ class Mix(BaseModel):
 
 
 class Replacement(BaseModel):
-    """Everything needed to build what takes a convolution's place, so that loading never decides again.
+    """Everything needed to build the layer that replaces a convolution, so that loading never decides again.
 
     Attributes:
         layer: "DDF2d" (DDF alone), "DDFConv2d" (DDF, then a 1x1 convolution), "DDFUp2d" (DDF-Up) or "DDFUpConv2d" (a
-            1x1 convolution, then DDF-Up); or the name of another filter.
+            1x1 convolution, then DDF-Up); or the name of another layer type.
         options: Keyword arguments of that class.
-        mix: The 1x1 convolution behind another filter; None if there is none.
-        interpolation: What it replaces, if that is an interpolation.
+        mix: The 1x1 convolution after another layer type's layer; None if there is none.
+        interpolation: The arguments of the interpolation that it replaces, if it does.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -188,27 +101,27 @@ class Site(BaseModel):
     Attributes:
         name: Path of the module, as in ``model.get_submodule``; for a functional call, the path of the module whose
             forward makes it, and ``conv2d()`` or ``interpolate()``.
-        kind: "dense 3x3", "depthwise 3x3", "grouped 3x3", "pointwise 1x1", "dense 7x7", "functional", ...; of
-            upsampling, "bilinear 2x", "transposed 4x4", "pixel shuffle 2x", "functional nearest 2x", ...
-        in_channels: C of the input.
-        out_channels: C of the output.
-        stride: Of the convolution, in pixels (rows, columns).
-        input_shape: (B, C, H, W) at its first call.
-        output_shape: (B, C, H, W) at its first call.
+        kind: For people: "dense 3x3", "depthwise 3x3", "pointwise 1x1", "bilinear 2x", "transposed 4x4", "pixel shuffle
+            2x", "DDF + 1x1", ...; for a functional call, "functional dense 3x3".
+        in_channels: Channels of the input.
+        out_channels: Channels of the output.
+        stride: Stride of the convolution, in pixels (rows, columns).
+        input_shape: (B, C, H, W) at the first call.
+        output_shape: (B, C, H, W) at the first call.
         calls: How often one forward pass calls it.
         action: Replace it or leave it alone.
-        reason: Why, in words for a user.
+        reason: Why, for people.
         operation: What it computes.
-        kernel_size: Of a convolution, in pixels (rows, columns); None for anything else.
-        override: The option that replaces it when it is True, "stem" for example; empty where none does.
+        kernel_size: Kernel of the convolution, in pixels (rows, columns); None for anything else.
+        override: The option that would replace it, such as "stem"; empty if there is none.
         found_by: How it was found.
-        caution: What is less certain for it, in words; empty where nothing is.
-        replacement: What takes its place, for every convolution that could be replaced (also while skipped).
-        convolution: Of a pixel shuffle, the name of the convolution that is replaced with it; its cost is then in
+        caution: What is less certain about it, for people; empty if nothing is.
+        replacement: The layer to replace it with; None if nothing can. A skipped site has one too.
+        convolution: For a pixel shuffle, the name of the convolution that is replaced with it, whose cost is then in
             ``before``.
-        before: Cost of the convolution, over all its calls.
-        after: Cost of what takes its place; equal to ``before`` while it is skipped.
-        replacement_cost: What ``after`` is once replaced, wherever there is a replacement.
+        before: Cost over all calls.
+        after: Cost of the replacement; equal to ``before`` while the site is skipped.
+        replacement_cost: What ``after`` is once replaced; None without a replacement.
     """
 
     model_config = ConfigDict(extra="forbid", validate_assignment=True)
@@ -245,15 +158,15 @@ class Site(BaseModel):
         return self.name.endswith("()")
 
     def skip(self, reason: str = "left alone by the plan's editor", override: str = "") -> None:
-        """Leaves this convolution alone; ``override`` is the option that would replace it."""
+        """Leaves this site alone; ``override`` is the option that would replace it."""
         self.action, self.after = Action.SKIP, self.before
         self.reason, self.override = f"{reason}{override_hint(override)}", override
 
     def replace(self, reason: str = "replaced by the plan's editor") -> None:
-        """Replaces this convolution after all: undoes :meth:`skip`, or overrules the planner.
+        """Replaces this site after all: undoes :meth:`skip`, or overrules the planner.
 
         Raises:
-            UsageError: Nothing can take its place; the planner's reason stands.
+            UsageError: Nothing can replace it; the message has the planner's reason.
         """
         if self.replacement is None or self.replacement_cost is None:
             raise UsageError(f"{self.name} cannot be replaced: {self.reason}")
@@ -262,10 +175,10 @@ class Site(BaseModel):
 
 
 class Timed(BaseModel):
-    """What a plan's times belong to.
+    """The conditions of a plan's times.
 
     Attributes:
-        machine: What they were measured on, in words.
+        machine: The machine, in words.
         replaced: The names of the sites that were replaced when the converted model was timed.
         after_ms: Milliseconds of one forward pass of it; None if nothing was replaced or it was not timed.
     """
@@ -281,13 +194,13 @@ class Plan(BaseModel):
     """The decisions about every convolution of one model, in the order of its forward pass.
 
     Attributes:
-        model: What was planned, in words: a timm name, or a class.
+        model: The model's timm name, or its class.
         input_size: (C, H, W) of the example input.
         config: The options that led to it.
         before: Cost of the whole model.
-        sites: Every convolution.
-        notes: What there is to say of the plan as a whole: what could not be traced or reached.
-        timed: What was timed, if anything was.
+        sites: Every convolution, and every upsampling if ``config.upsample``.
+        notes: Notes on the plan as a whole, such as what could not be traced or reached.
+        timed: The conditions of the times; None if nothing was timed.
     """
 
     model_config = ConfigDict(extra="forbid")
@@ -302,30 +215,31 @@ class Plan(BaseModel):
 
     @property
     def after(self) -> Cost:
-        """Cost of the whole model once the plan is applied. Its activations are an estimate; so is its latency, where
-        the plan is no longer as it was when it was timed (``timed_whole``).
+        """Cost of the whole model once the plan is applied.
+
+        Its activations are an estimate; so is its latency, unless ``timed_whole``.
         """
         total = self.before
         for site in self.replaced:
             total = total - site.before + site.after
-        return (
-            total.model_copy(update={"latency_ms": self.timed.after_ms}) if self.timed_whole and self.timed else total
-        )
+        if self.timed is None or not self.timed_whole:
+            return total
+        return total.model_copy(update={"latency_ms": self.timed.after_ms})
 
     @property
     def functional(self) -> bool:
-        """Whether convolutions that are called as functions are replaced, so that the model becomes a GraphModule."""
+        """Whether functional convolutions are replaced, so that the model becomes a GraphModule."""
         return any(site.functional and not site.upsampling for site in self.replaced)
 
     @property
     def timed_whole(self) -> bool:
-        """Whether the converted model was timed as the plan stands now."""
+        """Whether the converted model was timed with the current decisions."""
         timed = self.timed
         return bool(timed and timed.after_ms and timed.replaced == tuple(site.name for site in self.replaced))
 
     @property
     def machine(self) -> str | None:
-        """What the times among the costs were measured on; None where there are none."""
+        """The machine that the times were measured on; None if there are none."""
         return self.timed.machine if self.timed else None
 
     @property
@@ -334,7 +248,7 @@ class Plan(BaseModel):
         return [site for site in self.sites if site.action is Action.REPLACE]
 
     def __getitem__(self, name: str) -> Site:
-        """The site of that name.
+        """Returns the site of that name.
 
         Raises:
             KeyError: There is none; the message names near ones.
@@ -348,11 +262,11 @@ class Plan(BaseModel):
         return len(self.sites)
 
     def __iter__(self) -> Iterator[Site]:  # type: ignore[override]
-        """The sites, as ``len`` counts them (not the fields, as pydantic would)."""
+        """Iterates over the sites (not the fields, as pydantic would)."""
         return iter(self.sites)
 
     def __str__(self) -> str:
-        """A line for each site and one for the model; the report package prints better ones."""
+        """Returns a line for each site and one for the model."""
         lines = [f"{site.name}: {site.kind}: {site.action}: {site.reason}" for site in self.sites]
         before, after = self.before, self.after
         lines.append(
@@ -365,7 +279,7 @@ class Plan(BaseModel):
         return (site.name for site in self.sites)
 
     def to_json(self) -> str:
-        """The plan as JSON text, for :meth:`from_json`."""
+        """Returns the plan as JSON text, for :meth:`from_json`."""
         return self.model_dump_json(indent=2)
 
     @classmethod
@@ -382,7 +296,7 @@ class Plan(BaseModel):
 
 
 def override_hint(option: str) -> str:
-    """How a reason ends that one option overrides; empty for no option."""
+    """Returns the end of a reason that an option overrides; empty for no option."""
     return f" ({option}=True replaces it)" if option else ""
 
 
@@ -412,22 +326,3 @@ def _kernel_size_of_kind(kind: str) -> tuple[int, int] | None:
 def _override_of_reason(reason: str) -> str:
     found = re.search(r" \((\w+)=True replaces it\)$", reason)
     return found[1] if found else ""
-
-
-def is_upsampling(kind: str) -> bool:
-    """Whether a site's kind is that of an interpolation or a pixel shuffle."""
-    return kind.removeprefix("functional ").startswith(_UPSAMPLING)
-
-
-def make_config(config: ConvertConfig | None, options: dict[str, Any]) -> ConvertConfig:
-    """The configuration with single options changed.
-
-    Raises:
-        UsageError: There is no such option, or its value does not fit.
-    """
-    try:
-        return ConvertConfig.model_validate({**(config or ConvertConfig()).model_dump(), **options})
-    except ValidationError as error:
-        unknown = [str(item["loc"][0]) for item in error.errors() if item["type"] == "extra_forbidden"]
-        hint = suggestion(unknown[0], ConvertConfig.model_fields) if unknown else ""
-        raise UsageError(f"cannot convert with these options: {in_one_line(error)}{hint}") from error

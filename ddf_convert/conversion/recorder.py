@@ -1,4 +1,4 @@
-"""One run of a model, watched: the calls of every convolution, what goes through its parts, and what it all costs."""
+"""Recording: one run of a model, with the calls of every site, what goes through its parts, and what it costs."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
-from ddf_convert.conversion.interpolate_hook import INTERPOLATE, stands_for_a_call
-from ddf_convert.conversion.registry import replacing_layers
+from ddf_convert.conversion.sites import (
+    ARGUMENTS,
+    FUNCTIONS,
+    OPTIONS,
+    UPSAMPLING_FUNCTIONS,
+    answers_interpolate,
+    call_name,
+    is_site,
+    owner_of,
+    site_kinds,
+)
 from ddf_convert.cost.count import Cost, counting
 from ddf_convert.errors import UsageError, first_line
 from ddf_convert.utils.example_input import in_words
-from ddf_convert.utils.fake_copy import Copy, SettledError, Watch, in_mode, watch_a_run
+from ddf_convert.utils.fake_copy import InputShapeError, ModelCopy, Watch, in_mode, run_watched
 
-UPSAMPLING = (nn.Upsample, nn.PixelShuffle)  # sites too, where upsampling is asked for
-FUNCTIONS = {torch.conv2d: "conv2d", torch.conv_transpose2d: "conv_transpose2d"}  # F.conv2d is torch.conv2d
-UPSAMPLING_FUNCTIONS = {F.interpolate: "interpolate", torch.pixel_shuffle: "pixel_shuffle"}
-ARGUMENTS = {
-    torch.conv2d: ("input", "weight", "bias", "stride", "padding", "dilation", "groups"),
-    torch.conv_transpose2d: ("input", "weight", "bias", "stride", "padding", "output_padding", "groups", "dilation"),
-}
-# What torch says of maps that got too small on their way through a model.
+# Torch's errors about maps that got too small on their way through a model.
 _TOO_SMALL = re.compile(
     r"Kernel size can't be greater than actual input size|[Oo]utput size is too small"
     r"|Padding size should be less than the corresponding input dimension|Padding value causes wrapping around"
     r"|Expected more than 1 (value per channel|spatial element)|sizes should be greater than 0"
     r"|(to have|has|with) non-zero (size|dimensions)|negative dimension|input (image )?is too small"
 )
-OPTIONS = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}  # and their defaults
 
 
 @dataclass(frozen=True)
-class Function:
-    """What a convolution that is called as a function was called with, beside its input.
+class FunctionalConv:
+    """The arguments of a functional convolution.
 
     Attributes:
         weight: Shape of the weight.
-        dtype: Of the weight.
-        parameters: Paths of those of its weight and bias that are the model's own parameters.
+        dtype: Dtype of the weight.
+        parameters: Paths of the weight and bias, where they are the model's own parameters.
         params: Elements of these parameters.
-        computed: The forward pass computes its weight or bias.
+        computed: The forward pass computes the weight or bias.
         transposed: It is ``F.conv_transpose2d``.
         bias: There is a bias.
         options: ``stride``, ``padding``, ``dilation`` and ``groups``.
@@ -66,15 +66,10 @@ class Function:
 
 
 @dataclass(frozen=True)
-class Upsampled:
-    """What an upsampling that is called as a function was called with, beside its input.
+class FunctionalUpsample:
+    """The arguments of a functional upsampling: "interpolate" or "pixel_shuffle".
 
-    Attributes:
-        function: "interpolate" or "pixel_shuffle".
-        mode: Of the interpolation.
-        align_corners: Of the interpolation.
-        antialias: Of the interpolation.
-        of_parameter: What is interpolated is a parameter: a position embedding.
+    ``of_parameter``: its input is a parameter, such as a position embedding.
     """
 
     function: str
@@ -86,30 +81,30 @@ class Upsampled:
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a convolution, or of an upsampling, during the forward pass.
+    """One call of a site during the forward pass.
 
     Attributes:
         name: The module's path; for a function, the path of the module that calls it, and ``conv2d()``.
         input_shape: (B, C, H, W).
         output_shape: (B, C, H, W).
-        function: Its arguments, if it is a convolution that is called as a function.
-        upsampled: Its arguments, if it is an upsampling that is called as a function.
-        dtype: Of the input.
-        arguments: How many a module was called with.
+        function: The arguments of a functional convolution.
+        upsampled: The arguments of a functional upsampling.
+        dtype: Dtype of the input.
+        arguments: How many arguments a module was called with.
     """
 
     name: str
     input_shape: tuple[int, ...]
     output_shape: tuple[int, ...]
-    function: Function | None = None
-    upsampled: Upsampled | None = None
+    function: FunctionalConv | None = None
+    upsampled: FunctionalUpsample | None = None
     dtype: torch.dtype = torch.float32
     arguments: int = 1
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One call of a module that holds convolutions; all tensors are fake."""
+    """One call of a module that holds sites; all tensors are fake."""
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
@@ -118,20 +113,20 @@ class Entry:
 
 @dataclass(frozen=True)
 class Recording:
-    """What one run of a model showed.
+    """The record of one run of a model.
 
     Attributes:
-        copied: The copy that ran: on shapes alone (it has a mode), or on values.
-        mode: That of the fake tensors in ``entries``.
-        calls: Every call of a convolution, in order.
-        entries: The calls of every module that holds convolutions, by its path.
-        read_directly: Paths of the convolutions whose parameters are used outside of their own forward.
-        uses: How often each parameter is used as an argument outside of a convolution's forward, by path.
-        cost: Of the whole model.
-        kinds: The modules that are sites.
+        copied: The copy that ran, on shapes alone or on values.
+        mode: The mode of the fake tensors in ``entries``.
+        calls: Every call of a site, in order.
+        entries: The calls of every module that holds sites, by its path.
+        read_directly: Paths of the sites whose parameters are used outside of their own forward.
+        uses: How often each parameter is used as an argument outside of a site's forward, by path.
+        cost: Cost of the whole model.
+        kinds: The classes of modules that are sites.
     """
 
-    copied: Copy
+    copied: ModelCopy
     mode: FakeTensorMode
     calls: tuple[Call, ...]
     entries: dict[str, list[Entry]]
@@ -143,20 +138,20 @@ class Recording:
     @property
     def on_values(self) -> bool:
         """Whether the model had to run on values, since its forward depends on them."""
-        return self.copied.mode is None
+        return self.copied.fake_mode is None
 
 
 def record(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, upsample: bool = False
 ) -> Recording:
-    """Runs a copy of a model and records it.
+    """Runs a copy of a model and records it; the model stays as it is.
 
     Args:
-        model: Any module; it stays as it is.
+        model: Any module.
         args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
         name: What to call the model in errors.
-        upsample: Note upsampling too.
+        upsample: Record upsampling too.
 
     Raises:
         UsageError: The model cannot be copied, or does not accept the input.
@@ -165,24 +160,24 @@ def record(
     kinds = site_kinds(upsample)
 
     @contextmanager
-    def watch(copied: Copy) -> Iterator[_Recorder]:
+    def watch(copied: ModelCopy) -> Iterator[_Recorder]:
         recorder = _Recorder(copied, kinds)
         try:
-            with counting(copied) as tally, recorder.listening():
+            with counting(copied) as tally, recorder.recording():
                 yield recorder
         except Exception as error:
             failed[id(error)] = recorder
             if _TOO_SMALL.search(str(error)):
-                raise SettledError(str(recorder.refusal(name, in_words(args, kwargs), error))) from error
+                raise InputShapeError(str(recorder.explain(name, in_words(args, kwargs), error))) from error
             raise
         recorder.cost = tally.cost
 
     try:
-        copied, recorder = watch_a_run(model, args, kwargs, watch)
+        copied, recorder = run_watched(model, args, kwargs, watch)
     except UsageError:
         raise
     except Exception as error:  # forward is the user's code: anything can come out of it
-        raise failed[id(error)].refusal(name, in_words(args, kwargs), error) from error
+        raise failed[id(error)].explain(name, in_words(args, kwargs), error) from error
     return Recording(
         copied=copied,
         mode=recorder.mode,
@@ -193,16 +188,6 @@ def record(
         cost=recorder.cost,
         kinds=kinds,
     )
-
-
-def site_kinds(upsample: bool = True) -> tuple[type[nn.Module], ...]:
-    """The modules that are sites: convolutions, what took their places, and, unless it is left out, upsampling."""
-    return (nn.Conv2d, nn.ConvTranspose2d, *replacing_layers(), *(UPSAMPLING if upsample else ()))
-
-
-def is_site(module: nn.Module, kinds: tuple[type[nn.Module], ...] | None = None) -> bool:
-    """Whether a module is a site: one of these kinds, and no upsampling that its author gave parts of its own."""
-    return isinstance(module, kinds or site_kinds()) and not (isinstance(module, UPSAMPLING) and any(module.children()))
 
 
 @dataclass
@@ -217,28 +202,28 @@ class _Running:
 
 
 class _Recorder(TorchFunctionMode):
-    """Notes calls of modules by hooks, and calls of functions by being torch's mode for them."""
+    """Records calls of modules by hooks, and calls of functions as a torch function mode."""
 
-    def __init__(self, copied: Copy, kinds: tuple[type[nn.Module], ...]) -> None:
+    def __init__(self, copied: ModelCopy, kinds: tuple[type[nn.Module], ...]) -> None:
         super().__init__()
-        self.mode = copied.mode or FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode = copied.fake_mode or FakeTensorMode(allow_non_fake_inputs=True)
         self.calls: list[Call] = []
         self.entries: dict[str, list[Entry]] = {}
         self.read_directly: set[str] = set()
         self.uses: Counter[str] = Counter()
         self.cost = Cost()
         self._model = copied.module
-        self._way = copied.way
+        self._watch = copied.run_mode.watch
         self._running: list[_Running] = []
         self._parameters = {id(parameter): path for path, parameter in copied.module.named_parameters()}
         self._upsample = nn.Upsample in kinds
-        convolutions = {path for path, module in copied.module.named_modules() if path and is_site(module, kinds)}
-        self._convolutions = {path for path in convolutions if not _is_below(path, convolutions)}
-        self._holders = {"", *(above for path in self._convolutions for above in _above(path))}
+        sites = {path for path, module in copied.module.named_modules() if path and is_site(module, kinds)}
+        self._sites = {path for path in sites if not _is_below(path, sites)}
+        self._holders = {"", *(above for path in self._sites for above in _above(path))}
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """A context in which modules and functions are noted."""
+    def recording(self) -> Iterator[None]:
+        """Records modules and functions that are called in the block."""
         hooks = []
         for path, module in self._model.named_modules():
             if isinstance(module, torch.jit.ScriptModule):
@@ -247,7 +232,7 @@ class _Recorder(TorchFunctionMode):
             hooks.append(module.register_forward_pre_hook(enter, prepend=True, with_kwargs=True))
             hooks.append(module.register_forward_hook(leave))
         try:
-            with self if self._way.watch >= Watch.OPERATIONS else nullcontext():
+            with self if self._watch >= Watch.OPERATIONS else nullcontext():
                 yield
         finally:
             for hook in hooks:
@@ -260,56 +245,56 @@ class _Recorder(TorchFunctionMode):
         def leave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             while (left := self._running.pop()).path != path:
                 pass  # modules that an exception left, which the forward pass caught
-            self._note_module(left, output)
+            self._record_module(left, output)
 
         return enter, leave
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if self._is_inside_convolution() or getattr(func, "namespace", "") == "prim":  # autograd asks for devices so
+        if self._is_inside_site() or getattr(func, "namespace", "") == "prim":  # autograd asks for devices so
             return func(*args, **kwargs)
         for value in (*args, *kwargs.values()):
             for item in value if isinstance(value, tuple | list) else (value,):
                 if isinstance(item, nn.Parameter):
-                    self._note_use(item)
+                    self._record_use(item)
         result = func(*args, **kwargs)
         if func in FUNCTIONS and isinstance(result, Tensor):
-            self._note_function(func, args, kwargs, result)
+            self._record_function(func, args, kwargs, result)
         elif self._upsample and func in UPSAMPLING_FUNCTIONS and isinstance(result, Tensor):
-            self._note_upsampling(func, args, kwargs, result)
+            self._record_upsampling(func, args, kwargs, result)
         return result
 
-    def _note_module(self, left: _Running, output: Any) -> None:
-        if left.path in self._convolutions:
+    def _record_module(self, left: _Running, output: Any) -> None:
+        if left.path in self._sites:
             input = left.args[0] if left.args else next(iter(left.kwargs.values()), None)
-            if isinstance(input, Tensor) and isinstance(output, Tensor) and not self._is_inside_convolution():
+            if isinstance(input, Tensor) and isinstance(output, Tensor) and not self._is_inside_site():
                 arguments = len(left.args) + len(left.kwargs)
                 shapes = tuple(input.shape), tuple(output.shape)
                 self.calls.append(Call(left.path, *shapes, dtype=input.dtype, arguments=arguments))
-                if self._running and stands_for_a_call(left.path):
+                if self._running and answers_interpolate(left.path):
                     self._running[-1].functions["interpolate"] += 1  # the next call keeps its number
         elif left.path in self._holders:
             args, kwargs, output = in_mode(self.mode, (left.args, left.kwargs, output))
             self.entries.setdefault(left.path, []).append(Entry(args, kwargs, output))
 
-    def _is_inside_convolution(self) -> bool:
-        return any(running.path in self._convolutions for running in self._running)
+    def _is_inside_site(self) -> bool:
+        return any(running.path in self._sites for running in self._running)
 
-    def _note_use(self, parameter: nn.Parameter) -> None:
+    def _record_use(self, parameter: nn.Parameter) -> None:
         path = self._parameters.get(id(parameter))
         if path is None:
             return
         self.uses[path] += 1
-        holder = path.rpartition(".")[0]
-        if holder in self._convolutions:
+        holder = owner_of(path)
+        if holder in self._sites:
             self.read_directly.add(holder)
 
-    def _note_function(self, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
+    def _record_function(self, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
         given = dict(zip(ARGUMENTS[func], args, strict=False)) | kwargs
         input, weight, bias = given["input"], given["weight"], given.get("bias")
         tensors = [tensor for tensor in (weight, bias) if tensor is not None]
         owned = [tensor for tensor in tensors if id(tensor) in self._parameters]
-        function = Function(
+        function = FunctionalConv(
             weight=tuple(weight.shape),
             dtype=weight.dtype,
             parameters=tuple(self._parameters[id(tensor)] for tensor in owned),
@@ -322,25 +307,25 @@ class _Recorder(TorchFunctionMode):
         shapes = tuple(input.shape), tuple(result.shape)
         self.calls.append(Call(self._name_of(func), *shapes, function, dtype=input.dtype))
 
-    def _note_upsampling(self, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
+    def _record_upsampling(self, func: Any, args: Any, kwargs: Any, result: Tensor) -> None:
         word = UPSAMPLING_FUNCTIONS[func]
         input = args[0] if args else kwargs["input"]
         if word == "interpolate":
-            given = dict(zip(INTERPOLATE, args, strict=False)) | kwargs
+            given = dict(zip(ARGUMENTS[func], args, strict=False)) | kwargs
             align_corners, antialias = (bool(given.get(flag)) for flag in ("align_corners", "antialias"))
             of_parameter = isinstance(input, nn.Parameter)
-            upsampled = Upsampled(word, given.get("mode", "nearest"), align_corners, antialias, of_parameter)
+            upsampled = FunctionalUpsample(word, given.get("mode", "nearest"), align_corners, antialias, of_parameter)
         else:
-            upsampled = Upsampled(word)
+            upsampled = FunctionalUpsample(word)
         shapes = tuple(input.shape), tuple(result.shape)
         self.calls.append(Call(self._name_of(func), *shapes, upsampled=upsampled, dtype=input.dtype))
 
     def _name_of(self, func: Any) -> str:
         owner = self._running[-1] if self._running else _Running("", self._model, (), {})
-        return function_name(owner.path, func, owner.functions)
+        return call_name(owner.path, func, owner.functions)
 
-    def refusal(self, name: str, sizes: str, error: Exception) -> UsageError:
-        """The error of a run that failed, in words."""
+    def explain(self, name: str, sizes: str, error: Exception) -> UsageError:
+        """Returns the error of a run that failed, for a user."""
         place = ""
         if self._running:
             failed = self._running[-1]
@@ -349,7 +334,7 @@ class _Recorder(TorchFunctionMode):
         return UsageError(f"{name} does not accept an input of {sizes}: {place}{first_line(error)}; {advice}")
 
     def _advice(self, error: Exception) -> str:
-        """What to do about an error, where its cause is known."""
+        """What to do about an error whose cause is known."""
         if _TOO_SMALL.search(str(error)):
             return "try a larger --input-size"
         if not self._running:
@@ -376,24 +361,10 @@ def _fits_signature(running: _Running) -> bool:
     return True
 
 
-def function_name(owner: str, func: Any, called: Counter[str]) -> str:
-    """The name of a convolution that is called as a function: ``block.conv2d()``, the next one ``block.conv2d_1()``.
-
-    Args:
-        owner: Path of the module whose forward calls it.
-        func: One of ``FUNCTIONS`` or ``UPSAMPLING_FUNCTIONS``.
-        called: What this call of the module has called so far; it is counted up.
-    """
-    word = FUNCTIONS.get(func) or UPSAMPLING_FUNCTIONS[func]
-    number = called[word]
-    called[word] += 1
-    return f"{owner}{'.' if owner else ''}{word}{f'_{number}' if number else ''}()"
-
-
 def _above(path: str) -> Iterator[str]:
     """Paths of the modules that hold a module."""
     while path:
-        path = path.rpartition(".")[0]
+        path = owner_of(path)
         yield path
 
 

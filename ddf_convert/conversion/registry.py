@@ -1,4 +1,4 @@
-"""The filters that can take a convolution's place: DDF, its rivals in the paper's tables, and users' own."""
+"""The layer types that can replace a convolution: DDF, the baselines of the paper's tables, and users' own."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 from timm.layers.conv2d_same import create_conv2d_pad
 from torch import nn
 
-from ddf_convert.conversion.plan import ConvertConfig, Scalar
+from ddf_convert.conversion.config import ConvertConfig, Scalar
 from ddf_convert.errors import DDFError, UsageError, suggestion
 from ddf_convert.layers import (
     ChannelFilter2d,
@@ -29,19 +29,19 @@ DDF = "ddf"
 DDF_LAYERS: dict[str, Callable[..., nn.Module]] = {
     layer.__name__: layer for layer in (DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d)
 }
-GROUP = "ddf_convert.filters"  # of entry points: packages that are installed can bring filters
+ENTRY_POINT_GROUP = "ddf_convert.filters"
 CONFIGURABLE = ("heads", "se_ratio", "combine", "affine")  # fields of ConvertConfig that belong to a layer
 
 
 @dataclass(frozen=True)
-class Filter:
-    """A kind of layer that can take a convolution's place.
+class LayerType:
+    """A kind of layer that can replace a convolution; ``ddf_convert.Filter`` is the same class.
 
-    The layer is called with ``in_channels``, ``kernel_size``, ``stride``, ``padding`` (pixels, or "same" for
-    TensorFlow's SAME), ``dilation``, ``padding_mode``, ``bias``, ``device`` and ``dtype``, what ``config`` and
-    ``options`` name and, if it ``mixes``, ``out_channels`` and ``groups``. It turns (B, C, H, W) into what a
-    convolution with the same arguments does; if it keeps the channels apart, a 1x1 convolution follows it wherever DDF
-    would need one.
+    The layer turns (B, C, H, W) into what a convolution with the same arguments returns. It is called with
+    ``in_channels``, ``kernel_size``, ``stride``, ``padding`` (pixels, or "same" for TensorFlow's SAME), ``dilation``,
+    ``padding_mode``, ``bias``, ``device`` and ``dtype``, with what ``config`` and ``options`` name and, if it
+    ``mixes``, with ``out_channels`` and ``groups``. If it does not mix, a 1x1 convolution follows it wherever one
+    would follow DDF.
 
     Attributes:
         name: What ``--filter`` and manifests call it.
@@ -49,8 +49,8 @@ class Filter:
         title: What tables call it; the name if empty.
         description: One line.
         config: Fields of ``ConvertConfig`` that the layer takes: any of "heads", "se_ratio", "combine", "affine".
-        options: Arguments of its own and their defaults: ``filter_options`` changes them.
-        mixes: It mixes channels and sets the output's width by itself.
+        options: The layer's own arguments and their defaults; ``filter_options`` changes them.
+        mixes: It mixes channels and sets the number of output channels itself.
         saves: Whether it is meant to save. If not, it replaces convolutions where it adds parameters and MACs too.
     """
 
@@ -74,15 +74,15 @@ class Filter:
             )
 
     @property
-    def words(self) -> str:
+    def display_name(self) -> str:
         """What tables call it."""
         return self.title or self.name
 
     def arguments(self, config: ConvertConfig) -> dict[str, Scalar]:
-        """What a configuration comes to for the layer.
+        """Returns the layer's arguments that a configuration sets.
 
         Raises:
-            UsageError: The configuration has options that this filter does not.
+            UsageError: The configuration has options that this layer type does not.
         """
         for name in CONFIGURABLE:
             if name not in self.config and getattr(config, name) != ConvertConfig.model_fields[name].default:
@@ -92,25 +92,26 @@ class Filter:
             known = ", ".join(f"{name} ({value!r})" for name, value in self.options.items()) or "none"
             hint = suggestion(unknown, self.options) or ";"
             raise UsageError(f"filter {self.name} has no option {unknown!r}{hint} Its own are: {known}")
-        own = {name: _like(name, default, config.filter_options.get(name)) for name, default in self.options.items()}
-        # False is what every layer has for affine; manifests of older versions do not name it either.
-        chosen = {name: getattr(config, name) for name in self.config if name != "affine" or config.affine}
-        return {**chosen, **own}
+        own = {
+            name: _convert_option(name, config.filter_options.get(name, default), default)
+            for name, default in self.options.items()
+        }
+        # False is the default of every layer for affine, and manifests of older versions do not name it.
+        configured = {name: getattr(config, name) for name in self.config if name != "affine" or config.affine}
+        return {**configured, **own}
 
 
-def _like(name: str, default: Scalar, given: Scalar | None) -> Scalar:
-    """A value given for an option, if it is of the default's type."""
-    if given is None:
-        return default
-    if isinstance(default, float) and isinstance(given, int) and not isinstance(given, bool):
-        return float(given)
-    if type(given) is not type(default):
-        raise UsageError(f"filter option {name} is {type(default).__name__}, such as {default!r}, and not {given!r}")
-    return given
+def _convert_option(name: str, value: Scalar, default: Scalar) -> Scalar:
+    """Returns a value in the type of the option's default."""
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise UsageError(f"filter option {name} is {type(default).__name__}, such as {default!r}, and not {value!r}")
+    return value
 
 
 def depthwise(in_channels: int, kernel_size: int, **options: Any) -> nn.Module:
-    """A depthwise convolution: torch's, or timm's where the padding depends on the input's size."""
+    """Makes a depthwise convolution: torch's, or timm's where the padding depends on the input's size."""
     if options["padding"] == "same" and options.pop("padding_mode") != "zeros":
         raise ValueError("a SAME padding that depends on the input's size is one of zeros")
     module: nn.Module = create_conv2d_pad(
@@ -119,10 +120,10 @@ def depthwise(in_channels: int, kernel_size: int, **options: Any) -> nn.Module:
     return module
 
 
-_filters = {
+_layer_types = {
     each.name: each
     for each in (
-        Filter(
+        LayerType(
             DDF,
             DDF2d,
             "DDF",
@@ -130,7 +131,7 @@ _filters = {
             config=CONFIGURABLE,
             options={"nonlinearity": "relu"},
         ),
-        Filter(
+        LayerType(
             "spatial",
             SpatialFilter2d,
             "spatial filter",
@@ -138,7 +139,7 @@ _filters = {
             config=("heads", "affine"),
             options={"nonlinearity": "relu"},
         ),
-        Filter(
+        LayerType(
             "channel",
             ChannelFilter2d,
             "channel filter",
@@ -146,8 +147,8 @@ _filters = {
             config=("se_ratio", "affine"),
             options={"nonlinearity": "relu"},
         ),
-        Filter("depthwise", depthwise, "depthwise", "A depthwise convolution: nothing dynamic."),
-        Filter(
+        LayerType("depthwise", depthwise, "depthwise", "A depthwise convolution: nothing dynamic."),
+        LayerType(
             "condconv",
             CondConv2d,
             "CondConv",
@@ -156,14 +157,14 @@ _filters = {
             mixes=True,
             saves=False,
         ),
-        Filter(
+        LayerType(
             "dw-condconv",
             DwCondConv2d,
             "DwCondConv",
             "CondConv of depthwise convolutions.",
             options={"num_experts": 8},
         ),
-        Filter(
+        LayerType(
             "dw-weightnet",
             DwWeightNet2d,
             "DwWeightNet",
@@ -171,88 +172,80 @@ _filters = {
         ),
     )
 }
-_built_in = frozenset(_filters)
+_built_in = frozenset(_layer_types)
 
 
-def register_filter(filter: Filter) -> Filter:
-    """Makes a filter of one's own known to ``plan``, ``convert``, ``load`` and ``--filter``.
+def register_filter(filter: LayerType) -> LayerType:
+    """Makes a layer type known to ``plan``, ``convert``, ``load`` and ``--filter``.
 
-    Register it before a model that has it is loaded: nothing in a saved model is ever imported. A package can have it
-    done for the command line too, by an entry point of the group ``ddf_convert.filters``, whose name is the filter's
-    and whose object is the :class:`Filter`.
+    Register it before loading a model that has it: nothing in a saved model is ever imported. An installed package can
+    bring a layer type to the command line by an entry point of the group ``ddf_convert.filters``, whose name is the
+    layer type's and whose object is the :class:`Filter`.
 
     Args:
-        filter: The filter; it replaces one of the same name, unless that is built in.
+        filter: The layer type; it replaces one of the same name, unless that is built in.
 
     Returns:
-        The filter.
+        The layer type.
 
     Raises:
-        UsageError: The name is that of a built-in filter.
+        UsageError: The name is that of a built-in layer type.
     """
     if filter.name in _built_in:
         raise UsageError(f"{filter.name} is a filter of ddf_convert itself: give yours another name")
-    _filters[filter.name] = filter
+    _layer_types[filter.name] = filter
     return filter
 
 
-def list_filters() -> list[Filter]:
-    """Every filter that is known, the built-in ones first; those of installed packages once they were used."""
-    return list(_filters.values())
+def list_filters() -> list[LayerType]:
+    """Lists every known layer type, the built-in ones first; those of installed packages once they were used."""
+    return list(_layer_types.values())
 
 
-def find_filter(name: str) -> Filter:
-    """The filter of that name: built in, registered, or brought by an installed package.
+def find_layer_type(name: str) -> LayerType:
+    """Returns the layer type of that name: built in, registered, or brought by an installed package.
 
     Raises:
         UsageError: There is none.
         DDFError: The package that brings it cannot be imported.
     """
-    if name not in _filters:
-        for entry in entry_points(group=GROUP, name=name):
-            try:
-                found = entry.load()
-            except Exception as error:
-                raise DDFError(f"filter {name} of {entry.value} cannot be loaded: {error}") from error
-            if not isinstance(found, Filter) or found.name != name:
-                raise DDFError(f"filter {name}: {entry.value} is not a ddf_convert.Filter of that name")
-            return register_filter(found)
-        hint = suggestion(name, _filters)
-        raise UsageError(
-            f"no filter is called {name!r}{hint or ';'} Known: {', '.join(_filters)}. One of your own has to be"
-            " registered first (ddf_convert.register_filter)"
-        )
-    return _filters[name]
+    if name in _layer_types:
+        return _layer_types[name]
+    for entry in entry_points(group=ENTRY_POINT_GROUP, name=name):
+        try:
+            loaded = entry.load()
+        except Exception as error:
+            raise DDFError(f"filter {name} of {entry.value} cannot be loaded: {error}") from error
+        if not isinstance(loaded, LayerType) or loaded.name != name:
+            raise DDFError(f"filter {name}: {entry.value} is not a ddf_convert.Filter of that name")
+        return register_filter(loaded)
+    hint = suggestion(name, _layer_types)
+    raise UsageError(
+        f"no filter is called {name!r}{hint or ';'} Known: {', '.join(_layer_types)}. One of your own has to be"
+        " registered first (ddf_convert.register_filter)"
+    )
 
 
-def is_new(kind: str) -> bool:
-    """Whether words for a layer (``build.kind_of``) are those of one that took a place, be it torch's own or not."""
-    first = kind.split(" + ")[0]
-    return first.startswith("DDF") or first in {each.words for each in _filters.values()}
+def is_built_in(layer_type: LayerType) -> bool:
+    """Whether a layer type is one of ddf_convert's own."""
+    return layer_type.name in _built_in
 
 
-def is_built_in(filter: Filter) -> bool:
-    """Whether it is one of ddf_convert's own."""
-    return filter.name in _built_in
+def layer_type_of(module: nn.Module) -> LayerType | None:
+    """Returns the layer type whose class a module is an instance of, if there is one."""
+    return next((each for each in _layer_types.values() if type(module) is each.layer), None)
 
 
 def replacing_layers() -> tuple[type[nn.Module], ...]:
-    """The classes of layers that take the places of convolutions and upsampling, and are looked at as a whole.
+    """Returns the classes of the layers that replace convolutions and upsampling and are never looked into.
 
-    Torch's own are not among them: a depthwise convolution is one wherever it stands.
+    Torch's own are not among them: a depthwise convolution that replaced another is an ordinary one.
     """
-    chosen = [each.layer for each in _filters.values() if isinstance(each.layer, type)]
-    own = [layer for layer in chosen if not layer.__module__.startswith("torch.")]
+    classes = [each.layer for each in _layer_types.values() if isinstance(each.layer, type)]
+    own = [layer for layer in classes if not layer.__module__.startswith("torch.")]
     return (DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d, SeparableFilter2d, *own)
 
 
-def with_mixing(words: str, groups: int | None) -> str:
-    """A layer in words, with the groups of the 1x1 convolution after it, if there is one."""
-    return words if groups is None else f"{words} + 1x1" if groups == 1 else f"{words} + grouped 1x1"
-
-
-def filter_of(module: nn.Module) -> Filter | None:
-    """The filter whose layer a module is, if it is one's."""
-    return next(
-        (each for each in _filters.values() if isinstance(each.layer, type) and type(module) is each.layer), None
-    )
+def describe_mixing(layer: str, groups: int | None) -> str:
+    """Adds to a layer's words the 1x1 convolution of so many groups that follows it; None if none does."""
+    return layer if groups is None else f"{layer} + 1x1" if groups == 1 else f"{layer} + grouped 1x1"

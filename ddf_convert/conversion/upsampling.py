@@ -1,6 +1,6 @@
-"""Upsampling: what takes the place of interpolations, transposed convolutions and pixel shuffles, or why nothing does.
+"""Upsampling: what replaces interpolations, transposed convolutions and pixel shuffles, or why nothing does.
 
-All of them are s*s fixed filters, one for each place in the cells that the input's pixels become; DDF-Up has as many.
+All of them are s*s fixed filters, one for each pixel of the s x s cell that an input pixel becomes; so is DDF-Up.
 """
 
 from __future__ import annotations
@@ -10,10 +10,11 @@ from typing import Any, get_args
 
 from torch import nn
 
-from ddf_convert.conversion.analysis import Convolution
-from ddf_convert.conversion.eligibility import geometry, kernel_for, obstacle
+from ddf_convert.conversion.analysis import Candidate
+from ddf_convert.conversion.config import ConvertConfig
+from ddf_convert.conversion.eligibility import Refused, check_weights, geometry, kernel_for, obstacle
 from ddf_convert.conversion.interpolate_hook import obstacle_to_intercepting
-from ddf_convert.conversion.plan import ConvertConfig, Interpolation, Replacement
+from ddf_convert.conversion.plan import Interpolation, Replacement
 from ddf_convert.conversion.recorder import Call
 from ddf_convert.ops import DTYPES
 
@@ -26,21 +27,17 @@ _ALIGNED = (
 )
 
 
-class Refused(Exception):  # noqa: N818 - not an error: a reason
-    """Why nothing takes a place."""
-
-
-def upsamples(convolution: Convolution) -> bool:
-    """Whether this is the module that decides about a site: a transposed convolution counts too."""
-    called = convolution.calls[0] if convolution.calls else None
-    module = convolution.module
+def upsamples(candidate: Candidate) -> bool:
+    """Whether a candidate upsamples; a transposed convolution does."""
+    called = candidate.calls[0] if candidate.calls else None
+    module = candidate.module
     if module is None and called is not None and called.function is not None:
         return called.function.transposed
     return isinstance(module, nn.Upsample | nn.PixelShuffle | nn.ConvTranspose2d) or bool(called and called.upsampled)
 
 
 def stand_in_for_upsampling(call: Call) -> nn.Module:
-    """The module that does what a functional call does."""
+    """Makes the module that does what a functional upsampling does."""
     upsampled = call.upsampled
     assert upsampled is not None
     sizes = call.output_shape[2:]
@@ -58,30 +55,27 @@ def stand_in_for_upsampling(call: Call) -> nn.Module:
 
 
 def replacement_for_upsampling(
-    convolution: Convolution, module: nn.Module, config: ConvertConfig, others: Mapping[str, Convolution]
+    candidate: Candidate, module: nn.Module, config: ConvertConfig, others: Mapping[str, Candidate]
 ) -> tuple[Replacement, str]:
-    """What takes a site's place, and a caution or an empty text.
+    """Returns what replaces an upsampling, and a caution or ""; raises Refused if nothing does.
 
     Args:
-        convolution: The site.
+        candidate: The upsampling.
         module: Its module, or what stands in for it.
         config: Options of the new layer.
-        others: The sites of the model, by all their names.
-
-    Raises:
-        Refused: Nothing does.
+        others: The candidates of the model, by all their names.
     """
     if isinstance(module, nn.ConvTranspose2d):
-        return _for_transposed(convolution, module, config), ""
+        return _for_transposed(candidate, module, config), ""
     if isinstance(module, nn.PixelShuffle):
-        return _for_shuffle(convolution, module, config, others), ""
+        return _for_shuffle(candidate, module, config, others), ""
     assert isinstance(module, nn.Upsample)
-    return _for_interpolation(convolution, module, config)
+    return _for_interpolation(candidate, module, config)
 
 
-def _for_interpolation(convolution: Convolution, module: nn.Upsample, config: ConvertConfig) -> tuple[Replacement, str]:
-    _check_called(convolution, module)
-    calls = convolution.calls
+def _for_interpolation(candidate: Candidate, module: nn.Upsample, config: ConvertConfig) -> tuple[Replacement, str]:
+    _check_called(candidate, module)
+    calls = candidate.calls
     upsampled = calls[0].upsampled
     if upsampled is None and module.size is not None:
         raise Refused("brings maps of any size to a fixed one")
@@ -102,8 +96,8 @@ def _for_interpolation(convolution: Convolution, module: nn.Upsample, config: Co
     dtypes = {call.dtype for call in calls}
     if not dtypes <= set(DTYPES):
         raise Refused(f"works on {', '.join(map(str, dtypes))}; DDF takes float32, float64, float16 or bfloat16")
-    if dtypes != {convolution.dtype}:
-        raise Refused(f"works on {', '.join(map(str, dtypes))}, where the parameters around it are {convolution.dtype}")
+    if dtypes != {candidate.dtype}:
+        raise Refused(f"works on {', '.join(map(str, dtypes))}, where the parameters around it are {candidate.dtype}")
     interpolation = Interpolation.model_validate({"mode": mode, "align_corners": bool(module.align_corners)})
     options = {
         **_up(channels[0], factor, 5 if mode == "bicubic" else 3, config),
@@ -114,18 +108,18 @@ def _for_interpolation(convolution: Convolution, module: nn.Upsample, config: Co
     return Replacement(layer="DDFUp2d", options=options, interpolation=interpolation), caution
 
 
-def _for_transposed(convolution: Convolution, conv: nn.ConvTranspose2d, config: ConvertConfig) -> Replacement:
-    if convolution.module is None:
+def _for_transposed(candidate: Candidate, conv: nn.ConvTranspose2d, config: ConvertConfig) -> Replacement:
+    if candidate.module is None:
         raise Refused("transposed convolution that is called as a function; only modules are replaced")
-    _check_called(convolution, conv)
-    _check_weights(convolution)
+    _check_called(candidate, conv)
+    check_weights(candidate)
     size, stride, padding = conv.kernel_size[0], conv.stride[0], int(conv.padding[0])
     if conv.kernel_size[1] != size or conv.dilation[0] != 1:
         raise Refused("its kernel is dilated or not square")
     if stride == 1:
         raise Refused("its stride is 1: it does not upsample")
-    first = convolution.calls[0]
-    if any(_ratio(call) != (stride, stride) for call in convolution.calls):
+    first = candidate.calls[0]
+    if any(_ratio(call) != (stride, stride) for call in candidate.calls):
         sizes = (f"{shape[-2]}x{shape[-1]}" for shape in (first.input_shape, first.output_shape))
         raise Refused(f"its output is not {stride} times its input: {' becomes '.join(sizes)}")
     _check_factor(stride)
@@ -135,7 +129,7 @@ def _for_transposed(convolution: Convolution, conv: nn.ConvTranspose2d, config: 
     options = {**_up(conv.out_channels, stride, kernel, config), "in_channels": conv.in_channels}
     options["bias"] = conv.bias is not None
     if conv.groups == conv.in_channels == conv.out_channels and conv.groups > 1:
-        if any(call.arguments > 1 for call in convolution.calls):
+        if any(call.arguments > 1 for call in candidate.calls):
             raise Refused("a depthwise one, and called with an output size")
         return Replacement(layer="DDFUp2d", options=options)
     options |= {"out_channels": conv.out_channels, "groups": conv.groups}
@@ -143,18 +137,18 @@ def _for_transposed(convolution: Convolution, conv: nn.ConvTranspose2d, config: 
 
 
 def _for_shuffle(
-    convolution: Convolution, shuffle: nn.PixelShuffle, config: ConvertConfig, others: Mapping[str, Convolution]
+    candidate: Candidate, shuffle: nn.PixelShuffle, config: ConvertConfig, others: Mapping[str, Candidate]
 ) -> Replacement:
-    if convolution.module is None:
+    if candidate.module is None:
         raise Refused("called as a function; a pixel shuffle is replaced with its convolution, where it is a module")
-    _check_called(convolution, shuffle)
-    if len(convolution.calls) > 1:
-        raise Refused(f"called {len(convolution.calls)} times, and replaced with one convolution only")
+    _check_called(candidate, shuffle)
+    if len(candidate.calls) > 1:
+        raise Refused(f"called {len(candidate.calls)} times, and replaced with one convolution only")
     factor = shuffle.upscale_factor
     if factor == 1:
         raise Refused("its factor is 1: it does not upsample")
     _check_factor(factor)
-    source = others.get(convolution.fed_by)
+    source = others.get(candidate.fed_by)
     if source is None or not isinstance(source.module, nn.Conv2d):
         raise Refused("is not known to read one convolution's output, as its only reader")
     conv, name = source.module, source.name
@@ -162,7 +156,7 @@ def _for_shuffle(
         reason = obstacle(conv)
         if reason:
             raise Refused(reason)
-        _check_weights(source)
+        check_weights(source)
     except Refused as reason:
         raise Refused(f"its convolution, {name}, cannot be replaced: {reason}") from None
     if len(source.calls) > 1:
@@ -197,21 +191,14 @@ def _up(channels: int, factor: int, kernel_size: int, config: ConvertConfig) -> 
     }
 
 
-def _check_called(convolution: Convolution, module: nn.Module) -> None:
+def _check_called(candidate: Candidate, module: nn.Module) -> None:
     reason = obstacle(module, upsample=True)
-    if reason is None and convolution.owner is not None:
-        reason = obstacle_to_intercepting(convolution.owner)
+    if reason is None and candidate.owner is not None:
+        reason = obstacle_to_intercepting(candidate.owner)
     if reason:
         raise Refused(reason)
-    if not convolution.calls:
+    if not candidate.calls:
         raise Refused("not called in the forward pass")
-
-
-def _check_weights(convolution: Convolution) -> None:
-    if convolution.shared_with is not None:
-        raise Refused(f"shares its weights with {convolution.shared_with}")
-    if convolution.used_directly:
-        raise Refused("the forward pass also reads its weights directly")
 
 
 def _ratio(call: Call) -> tuple[float, ...]:

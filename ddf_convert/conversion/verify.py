@@ -1,10 +1,10 @@
-"""Verification: a copy of the model, converted as planned, runs once; what breaks it is left alone, with the reason."""
+"""Verification: a copy of the model, converted as planned, runs once; sites whose replacement breaks it are skipped."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
@@ -12,37 +12,39 @@ from torch.utils import _pytree
 
 from ddf_convert.conversion.plan import Action, Site
 from ddf_convert.conversion.recorder import Recording
-from ddf_convert.conversion.rewriter import prepare, steps_of, swap
+from ddf_convert.conversion.rewriter import apply_replacements, replacements_of
+from ddf_convert.conversion.tracer import Traced
 from ddf_convert.errors import first_line
-from ddf_convert.utils.fake_copy import Copy, empty_copy, fake_copy, real_copy
+from ddf_convert.utils.fake_copy import ModelCopy, empty_copy, fake_copy, real_copy
 
-_ONE_BY_ONE = 8  # so many sites are found each by itself; then those at the same place of blocks alike go together
-_SUSPECTS = 4  # so many sites near the failure are tried before all are bisected
+_ONE_BY_ONE = 8  # the first culprits are found one by one; then those at the same place of equal blocks go together
+_SUSPECTS = 4  # sites near the failure that are tried before all are bisected
 
 
-def verify(model: nn.Module, recording: Recording, sites: Sequence[Site]) -> None:
-    """Runs a copy of a model as planned, and leaves alone each site whose replacement breaks its forward pass.
+def verify(model: nn.Module, recording: Recording, traced: Traced, sites: Sequence[Site]) -> None:
+    """Runs a copy of a model as planned, and skips each site whose replacement breaks its forward pass.
 
     The copy runs as the recorded one did: on shapes alone where that was enough. There, it must also return tensors of
-    the recorded shapes, and call every new layer. A run on values can return others, as detectors do.
+    the recorded shapes, and call every new layer. A run on values can return other shapes, as detectors do.
 
     Args:
         model: The model; it stays as it is.
-        recording: Of the model as it is.
+        recording: The record of the model as it is.
+        traced: Its graphs.
         sites: Every site; some of those to be replaced are skipped, for good.
     """
-    rehearsal = _Rehearsal(model, recording, sites)
+    rehearsal = _Rehearsal(model, recording, traced, sites)
     chosen = [site.name for site in sites if site.action is Action.REPLACE]
     failure = rehearsal.failure(chosen) if chosen else None
-    if failure is None or rehearsal.failure([]) is not None:  # a forward pass that fails now and then tells nothing
+    if failure is None or rehearsal.failure([]) is not None:  # a forward pass that fails now and then shows nothing
         return
     broken = 0
     while failure is not None:
-        name, after = _culprit(rehearsal, chosen, failure)
+        name, after = _find_culprit(rehearsal, chosen, failure)
         broken += 1
-        culprits = [name] if broken <= _ONE_BY_ONE else [other for other in chosen if rehearsal.alike(name, other)]
+        culprits = [name] if broken <= _ONE_BY_ONE else [other for other in chosen if rehearsal.same_role(name, other)]
         for culprit in culprits:
-            _leave_alone(culprit, sites, failure.words)
+            _skip(culprit, sites, failure.message)
         chosen = [other for other in chosen if other not in culprits]
         failure = after if after is not _UNKNOWN and len(culprits) == 1 else rehearsal.failure(chosen)
 
@@ -52,30 +54,31 @@ class _Failure:
     """Why a rehearsal failed.
 
     Attributes:
-        words: For a user.
-        place: Where: equal for the same failure in another rehearsal.
-        certain: The site that is to blame, if that is known.
+        message: For a user.
+        place: Equal for the same failure in another rehearsal.
+        culprit: The site that is to blame, if that is known.
         suspects: Sites near the failure, the nearest first.
     """
 
-    words: str
+    message: str
     place: tuple[Any, ...] = ()
-    certain: str = ""
+    culprit: str = ""
     suspects: tuple[str, ...] = ()
 
 
-_UNKNOWN = _Failure("")  # what is left to be found out by a run
+_UNKNOWN = _Failure("")  # another run has to find out
 
 
 class _Rehearsal:
     """Runs copies of a model in which some of the sites are replaced."""
 
-    def __init__(self, model: nn.Module, recording: Recording, sites: Sequence[Site]) -> None:
+    def __init__(self, model: nn.Module, recording: Recording, traced: Traced, sites: Sequence[Site]) -> None:
         self._model = model
         self._recording = recording
+        self._traced = None if recording.on_values else traced  # which has constants of the copy's device
         self._sites = sites
 
-    def alike(self, name: str, other: str) -> bool:
+    def same_role(self, name: str, other: str) -> bool:
         """Whether two sites stand at the same place of modules of one class."""
         return self._role(name) == self._role(other)
 
@@ -84,51 +87,49 @@ class _Rehearsal:
         return type(self._model.get_submodule(owner)), attribute
 
     def failure(self, chosen: Sequence[str]) -> _Failure | None:
-        """What goes wrong once the chosen sites are replaced; None if nothing does."""
-        kept = {"action": Action.SKIP}
-        sites = [site if site.name in chosen else site.model_copy(update=kept) for site in self._sites]
+        """Returns what goes wrong once the chosen sites are replaced; None if nothing does."""
+        skipped = {"action": Action.SKIP}
+        sites = [site if site.name in chosen else site.model_copy(update=skipped) for site in self._sites]
         recorded = self._recording.copied
         args, kwargs = recorded.args, recorded.kwargs
         if self._recording.on_values:
-            sketch = real_copy(self._model, args, kwargs, recorded.way)
-            return self._run(sketch, sites)
-        # Without contents and fake tensors a run is quick; of what fails so, fake tensors decide.
+            return self._run(real_copy(self._model, args, kwargs, recorded.run_mode), sites)
+        # Without contents and fake tensors a run is quick; where it fails, fake tensors decide.
         if self._run(empty_copy(self._model, args, kwargs), sites) is None:
             return None
         return self._run(empty_copy(self._model, args, kwargs), sites, fake=True)
 
-    def _run(self, sketch: Copy, sites: Sequence[Site], fake: bool = False) -> _Failure | None:
-        """What goes wrong in a copy that is converted and run; its layers are made before its tensors are fake."""
+    def _run(self, copied: ModelCopy, sites: Sequence[Site], fake: bool = False) -> _Failure | None:
+        """Converts and runs a copy; with ``fake``, its tensors become fake once its layers are built."""
         places: dict[str, str] = {}
         called: set[str] = set()
-        converted = sketch.module
+        converted = copied.module
         try:
-            steps = steps_of(sites, converted)
+            replacements = replacements_of(sites, converted)
             replaced = (site.name for site in sites if site.action is Action.REPLACE)
-            places = {name: step.places[0] for name, step in zip(replaced, steps, strict=True)}
-            converted = swap(converted, prepare(converted, steps))
-            sketch = replace(sketch, module=converted)
+            places = {name: applied.places[0] for name, applied in zip(replaced, replacements, strict=True)}
+            converted = apply_replacements(converted, replacements, self._traced)
+            copied = dataclasses.replace(copied, module=converted)
             if fake:
-                recorded = self._recording.copied
-                sketch = fake_copy(converted, recorded.args, recorded.kwargs)
-                converted = sketch.module
+                copied = fake_copy(converted, self._recording.copied.args, self._recording.copied.kwargs)
+                converted = copied.module
             for name, place in places.items():
                 converted.get_submodule(place).register_forward_hook(lambda *_, name=name: called.add(name))
-            with sketch.running():
-                output = sketch.run()
+            with copied.running():
+                output = copied.run()
         except Exception as error:  # forward is the user's code: anything can come out of it
-            return _explained(error, converted, places)
+            return _explain(error, converted, places)
         if self._recording.on_values:
             return None
         if uncalled := next((name for name in places if name not in called), None):
-            return _Failure("it is not called any more", certain=uncalled)
+            return _Failure("it is not called any more", culprit=uncalled)
         return _difference(self._recording.entries[""][-1].output, output)
 
 
-def _culprit(rehearsal: _Rehearsal, chosen: Sequence[str], failure: _Failure) -> tuple[str, _Failure | None]:
-    """The site that is to blame for a failure, and what goes wrong without it, or that this is unknown."""
-    if failure.certain:
-        return failure.certain, _UNKNOWN
+def _find_culprit(rehearsal: _Rehearsal, chosen: Sequence[str], failure: _Failure) -> tuple[str, _Failure | None]:
+    """Returns the site that is to blame, and the failure without it, or _UNKNOWN."""
+    if failure.culprit:
+        return failure.culprit, _UNKNOWN
     for name in failure.suspects[:_SUSPECTS]:
         after = rehearsal.failure([other for other in chosen if other != name])
         if after is None or after.place != failure.place:
@@ -143,62 +144,53 @@ def _culprit(rehearsal: _Rehearsal, chosen: Sequence[str], failure: _Failure) ->
     return chosen[fails - 1], _UNKNOWN
 
 
-def _leave_alone(name: str, sites: Sequence[Site], words: str) -> None:
-    for site in sites:
-        if site.name == name:
-            site.replacement = site.replacement_cost = None  # or an editor could replace it after all
-            site.skip(f"its replacement breaks the forward pass: {words}")
-            for other in sites:
-                if site.convolution and other.name == site.convolution:
-                    other.skip(f"part of {name}, whose replacement breaks the forward pass")
+def _skip(name: str, sites: Sequence[Site], message: str) -> None:
+    by_name = {site.name: site for site in sites}
+    site = by_name[name]
+    site.replacement = site.replacement_cost = None  # or an editor could replace it after all
+    site.skip(f"its replacement breaks the forward pass: {message}")
+    if site.convolution in by_name:
+        by_name[site.convolution].skip(f"part of {name}, whose replacement breaks the forward pass")
 
 
-def _explained(error: Exception, converted: nn.Module, places: dict[str, str]) -> _Failure:
-    """An error, and which sites, whose layers stand in these places, can be to blame for it."""
+def _explain(error: Exception, converted: nn.Module, places: dict[str, str]) -> _Failure:
+    """Describes an error, and which sites, whose layers stand in these places, can be to blame for it."""
     modules = dict(converted.named_modules())
     paths = {id(module): path for path, module in modules.items()}
     owners = {id(part): name for name, place in places.items() if place in modules for part in modules[place].modules()}
-    frames = [(module, line) for module, line in _modules_of(error) if id(module) in paths]
+    frames = [(module, line) for module, line in _module_frames(error) if id(module) in paths]
     inside = [owners[id(module)] for module, _ in frames if id(module) in owners]
-    place = "".join(
-        f" (in {paths[id(module)] or 'its own forward'}, {type(module).__name__})"
-        for module, _ in [each for each in frames if id(each[0]) not in owners][:1]
-    )
-    asked = owners.get(id(getattr(error, "obj", None)), "") if isinstance(error, AttributeError) else ""
-    # A failure inside a layer can be that of what comes before it; one of its caller is near those that it calls.
-    near = [
-        name
-        for module, _ in frames
-        for name in places
-        if id(module) not in owners and name.rpartition(".")[0] == paths[id(module)]
-    ]
+    outside = [module for module, _ in frames if id(module) not in owners]
+    where = f" (in {paths[id(outside[0])] or 'its own forward'}, {type(outside[0]).__name__})" if outside else ""
+    missing_in = owners.get(id(getattr(error, "obj", None)), "") if isinstance(error, AttributeError) else ""
+    # A failure inside a layer can be caused by what comes before it; one of its caller is near those that it calls.
+    near = [name for module in outside for name in places if name.rpartition(".")[0] == paths[id(module)]]
     return _Failure(
-        f"{first_line(error)}{place}",
+        f"{first_line(error)}{where}",
         place=(type(error), str(error), *((paths[id(module)], line) for module, line in frames)),
-        certain=asked if asked not in inside else "",
+        culprit=missing_in if missing_in not in inside else "",
         suspects=tuple(dict.fromkeys((*inside, *near))),
     )
 
 
-def _modules_of(error: BaseException) -> Iterator[tuple[nn.Module, int]]:
+def _module_frames(error: BaseException) -> Iterator[tuple[nn.Module, int]]:
     """The modules whose methods an error came through, with line numbers, the innermost first."""
-    found = []
+    frames = []
     traceback = error.__traceback__
     while traceback is not None:
         module = traceback.tb_frame.f_locals.get("self")
         if isinstance(module, nn.Module):
-            found.append((module, traceback.tb_lineno))
+            frames.append((module, traceback.tb_lineno))
         traceback = traceback.tb_next
-    return reversed(found)
+    return reversed(frames)
 
 
 def _difference(expected: Any, output: Any) -> _Failure | None:
     """How two outputs differ in structure or shapes, if they do."""
     (before, structure), (after, other) = _pytree.tree_flatten(expected), _pytree.tree_flatten(output)
-    pairs = list(zip(map(_shape, before), map(_shape, after), strict=False))
-    differing = next(((old, new) for old, new in pairs if old != new), None)
-    if differing is not None:
-        return _Failure(f"the model returns {differing[1]}, and not {differing[0]}", place=differing)
+    for old, new in zip(map(_shape, before), map(_shape, after), strict=False):
+        if old != new:
+            return _Failure(f"the model returns {new}, and not {old}", place=(old, new))
     return None if structure == other else _Failure("the model returns another structure", place=("structure",))
 
 

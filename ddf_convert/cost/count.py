@@ -11,23 +11,23 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ddf_convert.utils.fake_copy import Copy, Watch, check_initialized, watch_a_run
+from ddf_convert.utils.fake_copy import ModelCopy, Watch, check_initialized, run_watched
 
 
 class Cost(BaseModel):
     """What a module, or a model, costs for one example input.
 
+    Costs can be added and subtracted. A sum has a latency if all of its terms do; ``Cost()`` is the neutral element.
+
     Attributes:
-        params: Parameters, each shared one counted once.
+        params: Parameters; a shared one counts once.
         macs: Multiply-accumulates of convolutions, matrix products, attention and DDF in one forward pass: half of
             what ``torch.utils.flop_counter.FlopCounterMode`` counts. Elementwise operations, pooling and normalization
             are not counted (the papers' "FLOPs").
         activation_bytes: Bytes that autograd keeps for the backward pass, without parameters and buffers. What two
-            layers both keep is counted once where both are measured together; so is the sum of layers measured alone
-            an estimate for the model, while that of parameters and MACs is exact.
-        latency_ms: Milliseconds of one forward pass, where it was measured, on the machine that the report names; None:
-            not measured. A sum of costs has one where all of its terms do. ``Cost()``, with which a sum starts, is
-            nothing at all and takes none away; any other start says ``latency_ms=0.0``.
+            layers both keep is counted once where both are measured together, so a sum over layers is an estimate.
+            Sums of parameters and MACs are exact.
+        latency_ms: Milliseconds of one forward pass, on the machine that the report names; None if not measured.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,7 +62,7 @@ class Cost(BaseModel):
 
 
 def count_parameters(module: nn.Module) -> int:
-    """Elements of a module's parameters, each shared one counted once.
+    """Counts the elements of a module's parameters; a shared one counts once.
 
     Raises:
         UsageError: A parameter is lazy and has no shape yet.
@@ -72,28 +72,28 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def measure(module: nn.Module, *args: Any, **kwargs: Any) -> Cost:
-    """Costs of one forward pass, from shapes alone where possible: nothing in the module changes.
+    """Counts the costs of one forward pass, from shapes alone where possible; the module stays as it is.
 
-    The pass is that of evaluation mode with gradients on, as if every parameter were trained.
+    The pass is in evaluation mode with gradients on, as if every parameter were trained.
 
     Args:
         module: On any device, the meta device included, of any floating-point dtype.
-        *args: What its forward takes, on any device.
-        **kwargs: The same by name.
+        *args: Positional arguments of its forward, on any device.
+        **kwargs: Keyword arguments of its forward.
 
     Returns:
-        The costs, for the batch as given. A module that only runs without being watched (it demands that gradients are
-        off, for one) has no activations in them, and no MACs if its operations cannot be watched either.
+        The costs, for the batch as given. A module that runs only unwatched (because it demands that gradients are off,
+        for example) has no activations in them, and no MACs if its operations cannot be watched.
 
     Raises:
         UsageError: The module has lazy parameters, or cannot be copied.
     """
-    _, tally = watch_a_run(module, args, kwargs, counting)
+    _, tally = run_watched(module, args, kwargs, counting)
     return tally.cost
 
 
 class _NoModules:
-    """Replaces torch's tracker of modules: its hooks fail inside autograd functions, and only totals are needed."""
+    """Replaces torch's tracker of modules, whose hooks fail inside autograd functions; only totals are needed."""
 
     parents = ("Global",)
 
@@ -107,7 +107,7 @@ class _NoModules:
 class Tally:
     """Counts what a copy of a module costs while it runs."""
 
-    def __init__(self, copied: Copy) -> None:
+    def __init__(self, copied: ModelCopy) -> None:
         self.module = copied.module
         self._weights = {_storage(tensor) for tensor in (*self.module.parameters(), *self.module.buffers())}
         self._kept: dict[int, torch.UntypedStorage] = {}
@@ -117,17 +117,16 @@ class Tally:
         self.flops.mod_tracker = _NoModules()  # type: ignore[assignment]
 
     def keep(self, tensor: Tensor) -> Tensor:
-        """Notes a tensor that autograd would keep, and holds its memory, so that no address is used twice.
+        """Counts a tensor that autograd keeps, and holds its memory, so that no address is used twice.
 
-        Autograd gets the tensor without its graph, which is enough for gradients that a forward pass asks for: what
-        saves its own output would hold itself for ever.
+        Autograd gets the tensor without its graph: an operation that saves its own output would never be freed.
         """
         self._kept.setdefault(_storage(tensor), tensor.untyped_storage())
         return tensor.detach()
 
     @property
     def cost(self) -> Cost:
-        """What has run so far."""
+        """The cost of what has run so far."""
         kept = (storage for address, storage in self._kept.items() if address not in self._weights)
         return Cost(
             params=count_parameters(self.module),
@@ -137,13 +136,13 @@ class Tally:
 
 
 @contextmanager
-def counting(copied: Copy) -> Iterator[Tally]:
-    """A context to run a copy in, which counts what it costs, as far as the copy's way lets it be watched."""
+def counting(copied: ModelCopy) -> Iterator[Tally]:
+    """Counts what a copy costs that runs in the block, as far as its run mode allows."""
     tally = Tally(copied)
     with ExitStack() as stack:
-        if copied.way.watch >= Watch.OPERATIONS:
+        if copied.run_mode.watch >= Watch.OPERATIONS:
             stack.enter_context(tally.flops)
-        if copied.way.watch >= Watch.EVERYTHING:
+        if copied.run_mode.watch >= Watch.EVERYTHING:
             stack.enter_context(torch.autograd.graph.saved_tensors_hooks(tally.keep, lambda kept: kept))
         yield tally
 

@@ -1,8 +1,8 @@
-"""How long a call takes: the device's time as a median over many calls, and what a call costs the host.
+"""Timing of calls: the device's time as a median over many calls, and the host's time for launching one.
 
-On a GPU, short calls would wait for the host that launches them, and would find their inputs in the L2 cache, which
-the layers of a network do not. So calls are queued behind a kernel that only waits, until the host is ahead, and they
-go through copies of their inputs that together exceed the cache.
+On a GPU, short calls would wait for the host that launches them, and find their inputs in the L2 cache, as layers of a
+network do not. So calls are queued behind a kernel that only waits, and cycle through copies of their inputs that
+exceed the cache.
 """
 
 from __future__ import annotations
@@ -22,29 +22,29 @@ from ddf_convert.errors import DDFError
 from ddf_convert.utils.fake_copy import real_copy
 
 _CYCLES_PER_SECOND = 2e9  # no less than a GPU's clock: a slower one waits longer, which does no harm
-_CACHES = 4  # the copies' size, in L2 caches
-_MOST_COPIES = 1024
+_CACHES = 4  # size of the copies, in L2 caches
+_MAX_COPIES = 1024
 _WARM_UPS = 3
-_FEWEST_BATCHES = 5
+_MIN_BATCHES = 5
 _BATCH_SECONDS = 2e-3
-_QUEUE_SECONDS = 3e-3  # of host time: the queue of a stream holds about a thousand launches
-_MOST_CALLS = 200
-_CALLS_IN_A_ROW = 3  # at least, where a program's pace is wanted: its host prepares the next call during this one
+_QUEUE_SECONDS = 3e-3  # host time: the queue of a stream holds about a thousand launches
+_MAX_CALLS = 200
+_MIN_CALLS_IN_A_ROW = 3  # where a program's pace is wanted: its host prepares the next call during this one
 
 
 def copies_needed(tensors: Iterable[Tensor], device: torch.device) -> int:
-    """How many copies of a call's inputs exceed a GPU's L2 cache well; 1 on the CPU, which is timed as it is."""
+    """Returns how many copies of a call's inputs exceed a GPU's L2 cache well; 1 on the CPU."""
     if device.type != "cuda":
         return 1
     cache: int = torch.cuda.get_device_properties(device).L2_cache_size
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    return max(1, min(_MOST_COPIES, math.ceil(_CACHES * cache / size)))
+    return max(1, min(_MAX_COPIES, math.ceil(_CACHES * cache / size)))
 
 
 def in_turn(function: Callable[..., object], arguments: Sequence[Sequence[object]]) -> Callable[[], object]:
-    """A call without arguments that goes through these, one after another.
+    """Returns a call without arguments that cycles through these.
 
-    Results are kept for one round: freed at once, they would all lie in the same place, and stay in the cache.
+    Results are kept for one round: freed at once, they would all be in the same memory, and stay in the cache.
     """
     turns = itertools.cycle(arguments)
     results: deque[object] = deque(maxlen=len(arguments) if len(arguments) > 1 else 0)
@@ -58,13 +58,13 @@ def in_turn(function: Callable[..., object], arguments: Sequence[Sequence[object
 
 
 def median_ms(call: Callable[[], object], device: torch.device, seconds: float, hide_host: bool = True) -> float:
-    """The median time of a call on its device, in milliseconds.
+    """Returns the median time of a call on its device, in milliseconds.
 
     Args:
         call: What to time; on a GPU it queues work on the current stream.
         device: Where it runs.
-        seconds: To spend on measuring, at least.
-        hide_host: On a GPU, let the host get ahead first. Without it a call takes what a program sees.
+        seconds: How long to measure, at least.
+        hide_host: On a GPU, let the host get ahead first. Without it, the time is what a program sees.
     """
     if device.type != "cuda":
         from torch.utils.benchmark import Timer  # looks for compilers when it is imported
@@ -76,13 +76,13 @@ def median_ms(call: Callable[[], object], device: torch.device, seconds: float, 
 
 
 def host_us(call: Callable[[], object], device: torch.device, seconds: float, calls: int = 5) -> float | None:
-    """What a call costs the host, in microseconds, as a median; None on the CPU, where it is not apart from the work.
+    """Returns the host's median time for launching a call, in microseconds; None on the CPU, which has no queue.
 
     Args:
         call: What to time.
         device: Where it runs.
-        seconds: To spend on measuring, at least.
-        calls: How many are queued at a time: together they must launch fewer than a thousand kernels or so, or the
+        seconds: How long to measure, at least.
+        calls: How many are queued at a time. Together they must launch fewer than about a thousand kernels, or the
             host waits for the queue.
     """
     if device.type != "cuda":
@@ -98,22 +98,22 @@ def _median_cuda_ms(call: Callable[[], object], seconds: float, hide_host: bool)
         call()
     host = min(_host_seconds(call, 2) for _ in range(3)) if hide_host else 0.0
     estimate = _batch_ms(call, 2, host)
-    calls = min(_BATCH_SECONDS * 1e3 / max(estimate, 1e-4), _QUEUE_SECONDS / host if host else _MOST_CALLS, _MOST_CALLS)
-    calls = max(1 if hide_host else _CALLS_IN_A_ROW, int(calls))
+    calls = min(_BATCH_SECONDS * 1e3 / max(estimate, 1e-4), _QUEUE_SECONDS / host if host else _MAX_CALLS, _MAX_CALLS)
+    calls = max(1 if hide_host else _MIN_CALLS_IN_A_ROW, int(calls))
     return statistics.median(_repeated(lambda: _batch_ms(call, calls, host), seconds))
 
 
 def _repeated(measure: Callable[[], float], seconds: float) -> list[float]:
     """As many measurements as fit the time, and a few at least."""
-    found: list[float] = []
+    measured: list[float] = []
     end = time.perf_counter() + seconds
-    while len(found) < _FEWEST_BATCHES or time.perf_counter() < end:
-        found.append(measure())
-    return found
+    while len(measured) < _MIN_BATCHES or time.perf_counter() < end:
+        measured.append(measure())
+    return measured
 
 
 def _host_seconds(call: Callable[[], object], calls: int) -> float:
-    """Of one call, when nothing is queued before."""
+    """The host's time for one call, when nothing is queued before."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(calls):
@@ -122,7 +122,7 @@ def _host_seconds(call: Callable[[], object], calls: int) -> float:
 
 
 def _batch_ms(call: Callable[[], object], calls: int, host: float) -> float:
-    """The GPU's time of one call, of so many in a row, whose launches cost the host ``host`` seconds each."""
+    """The GPU's time for one of so many calls in a row, each of which takes the host ``host`` seconds to launch."""
     start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
     torch.cuda.synchronize()
     if host:
@@ -136,17 +136,16 @@ def _batch_ms(call: Callable[[], object], calls: int, host: float) -> float:
 
 
 def forward_ms(module: nn.Module, *inputs: Any, seconds: float = 0.2, kwargs: dict[str, Any] | None = None) -> float:
-    """The median time of one forward pass in evaluation mode, in milliseconds, as a program sees it.
+    """Returns the median time of one forward pass in evaluation mode, in milliseconds, as a program sees it.
 
-    It runs where the module's tensors are, in their dtype and layout, without gradients and autocast. A copy is what
-    runs, with the module's own weights: nothing in the module changes, and no random state does. The first pass, in
-    which kernels may be compiled, belongs to no figure.
+    A copy runs, with the module's own weights, device, dtype and layout, without gradients and autocast. The first
+    pass, in which kernels may be compiled, is not timed.
 
     Args:
         module: Any module; one on the meta device runs on the CPU, with random weights.
-        *inputs: Positional arguments of its forward; tensors are brought to where it runs.
-        seconds: To spend on measuring, at least.
-        kwargs: Keyword arguments of its forward, likewise.
+        *inputs: Positional arguments of its forward; tensors are moved to its device.
+        seconds: How long to measure, at least.
+        kwargs: Keyword arguments of its forward, which are moved too.
 
     Raises:
         UsageError: The module cannot be copied.
@@ -163,6 +162,6 @@ def forward_ms(module: nn.Module, *inputs: Any, seconds: float = 0.2, kwargs: di
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module runs: at its first parameter or buffer; on the CPU if it has none."""
-    tensors = (tensor for found in (module.parameters(), module.buffers()) for tensor in found)
+    """Returns the device of a module's first parameter or buffer; the CPU if it has none."""
+    tensors = itertools.chain(module.parameters(), module.buffers())
     return next((tensor.device for tensor in tensors), torch.device("cpu"))

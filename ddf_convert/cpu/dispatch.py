@@ -16,7 +16,7 @@ from ddf_convert.reference.checks import Geometry, memory_format, output_shape
 
 __all__ = ["backward", "forward", "unusable", "usable"]
 
-# For each dtype, a scalar whose type tells the kernels how elements are stored (see dtypes.py), and the dtype of sums.
+# For each dtype, a scalar whose type says how elements are stored (see dtypes.py), and the dtype of sums.
 _STORED_AS = {
     torch.float32: (np.float32(0), torch.float32),
     torch.float64: (np.float64(0), torch.float64),

@@ -1,7 +1,7 @@
-"""How tensors are read and written: float32 and float64 as they are, half types as float32.
+"""Reading and writing of elements: float32 and float64 as they are, half types as float32.
 
-Numba has no half types on the CPU. A kernel sees float16 as uint16 and bfloat16 as int16 (the integer type says which
-of the two it is) and converts with integer arithmetic, which LLVM vectorizes.
+Numba has no half types on the CPU. A kernel sees float16 as uint16 and bfloat16 as int16, and converts with integer
+arithmetic, which LLVM vectorizes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _HALF = np.float32(0.5)
 
 @intrinsic
 def _as_float(typingctx, bits):
-    """The float32 with these 32 bits."""
+    """Returns the float32 with these 32 bits."""
 
     def codegen(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], context.get_value_type(types.float32))
@@ -31,7 +31,7 @@ def _as_float(typingctx, bits):
 
 @intrinsic
 def _as_bits(typingctx, value):
-    """The 32 bits of a float32."""
+    """Returns the 32 bits of a float32."""
 
     def codegen(context, builder, signature, arguments):
         return builder.bitcast(arguments[0], context.get_value_type(types.uint32))
@@ -81,7 +81,7 @@ def _to_float16(value):
 
 
 def _widen(value):
-    """A stored element as the type that the kernels calculate in."""
+    """Converts a stored element to the type that the kernels calculate in."""
 
 
 @overload(_widen)
@@ -94,7 +94,7 @@ def _overload_widen(value):
 
 
 def _narrow(value, like):
-    """A calculated value as an element stored like ``like``."""
+    """Converts a calculated value to an element stored like ``like``."""
 
 
 @overload(_narrow)
@@ -107,7 +107,7 @@ def _overload_narrow(value, like):
 
 
 def scratch(size, like):
-    """Zeros of the type that the kernels calculate in, for tensors stored like the scalar ``like``."""
+    """Returns zeros of the type that the kernels calculate in, for tensors stored like the scalar ``like``."""
 
 
 @overload(scratch)
@@ -117,22 +117,22 @@ def _overload_scratch(size, like):
     return lambda size, like: np.zeros(size, np.float32)
 
 
-def direct(output, line):
-    """Whether kernels may write vectors straight to ``output``: it is stored in the type that they calculate in."""
+def is_direct(output, line):
+    """Whether kernels may write vectors straight to ``output``: it has the type that they calculate in."""
 
 
-@overload(direct)
-def _overload_direct(output, line):
+@overload(is_direct)
+def _overload_is_direct(output, line):
     same = output == line
     return lambda output, line: same
 
 
-def choose(wanted, output, line):
-    """``output`` if wanted and possible (see :func:`direct`), else ``line``."""
+def output_or_line(wanted, output, line):
+    """Returns ``output`` if wanted and possible (see :func:`is_direct`), else ``line``."""
 
 
-@overload(choose)
-def _overload_choose(wanted, output, line):
+@overload(output_or_line)
+def _overload_output_or_line(wanted, output, line):
     if output == line:
         return lambda wanted, output, line: output if wanted else line
     return lambda wanted, output, line: line
@@ -140,7 +140,7 @@ def _overload_choose(wanted, output, line):
 
 @njit(forceinline=True)
 def read(target, source, step, count):
-    """target[k] = source[k * step] for k < count, widened."""
+    """Sets target[k] = source[k * step] for k < count, widened."""
     if step == 1:
         _read_line(target, source, count)
     else:
@@ -150,7 +150,7 @@ def read(target, source, step, count):
 
 @njit(forceinline=True)
 def write(target, step, source, count):
-    """target[k * step] = source[k] for k < count, narrowed."""
+    """Sets target[k * step] = source[k] for k < count, narrowed."""
     if step == 1:
         _write_line(target, source, count)
     else:
@@ -161,14 +161,14 @@ def write(target, step, source, count):
 
 @njit
 def clear(target, count):
-    """target[k] = 0 for k < count."""
+    """Sets target[k] = 0 for k < count."""
     for k in range(count):
         target[k] = 0
 
 
 @njit(forceinline=True)
 def _copy_line(target, source, count):
-    """Rows are short: whole vectors, the last of which overlaps the one before, need no loop over a remainder."""
+    """Copies a row in whole vectors; the last one overlaps the one before, which spares a loop over a remainder."""
     width = lanes(target[0])
     if count >= width:
         for k in range(0, count - width, width):
@@ -180,7 +180,7 @@ def _copy_line(target, source, count):
 
 
 def _read_line(target, source, count):
-    """target[k] = source[k] for k < count, widened."""
+    """Sets target[k] = source[k] for k < count, widened."""
 
 
 @overload(_read_line)
@@ -196,7 +196,7 @@ def _overload_read_line(target, source, count):
 
 
 def _write_line(target, source, count):
-    """target[k] = source[k] for k < count, narrowed."""
+    """Sets target[k] = source[k] for k < count, narrowed."""
 
 
 @overload(_write_line)

@@ -1,13 +1,14 @@
-"""The arithmetic that all CPU kernels share: a filter that varies along vectors, combined with one that does not.
+"""The index and vector arithmetic that the CPU kernels of both layouts share.
 
-In either layout one of the two filters varies along the vectors and the other is constant over a call. Along the pixels
-of a contiguous row the spatial filter varies; along the channels of a channels_last pixel, the channel filter.
+*Phases*: taps are sorted by their position modulo the stride, so that strided maps are read with unit steps.
 
-The varying one is *blocked*: ``blocked[(block * taps + tap) * LANES + lane]``, a block for every vector, so that all
-taps of a vector stand together and need one pointer. ``weights[tap]`` is the constant one.
+*Blocked filters*: one of the two filters varies along the vectors, the other is constant over a call. Along the pixels
+of a contiguous row the spatial filter varies; along the channels of a channels_last pixel, the channel filter. All taps
+of a vector of the varying filter stand together, ``blocked[(block * taps + tap) * LANES + lane]``, and need one
+pointer. ``weights[tap]`` is the constant filter.
 
-A call works on ``rows`` rows of ``vectors`` vectors. Vector v starts at element ``min(v * LANES, last)`` of its row:
-with ``last`` = width - LANES the last vector of a row overlaps the one before, and none reaches past the row.
+*Rows*: a call works on ``rows`` rows of ``vectors`` vectors. Vector v starts at element ``min(v * LANES, last)`` of its
+row: with ``last`` = width - LANES the last vector of a row overlaps the one before, and none reaches past the row.
 """
 
 from __future__ import annotations
@@ -15,31 +16,38 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ddf_convert.cpu.simd import lanes, load, splat, store, total, zeros
+from ddf_convert.cpu.simd import data, lanes, load, splat, store, total, zeros
 
 
 @njit
 def ceil_div(value, divisor):
-    """Value / divisor, rounded up, for any sign of value."""
+    """Returns value / divisor, rounded up, for any sign of value."""
     return -(-value // divisor)
 
 
 @njit
-def tap_phases(size, stride, dilation):
-    """Lists the taps phase by phase.
+def tap_lists(table, size, stride):
+    """Returns pointers to the lists of :func:`tap_table`: order, starts, down, right, and room for offsets.
 
-    Returns:
-        order: (K*K,), the taps, those of the first phase first.
-        starts: (s*s + 1,), where each phase's taps begin in ``order``.
-        down: (K*K,), rows by which each tap of ``order`` is shifted in its phase.
-        right: (K*K,), columns likewise.
+    ``order`` has the K*K taps, those of the first phase first. ``starts`` has s*s + 1 numbers: where the taps of each
+    phase begin in ``order``. ``down`` and ``right`` are the rows and columns by which each tap is shifted in its phase.
     """
-    order = np.zeros(size * size, np.int64)
-    starts = np.zeros(stride * stride + 1, np.int64)
-    down, right = np.zeros(size * size, np.int64), np.zeros(size * size, np.int64)
+    taps = size * size
+    down = table + taps
+    right = down + taps
+    offsets = right + taps
+    return table, offsets + taps, down, right, offsets
+
+
+@njit
+def tap_table(size, stride, dilation):
+    """Lists the taps phase by phase; the caller keeps the array alive while it uses its :func:`tap_lists`."""
+    taps = size * size
+    table = np.zeros(4 * taps + stride * stride + 1, np.int64)
+    order, starts, down, right, _ = tap_lists(data(table), size, stride)
     found = 0
     for phase in range(stride * stride):
-        for tap in range(size * size):
+        for tap in range(taps):
             row, column = tap // size * dilation, tap % size * dilation
             if row % stride == phase // stride and column % stride == phase % stride:
                 order[found] = tap
@@ -47,14 +55,14 @@ def tap_phases(size, stride, dilation):
                 right[found] = column // stride
                 found += 1
         starts[phase + 1] = found
-    return order, starts, down, right
+    return table
 
 
 @njit
 def fine_pixel(image, row, column, height, width, factor, filter):
-    """Where, among the pixels of all images, a filter's result for a pixel is in maps that are upscaled by ``factor``.
+    """Returns the index, among the pixels of all images, of a filter's result in maps upscaled by ``factor``.
 
-    ``height`` and ``width`` are those of the map before; filter ``dy * factor + dx`` makes the pixels
+    ``height`` and ``width`` are the sizes before upscaling; filter ``dy * factor + dx`` makes the pixels
     (factor * row + dy, factor * column + dx).
     """
     fine_row = (image * height + row) * factor + filter // factor
@@ -62,8 +70,8 @@ def fine_pixel(image, row, column, height, width, factor, filter):
 
 
 @njit
-def inside(first, step, size, count):
-    """The range of k < count for which 0 <= first + k * step < size."""
+def valid_range(first, step, size, count):
+    """Returns the range of k < count for which 0 <= first + k * step < size."""
     low = min(count, max(0, ceil_div(-first, step)))
     return low, max(low, min(count, ceil_div(size - first, step)))
 
@@ -72,9 +80,8 @@ def inside(first, step, size, count):
 def filter_rows(out, out_pitch, out_last, blocked, features, pitch, weights, offsets, taps, rows, vectors, last, add):
     """Sums combine(weights[tap], blocked[tap]) * features[offsets[tap]] over the taps, for every element of ``out``.
 
-    Rows of ``out`` stand ``out_pitch`` apart, those of ``features`` ``pitch``. Vectors of ``out`` may overlap
-    (``out_last`` as ``last``) only if a single pass does it, see :func:`passes`. Nine taps at a time, then one at a
-    time.
+    Rows of ``out`` are ``out_pitch`` apart, rows of ``features`` ``pitch``. Takes nine taps at a time, then one at a
+    time. Vectors of ``out`` may overlap (``out_last`` as ``last``) only if :func:`pass_count` is 1.
     """
     done = 0
     while done + 9 <= taps:
@@ -92,8 +99,8 @@ def filter_rows(out, out_pitch, out_last, blocked, features, pitch, weights, off
 
 
 @njit
-def passes(taps):
-    """How often :func:`filter_rows` goes over its output."""
+def pass_count(taps):
+    """Returns how often :func:`filter_rows` goes over its output."""
     return taps // 9 + taps % 9
 
 
@@ -164,10 +171,10 @@ def _filter_one(
 def filter_gradients(
     grad_weights, grad_blocked, blocked, features, pitch, grad, weights, offsets, taps, rows, vectors, last, add
 ):  # fmt: skip
-    """Adds to the gradients of both filters, given the gradient of what :func:`filter_rows` wrote.
+    """Adds to the gradients of both filters, given the gradient of the output of :func:`filter_rows`.
 
     ``grad`` is blocked as a filter of one tap is, and zero in lanes that are past the row or repeat another vector's.
-    Three taps at a time, then one at a time.
+    Takes three taps at a time, then one at a time.
     """
     done = 0
     while done + 3 <= taps:

@@ -1,4 +1,4 @@
-"""Compilation of kernels: at first use, kept on disk, announced when it takes long."""
+"""Compiles kernels at first use and caches them on disk; a slow compilation is announced."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ _ready: set[tuple[Any, type]] = set()
 
 
 def unusable() -> str | None:
-    """Why the kernels cannot run in this process, and the mend; None if they can."""
+    """Returns why the kernels cannot run in this process, and the fix; None if they can."""
     return "NUMBA_DISABLE_JIT is set, so Numba compiles nothing: unset it" if _DISABLED else None
 
 
 def usable() -> bool:
-    """Whether the kernels can run in this process; says why not, once, in a warning."""
+    """Whether the kernels can run in this process; warns once if they cannot."""
     reason = unusable()
     if reason is not None:
         warn_once(f"CPU tensors take the slower PyTorch reference: {reason}")
     return reason is None
 
 
-# --- the cache on disk: what is damaged is made again, a folder that refuses is done without --------------------------
+# --- the cache on disk: damaged files are made again; errors of the folder are only warned of -------------------------
 
 _UserWideLocator: Any = getattr(caching, "UserWideCacheLocator", None) or vars(caching)["_UserWideCacheLocator"]
 
 
 class _HomeLocator(_UserWideLocator):  # type: ignore[misc]
-    """Numba's, which makes a folder named ``~`` in the working directory of a user who has no home."""
+    """Numba's locator, which would make a folder named ``~`` in the working directory of a user without a home."""
 
     @classmethod
     def from_function(cls, function: Any, file: str) -> Any:
@@ -49,7 +49,7 @@ class _HomeLocator(_UserWideLocator):  # type: ignore[misc]
 
 
 class _KernelCacheImpl(caching.CompileResultCacheImpl):
-    """Numba's choice of folders, but for the user's (see :class:`_HomeLocator`)."""
+    """Numba's choice of folders, with :class:`_HomeLocator`."""
 
     _locator_classes = [  # noqa: RUF012  (as Numba has it)
         _HomeLocator if locator is _UserWideLocator else locator
@@ -58,7 +58,7 @@ class _KernelCacheImpl(caching.CompileResultCacheImpl):
 
 
 class _SealedFiles(caching.IndexDataCacheFile):
-    """Numba's files, each with a hash at its end: machine code that was damaged must not run."""
+    """Numba's cache files with a hash at the end: damaged machine code must not run."""
 
     @contextlib.contextmanager
     def _open_for_write(self, path: str) -> Iterator[io.BytesIO]:
@@ -92,9 +92,9 @@ def _hash_sources() -> str:
 
 
 class _KernelCache(caching.FunctionCache):
-    """Numba's disk cache, keyed by all sources of the kernels too: Numba itself looks only at the kernel's own file.
+    """Numba's disk cache, also keyed by all sources of the kernels: Numba itself looks only at the kernel's own file.
 
-    Nothing that goes wrong here stops a kernel.
+    No error of the cache stops a kernel.
     """
 
     _impl_class = _KernelCacheImpl
@@ -114,7 +114,7 @@ class _KernelCache(caching.FunctionCache):
         try:
             return super().load_overload(*arguments)  # type: ignore[no-untyped-call]
         except Exception as error:
-            if not may_pass(error):  # damaged: begin anew
+            if not may_pass(error):  # damaged: start again
                 with contextlib.suppress(OSError):
                     self.flush()  # type: ignore[no-untyped-call]
             return None
@@ -131,11 +131,11 @@ class _KernelCache(caching.FunctionCache):
 
 
 def cache_folder(kernel: Any) -> Path | None:
-    """The folder in which a kernel is kept once compiled; None if there is none, which is said once, in a warning."""
+    """Returns the folder in which a compiled kernel is cached; None, with one warning, if there is none."""
     if isinstance(kernel._cache, caching.NullCache):
         try:
             kernel._cache = _KernelCache(kernel.py_func)
-        except (RuntimeError, OSError):  # looked for again when the next kernel is compiled
+        except (RuntimeError, OSError):  # the next kernel looks again
             warn_once(
                 "no folder to keep compiled CPU kernels in: every process compiles them, which takes seconds each;"
                 " set NUMBA_CACHE_DIR to a folder that can be written to"
@@ -148,20 +148,20 @@ def cache_folder(kernel: Any) -> Path | None:
 
 
 def kernel(function: Callable[..., None]) -> Any:
-    """Decorates a function ``(first, last, ..., like)`` that Numba compiles at its first call, without the GIL."""
+    """Decorates a function ``(first, last, ..., like)``: compiled by Numba at its first call, without the GIL."""
     return njit(nogil=True)(function)
 
 
 def prepare(kernel: Any, arguments: tuple[Any, ...]) -> None:
     """Compiles a kernel for these arguments, or loads it from the disk, if this process has not done so yet.
 
-    Only the last argument, which says how tensors are stored, changes its type from call to call.
+    The types of the arguments are always the same, except for that of the last one, ``like``.
     """
     key = (kernel, type(arguments[-1]))
     if key in _ready:
         return
     folder = cache_folder(kernel)
-    # Without a folder all has been said, once: not for every kernel again.
+    # Without a folder there has been one warning, which is enough.
     announced = warn_if_slow(_announcement(kernel, arguments[-1], folder)) if folder else contextlib.nullcontext()
     with announced:
         kernel(0, 0, *arguments)

@@ -1,20 +1,27 @@
 """Kernels for contiguous (B, C, H, W) maps: vectors run along the pixels of a row.
 
 A kernel works on tiles of rows. It copies a tile of a plane into zero-padded scratch, where every tap finds a pixel,
-and filters it row by row. The spatial filters of a tile are blocked (see taps.py) once, for all channels of a head.
-
-Tensors come as addresses; ``like`` is a scalar that says how their elements are stored (see storage.py).
+and filters it row by row. The spatial filters of a tile are blocked (see inner_loops.py) once for all channels of a
+head. Tensors come as addresses; the type of the scalar ``like`` says how elements are stored (see dtypes.py).
 """
 
 from __future__ import annotations
 
-import numpy as np
 from numba import njit
 
-from ddf_convert.cpu.dtypes import choose, clear, direct, read, scratch, write
-from ddf_convert.cpu.inner_loops import ceil_div, filter_gradients, filter_rows, fine_pixel, inside, passes, tap_phases
+from ddf_convert.cpu.dtypes import clear, is_direct, output_or_line, read, scratch, write
+from ddf_convert.cpu.inner_loops import (
+    ceil_div,
+    filter_gradients,
+    filter_rows,
+    fine_pixel,
+    pass_count,
+    tap_lists,
+    tap_table,
+    valid_range,
+)
 from ddf_convert.cpu.jit_cache import kernel
-from ddf_convert.cpu.simd import data, keep, lanes, pointer, prefetch
+from ddf_convert.cpu.simd import data, keep_alive, lanes, pointer, prefetch
 
 SLACK = 16  # elements that a vector may reach past a row; none has more lanes
 
@@ -23,15 +30,15 @@ SLACK = 16  # elements that a vector may reach past a row; none has more lanes
 def _load_tile(tile, source, height, width, top, stride, padding, rows, columns, starts, phase_size):
     """Copies the rows of a plane that an output tile starting at row ``top`` reads into the phases of ``tile``.
 
-    What lies outside the plane is not written: the tile has been cleared, and that part is the same for all channels.
+    Pixels outside the plane are not written: the tile has been cleared, and they are the same for all channels.
     """
     for phase in range(stride * stride):
         if starts[phase] == starts[phase + 1]:
             continue  # no tap reads it
         left = phase % stride - padding
-        low, high = inside(left, stride, width, columns)
+        low, high = valid_range(left, stride, width, columns)
         above = top * stride + phase // stride - padding
-        first_row, last_row = inside(above, stride, height, rows)
+        first_row, last_row = valid_range(above, stride, height, rows)
         line = tile + (phase * phase_size + low)
         origin = source + (above * width + left + low * stride)
         for row in range(first_row, last_row):
@@ -40,7 +47,7 @@ def _load_tile(tile, source, height, width, top, stride, padding, rows, columns,
 
 @njit
 def _place_taps(offsets, starts, down, right, stride, phase_size, columns):
-    """Where each tap reads in a tile that :func:`_load_tile` fills, from the place of its output pixel."""
+    """Sets where each tap reads in a tile of :func:`_load_tile`, relative to its output pixel."""
     for phase in range(stride * stride):
         for place in range(starts[phase], starts[phase + 1]):
             offsets[place] = phase * phase_size + down[place] * columns + right[place]
@@ -98,9 +105,8 @@ def forward(
     reach = extent // stride
     columns = out_width + reach
     phase_size = (tile_rows + reach) * columns
-    order_, starts_, down, right = tap_phases(size, stride, dilation)
-    offsets_ = np.zeros(taps, np.int64)
-    order, starts, offsets = data(order_), data(starts_), data(offsets_)
+    table = tap_table(size, stride, dilation)
+    order, starts, down, right, offsets = tap_lists(data(table), size, stride)
     _place_taps(offsets, starts, down, right, stride, phase_size, columns)
 
     lane = lanes(scratch(1, like)[0])
@@ -120,7 +126,7 @@ def forward(
     per_head = channels // heads
     chunks = ceil_div(per_head, chunk)
     filters = factor * factor
-    straight = factor == 1 and direct(output, line) and out_width >= lane and passes(taps) == 1
+    straight = factor == 1 and is_direct(output, line) and out_width >= lane and pass_count(taps) == 1
     pitch, line_last = (out_width, last_vector) if straight else (vectors * lane, vectors * lane)
     blocked_for = -1
     for item in range(first, last):
@@ -149,16 +155,15 @@ def forward(
             prefetch(next_plane, (rows * stride + extent) * width)
             prefetch(target, rows * out_width)
             filter_rows(
-                choose(straight, target, line), pitch, line_last, blocked, tile, columns,
+                output_or_line(straight, target, line), pitch, line_last, blocked, tile, columns,
                 weights, offsets, taps, rows, vectors, last_vector, add,
             )  # fmt: skip
             if not straight:
                 for row in range(rows):
                     begin = target + row * filters * out_width
                     _write_blocked(begin, factor, line + row * pitch, 0, out_width, vectors, last_vector)
-    for array in (order_, starts_, offsets_):
-        keep(array)
-    keep(memory)
+    keep_alive(table)
+    keep_alive(memory)
 
 
 @kernel
@@ -169,7 +174,7 @@ def grad_input(
 ):  # fmt: skip
     """Items first to last of B * G * tiles * s*s * chunks; a tile is of rows of the phases of the padded input.
 
-    The gradient is (B, s*s, C, H, W): what each of a pixel's filters gives.
+    The gradient is (B, s*s, C, H, W): one for each filter of a pixel.
     """
     target, source = pointer(grad_input_at, like), pointer(grad_output_at, like)
     channel_filter, spatial_filter = pointer(channel_at, like), pointer(spatial_at, like)
@@ -179,9 +184,8 @@ def grad_input(
     phase_rows = (height + padding - 1) // stride + 1 - zero
     phase_columns = (width + padding - 1) // stride + 1 - zero
     columns = phase_columns + reach
-    order_, starts_, down, right = tap_phases(size, stride, dilation)
-    offsets_ = np.zeros(taps, np.int64)
-    order, starts, offsets = data(order_), data(starts_), data(offsets_)
+    table = tap_table(size, stride, dilation)
+    order, starts, down, right, offsets = tap_lists(data(table), size, stride)
     for place in range(taps):
         offsets[place] = (reach - down[place]) * columns + reach - right[place]
 
@@ -202,7 +206,7 @@ def grad_input(
     per_head = channels // heads
     chunks = ceil_div(per_head, chunk)
     filters = factor * factor
-    straight = direct(target, line) and stride == 1 and width >= lane and passes(taps) == 1
+    straight = is_direct(target, line) and stride == 1 and width >= lane and pass_count(taps) == 1
     pitch, line_last = (width, last_vector) if straight else (vectors * lane, vectors * lane)
     blocked_for = -1
     for item in range(first, last):
@@ -219,9 +223,9 @@ def grad_input(
                 begin, inner = starts[phase], starts[phase + 1] - starts[phase]
                 for place in range(begin, begin + inner):
                     left = zero - right[place]
-                    low, high = inside(left, 1, out_width, phase_columns)
+                    low, high = valid_range(left, 1, out_width, phase_columns)
                     clear(spatial_line, phase_columns)
-                    first_row, last_row = inside(top - down[place], 1, out_height, rows)
+                    first_row, last_row = valid_range(top - down[place], 1, out_height, rows)
                     for row in range(first_row, last_row):
                         y = (filter_head * taps + order[place]) * out_height + top - down[place] + row
                         read(spatial_line + low, spatial_filter + (y * out_width + left + low), 1, high - low)
@@ -235,8 +239,8 @@ def grad_input(
         for index in range(start, min(start + chunk, per_head)):
             at = filter_head * per_head + index
             _reorder(weights, read_weights, channel_filter + at * taps, order, taps)
-            low, high = inside(zero - reach, 1, out_width, columns)
-            first_row, last_row = inside(top - reach, 1, out_height, rows + reach)
+            low, high = valid_range(zero - reach, 1, out_width, columns)
+            first_row, last_row = valid_range(top - reach, 1, out_height, rows + reach)
             plane = image_head * per_head + index
             origin = source + fine_pixel(
                 plane, top - reach, zero - reach + low, out_height, out_width, factor, filter
@@ -248,14 +252,14 @@ def grad_input(
                 begin, inner = starts[phase], starts[phase + 1] - starts[phase]
                 left = zero * stride + phase % stride - padding
                 above = top * stride + phase // stride - padding
-                low, high = inside(left, stride, width, phase_columns)
-                first_row, last_row = inside(above, stride, height, rows)
+                low, high = valid_range(left, stride, width, phase_columns)
+                first_row, last_row = valid_range(above, stride, height, rows)
                 origin_out = target + ((at * height + above) * width + left)
                 if inner == 0:
                     clear(line, line_size)
                 filter_rows(
-                    choose(straight, origin_out, line), pitch, line_last, blocked + begin * line_size, tile, columns,
-                    weights + begin, offsets + begin, inner, rows, vectors, last_vector, add,
+                    output_or_line(straight, origin_out, line), pitch, line_last, blocked + begin * line_size, tile,
+                    columns, weights + begin, offsets + begin, inner, rows, vectors, last_vector, add,
                 )  # fmt: skip
                 if inner == 0 or not straight:
                     for row in range(first_row, last_row):
@@ -263,9 +267,8 @@ def grad_input(
                             origin_out + row * stride * width, stride, line + row * pitch, low, high,
                             vectors, last_vector,
                         )  # fmt: skip
-    for array in (order_, starts_, offsets_):
-        keep(array)
-    keep(memory)
+    keep_alive(table)
+    keep_alive(memory)
 
 
 @kernel
@@ -287,9 +290,8 @@ def grad_filters(
     reach = extent // stride
     columns = out_width + reach
     phase_size = (tile_rows + reach) * columns
-    order_, starts_, down, right = tap_phases(size, stride, dilation)
-    offsets_ = np.zeros(taps, np.int64)
-    order, starts, offsets = data(order_), data(starts_), data(offsets_)
+    table = tap_table(size, stride, dilation)
+    order, starts, down, right, offsets = tap_lists(data(table), size, stride)
     _place_taps(offsets, starts, down, right, stride, phase_size, columns)
 
     lane = lanes(scratch(1, like)[0])
@@ -358,6 +360,5 @@ def grad_filters(
                     within = x - vector * lane + (repeated if vector == vectors - 1 else 0)
                     spatial_line[x] = grad_blocked[((row * vectors + vector) * taps + place) * lane + within]
                 write(target + row * out_width, 1, spatial_line, out_width)
-    for array in (order_, starts_, offsets_):
-        keep(array)
-    keep(memory)
+    keep_alive(table)
+    keep_alive(memory)

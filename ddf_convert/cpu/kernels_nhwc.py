@@ -1,11 +1,10 @@
 """Kernels for channels_last maps, (B, H, W, C) in memory: vectors run along the channels of a pixel.
 
-A kernel filters pixel by pixel, some channels of one head at a time, whose channel filters are blocked (see taps.py)
-and stay in the cache. Taps outside the map read a line of zeros. float32 and float64 maps are read where they are, if
-the channels fill whole vectors; otherwise, and for half types, rows are first copied into scratch.
-
-Tensors come as addresses; ``like`` is a scalar that says how their elements are stored (see storage.py). Spatial
-filters are channels_last too, (B, Ho, Wo, G*K*K) in memory; channel filters are (B, C, K, K).
+A kernel filters pixel by pixel, some channels of one head at a time, whose channel filters are blocked (see
+inner_loops.py) and stay in the cache. Taps outside the map read a line of zeros. float32 and float64 maps are read in
+place if the channels fill whole vectors; otherwise, and for half types, rows are first copied into scratch. Tensors
+come as addresses; the type of the scalar ``like`` says how elements are stored (see dtypes.py). Spatial filters are
+channels_last too, (B, Ho, Wo, G*K*K) in memory; channel filters are (B, C, K, K).
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from __future__ import annotations
 import numpy as np
 from numba import njit
 
-from ddf_convert.cpu.dtypes import choose, clear, direct, read, scratch, write
-from ddf_convert.cpu.inner_loops import ceil_div, filter_gradients, filter_rows, fine_pixel, tap_phases
+from ddf_convert.cpu.dtypes import clear, is_direct, output_or_line, read, scratch, write
+from ddf_convert.cpu.inner_loops import ceil_div, filter_gradients, filter_rows, fine_pixel, tap_lists, tap_table
 from ddf_convert.cpu.jit_cache import kernel
-from ddf_convert.cpu.simd import data, distance, keep, lanes, pointer, prefetch
+from ddf_convert.cpu.simd import data, distance, keep_alive, lanes, pointer, prefetch
 
 AHEAD = 8  # pixels to prefetch: the hardware follows none of the many streams of a window well
 
@@ -25,25 +24,22 @@ AHEAD = 8  # pixels to prefetch: the hardware follows none of the many streams o
 def _rows(
     tile, source, image, height, width, factor, filter, channels, channel, count, chunk, first_row, last_row
 ):  # fmt: skip
-    """Some channels of the rows first_row to last_row of a map, in the type that the kernels calculate in.
+    """Returns some channels of the rows first_row to last_row of a map, in the type that the kernels calculate in.
 
-    Of a map that is upscaled by ``factor``, the pixels of one filter: a map of ``height`` x ``width``.
-
-    Returns:
-        A pointer to the first channel of pixel (0, 0), of which only those rows may be read.
-        The elements from a row to the next.
-        The elements from a pixel to the next.
+    In a map that is upscaled by ``factor`` these are the pixels of one filter, a map of ``height`` x ``width``. The
+    results are a pointer to the first channel of pixel (0, 0), from which only those rows may be read, and the elements
+    from a row to the next and from a pixel to the next.
     """
     origin = source + (fine_pixel(image, 0, 0, height, width, factor, filter) * channels + channel)
     step = factor * channels
-    if direct(source, tile) and count % lanes(tile[0]) == 0:  # vectors must not reach past the channels
-        return choose(True, origin, tile), factor * width * step, step
+    if is_direct(source, tile) and count % lanes(tile[0]) == 0:  # vectors must not reach past the channels
+        return output_or_line(True, origin, tile), factor * width * step, step
     first_row, last_row = max(0, first_row), min(height, last_row)
     for row in range(first_row, last_row):
         for column in range(width):
             place = ((row - first_row) * width + column) * chunk
             read(tile + place, origin + (row * factor * width + column) * step, 1, count)
-    return choose(False, origin, tile + -first_row * width * chunk), width * chunk, chunk
+    return output_or_line(False, origin, tile + -first_row * width * chunk), width * chunk, chunk
 
 
 @njit
@@ -59,7 +55,7 @@ def _block_channels(blocked, filters, source, taps, count, order, start, stop):
 
 @njit
 def _window(offsets, inside, zeros, top, left, height, width, size, dilation):
-    """Where the taps of a window read: ``inside[tap]`` from its first pixel, or ``zeros`` from there."""
+    """Returns where the taps of a window read, relative to its first pixel: ``inside[tap]``, or else ``zeros``."""
     last = (size - 1) * dilation
     if 0 <= top < height - last and 0 <= left < width - last:
         return inside
@@ -83,8 +79,9 @@ def forward(
     channel_filter, spatial_filter = pointer(channel_at, like), pointer(spatial_at, like)
     taps = size * size
     extent = (size - 1) * dilation + 1
-    order_, offsets_ = np.arange(taps), np.zeros(2 * taps, np.int64)
-    order, inside = data(order_), data(offsets_)
+    table = np.arange(3 * taps)  # the taps in order, and room for two lists of offsets
+    order = data(table)
+    inside = order + taps
     offsets = inside + taps
     memory = scratch(((tile_rows - 1) * stride + extent) * width * chunk + chunk * (taps + 2) + taps, like)
     nothing = data(memory)  # a line of zeros
@@ -108,7 +105,7 @@ def forward(
         count = min(chunk, per_head - start)
         channel = head * per_head + start
         vectors = ceil_div(count, lane)
-        straight = direct(output, line) and count == vectors * lane
+        straight = is_direct(output, line) and count == vectors * lane
         channel_filters = channel_filter + ((image * filters + filter) * channels + channel) * taps
         _block_channels(blocked, weights, channel_filters, taps, count, order, 0, taps)
         above = top * stride - padding
@@ -130,14 +127,13 @@ def forward(
                 prefetch(window + ((extent - 1) * row_step + AHEAD * step), count)
                 prefetch(target + factor * channels, count)
                 filter_rows(
-                    choose(straight, target, line), 0, chunk, blocked, window, 0,
+                    output_or_line(straight, target, line), 0, chunk, blocked, window, 0,
                     weights, places, taps, 1, vectors, chunk, add,
                 )  # fmt: skip
                 if not straight:
                     write(target, 1, line, count)
-    for array in (order_, offsets_):
-        keep(array)
-    keep(memory)
+    keep_alive(table)
+    keep_alive(memory)
 
 
 @kernel
@@ -148,7 +144,7 @@ def grad_input(
 ):  # fmt: skip
     """Items first to last of B * G * chunks * tiles * s*s; a tile is of rows of the phases of the padded input.
 
-    The gradient is (B, s*s, C, H, W): what each of a pixel's filters gives.
+    The gradient is (B, s*s, C, H, W): one for each filter of a pixel.
     """
     target, source = pointer(grad_input_at, like), pointer(grad_output_at, like)
     channel_filter, spatial_filter = pointer(channel_at, like), pointer(spatial_at, like)
@@ -157,9 +153,8 @@ def grad_input(
     zero = padding // stride  # the first row, and column, of each phase that holds the input
     phase_rows = (height + padding - 1) // stride + 1 - zero
     phase_columns = (width + padding - 1) // stride + 1 - zero
-    order_, starts_, down, right = tap_phases(size, stride, dilation)
-    offsets_ = np.zeros(taps, np.int64)
-    order, starts, offsets = data(order_), data(starts_), data(offsets_)
+    table = tap_table(size, stride, dilation)
+    order, starts, down, right, offsets = tap_lists(data(table), size, stride)
     memory = scratch((tile_rows + reach) * out_width * chunk + chunk * (taps + 2) + taps, like)
     nothing = data(memory)  # a line of zeros
     blocked = nothing + chunk
@@ -182,7 +177,7 @@ def grad_input(
         count = min(chunk, per_head - start)
         channel = head * per_head + start
         vectors = ceil_div(count, lane)
-        straight = direct(target, line) and count == vectors * lane
+        straight = is_direct(target, line) and count == vectors * lane
         filter_image = image * filters + filter
         for phase in range(stride * stride):
             _block_channels(
@@ -218,14 +213,13 @@ def grad_input(
                     if inner == 0:
                         clear(line, count)
                     filter_rows(
-                        choose(straight, gradient, line), 0, chunk, blocked + begin * chunk, features, 0,
+                        output_or_line(straight, gradient, line), 0, chunk, blocked + begin * chunk, features, 0,
                         weights, offsets, inner, 1, vectors, chunk, add,
                     )  # fmt: skip
                     if inner == 0 or not straight:
                         write(gradient, 1, line, count)
-    for array in (order_, starts_, offsets_):
-        keep(array)
-    keep(memory)
+    keep_alive(table)
+    keep_alive(memory)
 
 
 @kernel
@@ -244,8 +238,9 @@ def grad_filters(
     channel_filter, spatial_filter = pointer(channel_at, like), pointer(spatial_at, like)
     taps = size * size
     extent = (size - 1) * dilation + 1
-    order_, offsets_ = np.arange(taps), np.zeros(2 * taps, np.int64)
-    order, inside = data(order_), data(offsets_)
+    table = np.arange(3 * taps)  # the taps in order, and room for two lists of offsets
+    order = data(table)
+    inside = order + taps
     offsets = inside + taps
     grad_weights_size = tile_rows * out_width * taps
     tile_size = ((tile_rows - 1) * stride + extent) * width * chunk
@@ -307,6 +302,5 @@ def grad_filters(
                 pixel = (image * out_height + top + row) * out_width + column
                 target = grad_spatial + ((pixel * filters + filter) * heads + head) * taps
                 write(target, 1, grad_weights + (row * out_width + column) * taps, taps)
-    for array in (order_, offsets_):
-        keep(array)
-    keep(memory)
+    keep_alive(table)
+    keep_alive(memory)

@@ -1,7 +1,7 @@
 """Raw pointers and vectors for Numba kernels.
 
 Numba's arrays give LLVM's vectorizer more pointers than it will check for overlap: the nine-tap loop of a 3x3 filter
-then runs one element at a time. Here a kernel says itself what is a vector. LLVM maps the vectors to whatever the
+then runs one element at a time. With these intrinsics a kernel is written in vectors, which LLVM maps to what the
 processor has (AVX2, AVX-512, NEON, ...).
 """
 
@@ -22,7 +22,7 @@ _FUSE = ("contract",)
 
 
 class Vector(types.Type):  # type: ignore[misc]
-    """Numba's name for an LLVM vector of one element type, VECTOR_BYTES wide."""
+    """The Numba type of an LLVM vector of one element type, VECTOR_BYTES wide."""
 
     def __init__(self, element: Any) -> None:
         self.element = element
@@ -39,7 +39,7 @@ class _VectorModel(PrimitiveModel):  # type: ignore[misc]
 
 @intrinsic
 def pointer(typingctx, address, like):
-    """Pointer to elements of the type of the scalar ``like``."""
+    """Returns a pointer to elements of the type of the scalar ``like``."""
     result = types.CPointer(like)
 
     def codegen(context, builder, signature, arguments):
@@ -50,9 +50,9 @@ def pointer(typingctx, address, like):
 
 @intrinsic
 def data(typingctx, array):
-    """Pointer to the elements of a one-dimensional array, which the caller must keep alive (see :func:`keep`).
+    """Returns a pointer to the elements of a one-dimensional array; the caller calls :func:`keep_alive` on the array.
 
-    Passing pointers, not arrays, spares the kernels the counting of references.
+    Pointers instead of arrays spare the kernels the counting of references.
     """
     result = types.CPointer(array.dtype)
 
@@ -63,14 +63,14 @@ def data(typingctx, array):
 
 
 @njit
-def keep(array):
-    """Called after the last use of a pointer into ``array``: Numba frees an array after its own last use."""
+def keep_alive(array):
+    """Keeps ``array`` alive up to here; Numba frees an array after its last use, whatever points into it."""
     return array.size
 
 
 @intrinsic
 def distance(typingctx, start, end):
-    """Elements from one pointer to another, which may point into another tensor or array."""
+    """Returns the elements from one pointer to another, which may point into another tensor or array."""
 
     def codegen(context, builder, signature, arguments):
         integer = context.get_value_type(types.int64)
@@ -83,7 +83,7 @@ def distance(typingctx, start, end):
 
 @intrinsic
 def lanes(typingctx, like):
-    """Elements of the type of the scalar ``like`` in a vector, known at compile time."""
+    """Returns the elements of the type of the scalar ``like`` in a vector, known at compile time."""
     count = Vector(like).lanes
 
     def codegen(context, builder, signature, arguments):
@@ -94,7 +94,7 @@ def lanes(typingctx, like):
 
 @intrinsic
 def load(typingctx, base, index):
-    """The vector that starts at ``base[index]``; no alignment beyond an element's."""
+    """Returns the vector that starts at ``base[index]``, aligned as an element is."""
     result = Vector(base.dtype)
 
     def codegen(context, builder, signature, arguments):
@@ -108,7 +108,7 @@ def load(typingctx, base, index):
 
 @intrinsic
 def store(typingctx, base, index, value):
-    """Writes a vector at ``base[index]``; no alignment beyond an element's."""
+    """Writes a vector at ``base[index]``, aligned as an element is."""
 
     def codegen(context, builder, signature, arguments):
         place = _vector_pointer(context, builder, value, *arguments[:2])
@@ -134,14 +134,14 @@ def _prefetch(typingctx, base, index):
 
 @njit(forceinline=True)
 def prefetch(base, count):
-    """Asks for the cache lines of base[0:count], which may lie outside the tensor: a prefetch never faults."""
+    """Prefetches the cache lines of base[0:count], which may lie outside the tensor: a prefetch never faults."""
     for k in range(0, count, 2 * lanes(base[0])):
         _prefetch(base, k)
 
 
 @intrinsic
 def splat(typingctx, value):
-    """The vector with ``value`` in every lane."""
+    """Returns the vector with ``value`` in every lane."""
     result = Vector(value)
 
     def codegen(context, builder, signature, arguments):
@@ -155,7 +155,7 @@ def splat(typingctx, value):
 
 @intrinsic
 def zeros(typingctx, like):
-    """The vector of zeros of the type of the scalar ``like``."""
+    """Returns the vector of zeros of the type of the scalar ``like``."""
     result = Vector(like)
 
     def codegen(context, builder, signature, arguments):
@@ -167,7 +167,7 @@ def zeros(typingctx, like):
 
 @intrinsic
 def total(typingctx, value):
-    """Sum of the lanes, halves first: the same order every time."""
+    """Returns the sum of the lanes, halves first: the same order every time."""
 
     def codegen(context, builder, signature, arguments):
         vector, width = arguments[0], value.lanes

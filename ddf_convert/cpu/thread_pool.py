@@ -23,22 +23,17 @@ _pool_size = 0
 _lock = threading.Lock()
 
 
-# Under this many multiply-accumulates (about 100 microseconds of them) a chunk is not worth handing out.
+# A chunk of fewer multiply-accumulates (about 100 microseconds) is not worth another thread.
 _LEAST_WORK = 1_000_000
 _CHUNKS_PER_THREAD = 4
 
 
 def run(kernel: Callable[..., None], items: int, work: int, *arguments: object) -> None:
-    """Calls ``kernel(first, last, *arguments)`` on chunks of range(items), on several threads.
+    """Calls ``kernel(first, last, *arguments)``, which releases the GIL, on chunks of range(items) in several threads.
 
-    The calling thread starts at once, and the others take what is left when they have woken up. Waking up can last as
-    long as a small call, which is then done without them.
-
-    Args:
-        kernel: Writes its items' results; releases the GIL.
-        items: How many independent items there are.
-        work: Multiply-accumulates in all; little work stays on the calling thread.
-        *arguments: For the kernel.
+    The calling thread starts at once, and the others take the chunks that are left when they have woken up. Waking up
+    can last as long as a small call, which is then done without them. ``work`` is the number of multiply-accumulates;
+    little work stays on the calling thread.
     """
     prepare(kernel, arguments)
     threads = torch.get_num_threads()
@@ -59,7 +54,7 @@ def run(kernel: Callable[..., None], items: int, work: int, *arguments: object) 
     try:
         work_off()
     finally:
-        # Also when interrupted: no helper may write once the caller has given the tensors up.
+        # Also after an interrupt: no helper may write once the caller may free the tensors.
         chunks.clear()
         for future in futures:
             if not future.cancel():
@@ -67,20 +62,20 @@ def run(kernel: Callable[..., None], items: int, work: int, *arguments: object) 
 
 
 def _threads(count: int) -> ThreadPoolExecutor:
-    """A pool of at least ``count`` threads. Callers share it: their parts queue, and none waits for another's."""
+    """Returns a pool of at least ``count`` threads, which all callers share."""
     global _pool, _pool_size
     with _lock:
         if _pool is None or _pool_size < count:
-            # The smaller pool, if another thread still uses it, finishes its work and ends.
+            # A smaller pool that another thread still uses finishes its work and ends.
             _pool, _pool_size = ThreadPoolExecutor(count, thread_name_prefix="ddf_convert"), count
         return _pool
 
 
-def _forget() -> None:
-    """A forked process has none of its parent's threads, and perhaps a lock that one of them held."""
+def _reset() -> None:
+    """Resets the pool of a forked process, which has none of its parent's threads and may have a lock they held."""
     global _pool, _pool_size, _lock
     _pool, _pool_size, _lock = None, 0, threading.Lock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_forget)
+    os.register_at_fork(after_in_child=_reset)

@@ -1,7 +1,6 @@
-"""The operator on NVIDIA GPUs: Numba-CUDA kernels, chosen and launched for a call.
+"""The operators on NVIDIA GPUs: Numba-CUDA kernels.
 
-Importing this module needs neither a GPU nor numba-cuda: :func:`usable` says whether a tensor can be worked on here,
-and only then is anything compiled.
+Importing this module needs neither a GPU nor numba-cuda: :func:`usable` says whether the kernels can run.
 """
 
 from __future__ import annotations

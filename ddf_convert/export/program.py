@@ -25,7 +25,7 @@ from ddf_convert.export.sizes import AXES, Shapes, axes, fixed_by_conditions, sh
 from ddf_convert.layers.base import same_padding
 from ddf_convert.utils.example_input import ExampleInput, as_arguments, in_words
 from ddf_convert.utils.fake_copy import real_copy, unchanged_random_states
-from ddf_convert.utils.logging import warn
+from ddf_convert.utils.logging import logger_level, warn
 
 _TRACED_BATCH = 2  # torch.export takes a size of 1 for one that is always 1
 _LONGEST = 200  # characters of an error
@@ -244,14 +244,6 @@ def _symbolic_same_padding() -> Iterator[None]:
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """What torch logs and warns of while it tries things is not news to the user: what fails is raised."""
-    loggers = [logging.getLogger(name) for name in _WORDY]
-    levels = [logger.level for logger in loggers]
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), logger_level(logging.CRITICAL, *_WORDY):
         warnings.simplefilter("ignore")
-        for logger in loggers:
-            logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            for logger, level in zip(loggers, levels, strict=True):
-                logger.setLevel(level)
+        yield

@@ -17,10 +17,10 @@ from timm.models import ResNet, build_model_with_cfg, generate_default_cfgs, reg
 from timm.models.resnet import BasicBlock, Bottleneck
 from torch import nn
 
+from ddf_convert.conversion.config import ConvertConfig
 from ddf_convert.conversion.eligibility import replacement_for
-from ddf_convert.conversion.origin import forget
-from ddf_convert.conversion.plan import ConvertConfig
-from ddf_convert.conversion.rewriter import Replaced, prepare, swap
+from ddf_convert.conversion.record import AppliedReplacement, forget_origins
+from ddf_convert.conversion.rewriter import apply_replacements
 from ddf_convert.errors import UsageError
 
 Combine = Literal["mul", "add"]
@@ -61,13 +61,14 @@ def _with_ddf(combine: Combine, se_ratio: float, **arguments: Any) -> nn.Module:
     """A ResNet of timm's with every 3x3 convolution of its stages replaced."""
     model: nn.Module = ResNet(**arguments)
     config = ConvertConfig(combine=combine, se_ratio=se_ratio)
-    steps = [
-        Replaced(names=(name,), replacement=replacement_for(module, config, mix=arguments["block"] is BasicBlock))
+    mix = arguments["block"] is BasicBlock
+    replacements = [
+        AppliedReplacement(names=(name,), replacement=replacement_for(module, config, mix))
         for name, module in model.named_modules()
         if name.startswith("layer") and isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
     ]
-    swap(model, prepare(model, steps))
-    forget(model)  # timm builds it so: there is nothing to record
+    apply_replacements(model, replacements)
+    forget_origins(model)  # timm builds it so: there is nothing to record
     return model
 
 

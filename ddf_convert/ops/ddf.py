@@ -8,16 +8,17 @@ Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, equation 1 
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from ddf_convert.ops.filter_norm import filter_norm
-from ddf_convert.ops.registration import Backend, register_autograd, register_backends, register_vmap
+from ddf_convert import reference
+from ddf_convert.ops.registration import register_autograd, register_vmap
 from ddf_convert.reference.checks import (
     Geometry,
     check_arguments,
@@ -114,6 +115,31 @@ def _check_backward(
 # --- kernels by device ------------------------------------------------------------------------------------------------
 
 
+def _cpu(tensor: Tensor) -> Any:
+    from ddf_convert.cpu import dispatch
+
+    return dispatch if dispatch.usable() else reference
+
+
+def _cuda(tensor: Tensor) -> Any:
+    from ddf_convert import cuda
+
+    return cuda if cuda.usable(tensor) else reference
+
+
+Backend = Callable[[Tensor], Any]  # from the first tensor of a call to the module that computes it
+# By dispatch key: kernels, imported at first use, or the reference where they cannot run.
+BACKENDS: dict[str, Backend] = {"CompositeExplicitAutograd": lambda tensor: reference, "CPU": _cpu, "CUDA": _cuda}
+
+
+def register_backends(
+    library: torch.library.Library, operator: str, kernel: Callable[..., Any], keys: Iterable[str] = tuple(BACKENDS)
+) -> None:
+    """Registers ``kernel(backend, *arguments)``, with its backend, for each dispatch key."""
+    for key in keys:
+        library.impl(operator, functools.partial(kernel, BACKENDS[key]), key)
+
+
 def _forward(backend: Backend, input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, *options: Any) -> Tensor:
     geometry, norm_scale = _check(input, channel_filter, spatial_filter, *options)
     output: Tensor = backend(input).forward(input, channel_filter, spatial_filter, geometry, norm_scale)
@@ -182,7 +208,9 @@ def _save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
 def _gradients(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
     input, channel_filter, spatial_filter = ctx.saved_tensors
     taps, scale = channel_filter.shape[-1] ** 2, ctx.norm_scale
-    filters = spatial_filter if scale is None else filter_norm(spatial_filter, taps, scale)
+    filters = spatial_filter
+    if scale is not None:
+        filters = torch.ops.ddf_convert.filter_norm(spatial_filter, taps, scale)
     needs = list(ctx.needs_input_grad[:3])
     made = torch.ops.ddf_convert.ddf_backward(grad_output, input, channel_filter, filters, needs, *ctx.geometry)
     gradients = [gradient if needed else None for gradient, needed in zip(made, needs, strict=True)]

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ddf_convert import reference
-from ddf_convert.ops.registration import Backend, register_autograd, register_backends, register_vmap
+from ddf_convert.ops.ddf import Backend, register_backends
+from ddf_convert.ops.registration import register_autograd, register_vmap
 from ddf_convert.reference.checks import check_filters, check_filters_gradient, memory_format
 
 _library = torch.library.Library("ddf_convert", "FRAGMENT")

@@ -1,9 +1,8 @@
-"""Registers operators with torch: a kernel for each device, gradients and batching rules for ``torch.func``."""
+"""Registers gradients and batching rules of operators, so that ``torch.func`` can transform them."""
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,38 +10,6 @@ from torch import Tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
-
-from ddf_convert import reference
-
-Backend = Callable[[Tensor], Any]  # from the first tensor of a call to the module that computes it
-
-
-def _cpu(tensor: Tensor) -> Any:
-    from ddf_convert.cpu import dispatch
-
-    return dispatch if dispatch.usable() else reference
-
-
-def _cuda(tensor: Tensor) -> Any:
-    from ddf_convert import cuda
-
-    return cuda if cuda.usable(tensor) else reference
-
-
-# By dispatch key: kernels, imported at first use, or the reference where they cannot run.
-BACKENDS: dict[str, Backend] = {
-    "CompositeExplicitAutograd": lambda tensor: reference,
-    "CPU": _cpu,
-    "CUDA": _cuda,
-}
-
-
-def register_backends(
-    library: torch.library.Library, operator: str, kernel: Callable[..., Any], keys: Iterable[str] = tuple(BACKENDS)
-) -> None:
-    """Registers ``kernel(backend, *arguments)``, with its backend, for each dispatch key."""
-    for key in keys:
-        library.impl(operator, functools.partial(kernel, BACKENDS[key]), key)
 
 
 def register_autograd(

@@ -1,4 +1,4 @@
-"""Recipes: how to convert a model, what its new layers start from, and how it is brought back."""
+"""Recipes: how to convert a model, what its new layers start from, and how it is fine-tuned."""
 
 from ddf_convert.recipes.files import load, names, parse, source
 from ddf_convert.recipes.initialize import Initialized

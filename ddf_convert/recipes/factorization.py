@@ -16,9 +16,9 @@ from torch import Tensor, nn
 
 from ddf_convert.conversion.eligibility import effective_weight
 
-# How much the old weights count beside the data, as a share of the mean second moment: the least, and for each unknown
-# that a position has to answer for. Neighboring positions are much alike, and few images do not show what others have:
-# with the least alone, VGG16's last layers fit 48 images and are 10 times off on others (benchmarks/recipes_vgg.py).
+# Weight of the old weights beside the data, as a share of the mean second moment: the minimum, and the share for each
+# unknown per position. Neighboring positions are similar, and few images do not show what others contain: with the
+# minimum alone, VGG16's last layers fit 48 images and are 10 times off on others (benchmarks/recipes_vgg.py).
 _MIN_PRIOR, _PRIOR_PER_UNKNOWN = 1e-3, 0.3
 _JITTER = 1e-8  # keeps systems solvable where inputs do not vary
 _ROUNDS = 2  # of alternating least squares; further ones gain less than a hundredth
@@ -181,7 +181,7 @@ def alignment_error(mode: str, factor: int) -> float:
     The norm is over the linear maps, on a map of 16x16 pixels: how much the outputs differ if the input is noise. On
     smooth inputs they differ by less.
     """
-    # Rows and columns have the same linear map: that of both is its Kronecker product with itself.
+    # The linear map of rows and columns together is the Kronecker product of the map of rows with itself.
     rows = torch.eye(_EXAMPLE_SIZE, dtype=torch.float64).view(_EXAMPLE_SIZE, 1, _EXAMPLE_SIZE, 1)
     size = (_EXAMPLE_SIZE * factor, 1)
     aligned, other = (F.interpolate(rows, size, mode=mode, align_corners=flag).flatten() for flag in (True, False))

@@ -84,7 +84,7 @@ def parse(text: str, where: str = "recipe") -> Recipe:
         raise
     except RecursionError as error:
         raise UsageError(f"{where}: not a recipe: it is nested too deeply") from error
-    except Exception as error:  # besides YAML's own, whatever a scalar that says what it is cannot be made into
+    except Exception as error:  # YAML's own errors, and those of constructors: a date that does not exist
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
         raise UsageError(f"{where}{line}: not YAML: {getattr(error, 'problem', None) or first_line(error)}") from error

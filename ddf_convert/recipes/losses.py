@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
 from torch import Tensor, nn
 
-from ddf_convert.conversion.convert import recorded
+from ddf_convert.conversion.record import recorded
 from ddf_convert.errors import UsageError
 from ddf_convert.recipes.parameters import new_layers
 from ddf_convert.recipes.schema import Losses

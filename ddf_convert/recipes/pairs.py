@@ -7,12 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from ddf_convert.conversion.convert import recorded
 from ddf_convert.conversion.eligibility import effective_weight, kind_of
-from ddf_convert.conversion.functional import functional_convolutions_in
 from ddf_convert.conversion.plan import Interpolation
-from ddf_convert.conversion.rewriter import Replaced
-from ddf_convert.conversion.tracer import describe
+from ddf_convert.conversion.record import AppliedReplacement, recorded
+from ddf_convert.conversion.rewriter import functional_convolutions, trace_parts
 from ddf_convert.errors import UsageError
 from ddf_convert.layers import DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d
 from ddf_convert.recipes.factorization import (
@@ -24,7 +22,7 @@ from ddf_convert.recipes.factorization import (
     shuffled_phases,
     transposed_phases,
 )
-from ddf_convert.utils.modules import bare
+from ddf_convert.utils.modules import bare, model_name
 
 _TINY = 1e-30  # of a norm that is divided by
 
@@ -183,8 +181,9 @@ def find_pairs(model: nn.Module, original: nn.Module) -> list[Pair]:
     model, original = bare(model), bare(original)
     conversion = recorded(model)
     if conversion is None or not conversion.replaced:
-        raise UsageError(f"{describe(model)} was not converted: nothing in it took a convolution's place")
-    functions = functional_convolutions_in(original, (step.graph for step in conversion.replaced if step.functional))
+        raise UsageError(f"{model_name(model)} was not converted: nothing in it took a convolution's place")
+    graphs = trace_parts(original, (step.graph for step in conversion.replaced if step.functional))
+    functions = functional_convolutions(graphs)
     pairs: list[Pair] = []
     for step in conversion.replaced:
         if not step.replacement.is_ddf:
@@ -206,7 +205,9 @@ def find_pairs(model: nn.Module, original: nn.Module) -> list[Pair]:
     return pairs
 
 
-def _conv_pair(model: nn.Module, original: nn.Module, functions: dict[str, nn.Conv2d], step: Replaced) -> ConvPair:
+def _conv_pair(
+    model: nn.Module, original: nn.Module, functions: dict[str, nn.Conv2d], step: AppliedReplacement
+) -> ConvPair:
     name, place = step.names[0], step.places[0]
     try:
         layer = model.get_submodule(place)
@@ -227,7 +228,7 @@ def _conv_pair(model: nn.Module, original: nn.Module, functions: dict[str, nn.Co
     return pair
 
 
-def _upsampling_pair(model: nn.Module, original: nn.Module, step: Replaced) -> UpsamplingPair:
+def _upsampling_pair(model: nn.Module, original: nn.Module, step: AppliedReplacement) -> UpsamplingPair:
     name, place, interpolation = step.names[0], step.places[0], step.replacement.interpolation
     try:
         layer = model.get_submodule(place)

@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from ddf_convert.conversion.convert import recorded
-from ddf_convert.conversion.planner import matching_names, pattern_hint
+from ddf_convert.conversion.record import recorded
 from ddf_convert.conversion.registry import replacing_layers
 from ddf_convert.errors import UsageError
 from ddf_convert.recipes.schema import Stage
+from ddf_convert.utils.patterns import matching_names, pattern_hint
 
 _NORMS = (_NormBase, nn.GroupNorm, nn.LayerNorm)  # timm's are among them
 

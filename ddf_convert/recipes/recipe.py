@@ -9,7 +9,8 @@ import yaml
 from pydantic import AliasChoices, Field, model_validator
 from torch import nn
 
-from ddf_convert.conversion.convert import convert, recorded
+from ddf_convert.conversion.convert import convert
+from ddf_convert.conversion.record import recorded
 from ddf_convert.conversion.registry import DDF
 from ddf_convert.errors import UsageError
 from ddf_convert.recipes.initialize import Initialized, initialize

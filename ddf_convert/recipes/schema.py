@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import timm.optim
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from ddf_convert.conversion.plan import ConvertConfig
+from ddf_convert.conversion.config import ConvertConfig
 from ddf_convert.errors import suggestion
 
 Patterns = Annotated[tuple[str, ...], BeforeValidator(lambda value: (value,) if isinstance(value, str) else value)]

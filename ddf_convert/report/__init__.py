@@ -1,6 +1,6 @@
-"""What a conversion saves, for people and for programs: terminal tables, JSON, one HTML page."""
+"""Reports of a conversion: terminal tables, JSON, one HTML page."""
 
-from ddf_convert.report.comparison import Comparison, Layer, compare
-from ddf_convert.report.model import report
+from ddf_convert.report.comparison import Comparison, compare, report
+from ddf_convert.report.data import Layer
 
 __all__ = ["Comparison", "Layer", "compare", "report"]

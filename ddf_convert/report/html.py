@@ -1,240 +1,213 @@
-"""A comparison as one HTML page that needs nothing beside itself: no script, no font, no image from elsewhere."""
+"""A comparison as one HTML page that needs no other file and no script: Jinja templates with inline SVG charts."""
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Sequence
-from html import escape
-from importlib import resources
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
 
 import timm
 import torch
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
 
-from ddf_convert.report import groups, units
-from ddf_convert.report.chart import chart, is_long
-from ddf_convert.report.measures import MEASURES, Measure
+from ddf_convert.report import units
+from ddf_convert.report.data import MEASURES, ComparisonData, Layer, Measure, count_kinds, count_layers, measured, noun
 from ddf_convert.version import __version__
 
-if TYPE_CHECKING:
-    from ddf_convert.report.comparison import Comparison, Layer
+_MANY_ROWS = 40  # folded away behind a summary from here on
+_OPTION = re.compile(r"--[\w-]+")
 
-_PAGE = """<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-{style}</style>
-</head>
-<body>
-<main>
-{body}
-</main>
-<footer>{footer}</footer>
-</body>
-</html>
-"""
-_OPTION, _WHOLE = re.compile(r"--[\w-]+"), r'<span class="whole">\g<0></span>'  # not broken after its hyphens
-_MANY = 40  # rows, that not everybody wants to scroll past
-_KEY = (
-    '<p class="soft key"><span><i class="before"></i>before</span><span><i class="after"></i>after</span>'
-    '<span><i class="grown"></i>after, where it is greater</span></p>'
-)
+# Charts. The drawing stretches to the width of the screen or of the paper; the text around it is HTML and does not.
+_HEIGHT = 100
+_HEADROOM = 1.04
+_WIDTHS, _LONG_WIDTHS = (0.9, 0.6), (1, 1)  # of the bars before and after; narrower ones fade where there are many
+_MIN_PLACES = 8  # so that a small network's bars are not too wide
+_MAX_DEPTH = 4  # names of modules that make up the name of a stage
+_LONG = 100  # layers: from here on a chart takes the whole width of the page
+# Widths in pixels: of a letter, and the smallest of a chart on a phone, of one beside another, and of one alone.
+_LETTER, _PHONE, _HALF, _WHOLE = 6.8, 270, 420, 850
 
 
-def page(comparison: Comparison) -> str:
-    """The page: totals, charts, every replaced convolution before and after, every other one with the reason."""
-    sections = (_head, _cards, _notes, _charts, _changed, _one_sided, _left_alone, _others)
-    body = "\n".join(part for section in sections if (part := section(comparison)))
-    style = resources.files("ddf_convert.report").joinpath("page.css").read_text(encoding="utf-8")
-    title = f"{comparison.model}: decoupled dynamic filters"
-    return _PAGE.format(title=escape(title), style=style, body=body, footer=_footer(comparison))
-
-
-def _head(comparison: Comparison) -> str:
-    replaced = groups.changed(comparison) and groups.verb(comparison) == "replaced"
-    ddf = " with decoupled dynamic filters" if replaced else ""
-    sizes = "&thinsp;&times;&thinsp;".join(map(str, comparison.input_size))
+def page(comparison: ComparisonData) -> str:
+    """Returns the page: totals, charts, every changed layer before and after, every other one with its reason."""
+    changed, left_alone, layers = comparison.changed, comparison.left_alone, comparison.layers
+    reasons = Counter(f"{layer.kind}: {layer.reason}" for layer in left_alone).most_common()
+    known = measured(layers)
     return (
-        f"<h1>{escape(comparison.model)}{ddf}</h1>\n"
-        f'<p class="soft">{groups.headline(comparison)}.'
-        f' All numbers are for one <span class="whole">{sizes}</span> input.</p>'
-    )
-
-
-def _cards(comparison: Comparison) -> str:
-    cards = (_card(measure, measure.of(comparison.before), measure.of(comparison.after)) for measure in MEASURES)
-    return f'<div class="cards">{"".join(cards)}</div>'
-
-
-def _card(measure: Measure, before: float | None, after: float | None) -> str:
-    if before is None or after is None:
-        value = '<div class="value soft">not measured</div>'
-    elif before == after:
-        value = f'<div class="value">{measure.total(after, 0)}</div><div class="soft">no change</div>'
-    else:
-        direction = "less" if after < before else "more"
-        change = units.change(before, after).replace("-", "&minus;")
-        value = (
-            f'<div class="value"><span class="whole">{measure.total(after, before)}</span>'
-            f' <span class="change whole {direction}">{change}</span></div>'
-            f'<div class="soft">from {measure.total(before, 0)}</div>{_bars(before, after, max(before, after))}'
+        _templates()
+        .get_template("page.html.jinja")
+        .render(
+            comparison=comparison,
+            all_measures=MEASURES,
+            charts=[(measure.heading, _chart(layers, measure) if measure in known else None) for measure in MEASURES],
+            long_charts=len(layers) > _LONG,
+            changed=changed,
+            left_alone=left_alone,
+            others=comparison.others,
+            shared_remarks=_shared_remarks(changed),
+            # One scale for each column, so that bars can be compared down the page.
+            widest={
+                measure: max(measure.of(cost) or 0 for layer in changed for cost in (layer.before, layer.after))
+                for measure in measured(changed)
+            },
+            frequent_reasons=reasons if len(left_alone) > _MANY_ROWS else None,
+            made_by=f"ddf_convert {__version__}, torch {torch.__version__}, timm {timm.__version__}.",
         )
-    return f'<div class="card"><h3>{measure.heading}</h3>{value}</div>'
-
-
-def _notes(comparison: Comparison) -> str:
-    grown = groups.grown(comparison)
-    machine = f" Latency is the median of one forward pass on {comparison.machine}." if comparison.machine else ""
-    notes = "".join(f"<li>{_OPTION.sub(_WHOLE, escape(note))}</li>" for note in comparison.notes)
-    parts = (
-        f'<p class="more">{escape(grown)}</p>' if grown else "",
-        f'<ul class="notes">{notes}</ul>' if notes else "",
-        f'<p class="soft">{units.NOTE}{escape(machine)}</p>',
-    )
-    return "\n".join(part for part in parts if part)
-
-
-def _charts(comparison: Comparison) -> str:
-    if not comparison.layers:
-        return ""
-    charts = "\n".join(_chart(measure, comparison.layers) for measure in MEASURES)
-    what = groups.noun(comparison.layers)
-    long = " long" if is_long(comparison.layers) else ""
-    return (
-        f'<h2>Along the depth</h2>\n<p class="soft">Every {what}, in the order of the forward pass.</p>{_KEY}\n'
-        f'<div class="charts{long}">\n{charts}\n</div>'
     )
 
 
-def _chart(measure: Measure, layers: Sequence[Layer]) -> str:
-    drawn = '<p class="soft">not measured: fewer MACs are not by themselves faster</p>'
-    if _known(measure, layers):
-        drawn = chart(layers, measure)
-    return f'<figure class="chart"><figcaption>{measure.heading}</figcaption>\n{drawn}</figure>'
+def chart(layers: Sequence[Layer], measure: Measure) -> str:
+    """Returns one measure of every layer as HTML with an inline SVG: for each layer a bar before and one after."""
+    return _templates().get_template("chart.html.jinja").render(chart=_chart(layers, measure))
 
 
-def _changed(comparison: Comparison) -> str:
-    layers = groups.changed(comparison)
-    if not layers:
-        return f"<h2>No {groups.noun(comparison.layers)} is replaced</h2>"
-    shown = [measure for measure in MEASURES if _known(measure, layers)]
-    # One scale for each column, so that the bars can be compared down the page.
-    widest = {
-        measure: max(measure.of(cost) or 0 for layer in layers for cost in (layer.before, layer.after))
-        for measure in shown
+@functools.cache
+def _templates() -> Environment:
+    environment = Environment(
+        loader=PackageLoader("ddf_convert.report"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"breakable": _breakable, "unbroken_options": _unbroken_options}
+    environment.globals |= {
+        "change": lambda before, after: units.change(before, after).replace("-", "\N{MINUS SIGN}"),
+        "count_kinds": count_kinds,
+        "measured": measured,
+        "noun": noun,
+        "remarks": _remarks,
+        "units_note": units.NOTE,
     }
-    shared = set.intersection(*(set(_words(layer)) for layer in layers))
-    above = "".join(f'<p class="soft">{escape(text)}</p>' for text in _words(layers[0]) if text in shared)
-    rows = "\n".join(
-        f"<tr><td>{_named(layer)}</td>"
-        f"<td><strong>{escape(groups.becomes(layer))}</strong>{_why(layer, shared)}</td>"
-        f"{''.join(_cost(layer, measure, widest[measure]) for measure in shown)}</tr>"
-        for layer in layers
+    return environment
+
+
+def _breakable(path: str) -> Markup:
+    """Lets a module's path break after a dot or an underscore, and nowhere else."""
+    return escape(path).replace(".", Markup(".<wbr>")).replace("_", Markup("_<wbr>"))
+
+
+def _unbroken_options(text: str) -> Markup:
+    """Keeps the command line's options from breaking after their hyphens."""
+    return Markup(_OPTION.sub(r'<span class="whole">\g<0></span>', str(escape(text))))
+
+
+def _remarks(layer: Layer) -> dict[str, str]:
+    """The reason without the kind that stands above it, and the caution; each with its style."""
+    reason = layer.reason.removeprefix(f"{layer.becomes}: ").removeprefix(f"{layer.becomes} alone: ")
+    remarks = {reason: "soft", layer.caution: "more"}
+    return {text: style for text, style in remarks.items() if text}
+
+
+def _shared_remarks(layers: Sequence[Layer]) -> list[str]:
+    """Remarks that hold for all layers: the page shows them once."""
+    return [text for text in _remarks(layers[0]) if all(text in _remarks(layer) for layer in layers)] if layers else []
+
+
+# --- charts -----------------------------------------------------------------------------------------------------------
+
+
+class _Tick(NamedTuple):
+    height: float
+    text: str
+
+
+class _Bar(NamedTuple):
+    style: str
+    x: float
+    width: float
+    height: float
+
+
+class _LayerBars(NamedTuple):
+    title: str
+    bars: list[_Bar]
+
+
+class _Stage(NamedTuple):
+    """Consecutive layers in one part of the network."""
+
+    name: str
+    start: int
+    stop: int
+    fits_phone: bool = False
+
+    def fits(self, layer_pixels: float) -> bool:
+        """Whether its name fits under its layers."""
+        return (self.stop - self.start) * layer_pixels >= _LETTER * (len(self.name) + 1)
+
+
+class _Chart(NamedTuple):
+    label: str
+    places: int
+    height: int
+    ticks: list[_Tick]
+    layers: list[_LayerBars]
+    stages: list[_Stage]
+
+
+def _chart(layers: Sequence[Layer], measure: Measure) -> _Chart:
+    values = (measure.of(cost) for layer in layers for cost in (layer.before, layer.after))
+    greatest = max((value for value in values if value is not None), default=0)
+    scale = _HEIGHT / (greatest * _HEADROOM) if greatest else 0
+    places = max(len(layers), _MIN_PLACES)
+    long = len(layers) > _LONG
+    widths = _LONG_WIDTHS if long else _WIDTHS
+    return _Chart(
+        label=f"{measure.heading} of each of {count_layers(layers)}, before and after",
+        places=places,
+        height=_HEIGHT,
+        ticks=[_Tick(scale * value, text) for value, text in measure.axis(greatest)],
+        layers=[_layer_bars(place, layer, measure, scale, widths) for place, layer in enumerate(layers)],
+        stages=_readable_stages(
+            [layer.name for layer in layers], _PHONE / places, (_WHOLE if long else _HALF) / places
+        ),
     )
-    heads = (groups.noun(layers).capitalize(), "Becomes", *(measure.heading for measure in shown))
-    return f"<h2>{groups.verb(comparison).capitalize()}: {len(layers)}</h2>{above}{_KEY}\n{_table(heads, rows)}"
 
 
-def _words(layer: Layer) -> dict[str, str]:
-    """The reason without what stands above it already, and what is to be kept in mind; each with its style."""
-    reason = layer.reason.removeprefix(f"{groups.becomes(layer)}: ").removeprefix(f"{groups.becomes(layer)} alone: ")
-    words = {reason: "soft", layer.caution: "more"}
-    return {text: style for text, style in words.items() if text}
-
-
-def _why(layer: Layer, shared: set[str]) -> str:
-    """What is to be said of this layer and not of all."""
-    words = _words(layer).items()
-    return "".join(f'<br><span class="{style}">{escape(text)}</span>' for text, style in words if text not in shared)
-
-
-def _one_sided(comparison: Comparison) -> str:
-    sides = (("before", groups.only_before(comparison)), ("after", groups.only_after(comparison)))
-    return "\n".join(f"<h2>Only {where}: {len(layers)}</h2>\n{_plain(layers)}" for where, layers in sides if layers)
-
-
-def _left_alone(comparison: Comparison) -> str:
-    layers = groups.left_alone(comparison)
-    if not layers:
-        return ""
-    table = _plain(layers)
-    if len(layers) > _MANY:
-        reasons = Counter(f"{layer.kind}: {layer.reason}" for layer in layers).most_common()
-        items = "".join(f"<li>{number} {escape(reason)}</li>" for reason, number in reasons)
-        table = f'<ul class="notes">{items}</ul>\n<details><summary>One by one</summary>\n{table}</details>'
-    return f"<h2>Left alone: {len(layers)}</h2>\n{table}"
-
-
-def _others(comparison: Comparison) -> str:
-    layers = groups.others(comparison)
-    if not layers:
-        return ""
-    words = f"Other {groups.noun(layers)}s left alone: {len(layers)} ({escape(groups.counted(layers))})"
-    return f"<details><summary>{words}</summary>\n{_plain(layers)}</details>"
-
-
-def _plain(layers: list[Layer]) -> str:
-    """Layers that cost the same before and after, or that only one of the models has."""
-    shown = [measure for measure in MEASURES if _known(measure, layers)]
-    why = any(layer.reason for layer in layers)
-    rows = "\n".join(
-        f'<tr><td>{_named(layer)}</td><td class="kind">{escape(layer.kind)}</td>'
-        f"{f'<td>{escape(layer.reason)}</td>' if why else ''}"
-        f"{''.join(_number(layer, measure) for measure in shown)}</tr>"
-        for layer in layers
-    )
-    heads = (groups.noun(layers).capitalize(), "Kind", *(["Why"] if why else []))
-    return _table((*heads, *(measure.heading for measure in shown)), rows)
-
-
-def _known(measure: Measure, layers: Sequence[Layer]) -> bool:
-    return any(measure.of(cost) is not None for layer in layers for cost in (layer.before, layer.after))
-
-
-def _table(heads: Iterable[str], rows: str) -> str:
-    cells = "".join(f"<th>{head}</th>" for head in heads)
-    return f'<div class="scroll"><table><thead><tr>{cells}</tr></thead><tbody>\n{rows}\n</tbody></table></div>'
-
-
-def _named(layer: Layer) -> str:
-    calls = f' <span class="soft">called {layer.calls} times</span>' if layer.calls > 1 else ""
-    # A path may be broken after a dot or an underscore, and nowhere else.
-    name = escape(layer.name).replace(".", ".<wbr>").replace("_", "_<wbr>")
-    return f"<code>{name}</code>{calls}"
-
-
-def _cost(layer: Layer, measure: Measure, widest: float) -> str:
+def _layer_bars(place: int, layer: Layer, measure: Measure, scale: float, widths: tuple[float, float]) -> _LayerBars:
+    """The smaller bar stands in front of the greater one, so that the difference shows."""
     before, after = measure.of(layer.before), measure.of(layer.after)
-    if before is None or after is None:
-        return f'<td class="cost soft" data-head="{measure.heading}">not measured</td>'
-    new = measure.short(after)
-    shown = f'<span class="more">{new}</span>' if groups.grew(layer, measure) else new
-    return (
-        f'<td class="cost" data-head="{measure.heading}"><span>{measure.short(before)} &rarr;</span>'
-        f" <span>{shown}</span>{_bars(before, after, widest)}</td>"
-    )
+    numbers = [measure.short(value) for value in (before, after) if value is not None]
+    grew = layer.grew(measure)
+    styled = [("before", before or 0, widths[0]), ("grown" if grew else "after", after or 0, widths[1])]
+    bars = [
+        _Bar(style, place + (1 - width) / 2, width, scale * value)
+        for style, value, width in (reversed(styled) if grew else styled)
+        if value
+    ]
+    return _LayerBars(f"{layer.name}: {' → '.join(numbers)}", bars)
 
 
-def _number(layer: Layer, measure: Measure) -> str:
-    number = measure.of(layer.before or layer.after)
-    return f'<td class="number" data-head="{measure.heading}">{"" if number is None else measure.short(number)}</td>'
+def _readable_stages(names: Sequence[str], phone_pixels: float, screen_pixels: float) -> list[_Stage]:
+    """The stages whose names can be read, at the depth of the module tree that leaves most of them.
+
+    Args:
+        names: Paths of the layers.
+        phone_pixels: Width of one layer on a phone.
+        screen_pixels: Width of one layer on a screen.
+    """
+
+    def readable(stages: list[_Stage]) -> tuple[int, int]:
+        return sum(stage.fits(phone_pixels) for stage in stages), sum(stage.fits(screen_pixels) for stage in stages)
+
+    best = max((_stages(names, depth) for depth in range(1, _MAX_DEPTH + 1)), key=readable)
+    return [stage._replace(fits_phone=stage.fits(phone_pixels)) for stage in best if stage.fits(screen_pixels)]
 
 
-def _bars(before: float, after: float, widest: float) -> str:
-    return "".join(
-        f'<div class="bar {name}" style="width:{100 * value / (widest or 1):.1f}%"></div>'
-        for name, value in (("before", before), ("grown" if after > before else "after", after))
-    )
-
-
-def _footer(comparison: Comparison) -> str:
-    made_by = f"ddf_convert {__version__}, torch {escape(torch.__version__)}, timm {escape(timm.__version__)}."
-    options = (
-        ", ".join(f"{name} {value}" for name, value in config.model_dump(mode="json").items())
-        for config in comparison.configs
-    )
-    return made_by + "".join(f" Options: {escape(words)}." for words in options)
+def _stages(names: Sequence[str], depth: int) -> list[_Stage]:
+    """The parts of the network at one depth of its module tree, without what all their names begin with."""
+    stages, start = [], 0
+    for part, run in groupby(tuple(name.split(".")[:depth]) for name in names):
+        stop = start + len(list(run))
+        stages.append((part, start, stop))
+        start = stop
+    parts = [part for part, _, _ in stages]
+    common = 0
+    while len(parts) > 1 and all(len(part) > common + 1 and part[common] == parts[0][common] for part in parts):
+        common += 1
+    return [_Stage(".".join(part[common:]), start, stop) for part, start, stop in stages]

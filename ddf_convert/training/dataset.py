@@ -40,6 +40,8 @@ Split: TypeAlias = Literal["train", "validation"]
 OnBroken: TypeAlias = Literal["stop", "skip"]
 Sample: TypeAlias = tuple[str | None, int | None]  # file and label, as far as they are known without reading it
 
+_Classes: TypeAlias = tuple[str, ...] | None  # their names, by label; None if they are unknown
+
 NO_LABEL = -1
 _SPLIT_FOLDERS: dict[str, tuple[str, ...]] = {"train": ("train",), "validation": ("val", "valid", "validation", "test")}
 _TIMM_PREFIXES = ("torch", "hfds", "hfids", "tfds", "wds")
@@ -161,40 +163,37 @@ def open_images(
     """
     prefix = data.partition("/")[0].lower() if "/" in data else ""
     if os.path.isdir(data):
-        images = _from_folder(Path(data), split, labeled, on_broken, undivided)
+        source, classes = _from_folder(Path(data), split, labeled, undivided)
     elif os.path.exists(data):
         raise UsageError(f"{data} is a file; give the folder that the images are in")
     else:
         with contextlib.redirect_stdout(sys.stderr):  # what data sets print must not mix with the output of a command
             if prefix in _TIMM_PREFIXES:
-                images = _from_timm(data, split, labeled, on_broken)
+                source, classes = _from_timm(data, split, labeled)
             elif ":" in data:
-                images = _from_callable(data, split, labeled, on_broken, undivided)
+                source, classes = _from_callable(data, split, labeled, undivided, check_first=on_broken == "stop")
             else:
                 raise UsageError(
                     f"{data}: no such folder; give a folder, a timm data set such as torch/cifar10, or module:callable"
                 )
-    if not len(images):
+    if not len(source):
         raise UsageError(f"{data} is empty: its {split} part has no images")
-    return images
+    root = Path(data) if os.path.isdir(data) else None
+    return ImageDataset(source, classes if labeled else None, labeled, on_broken, root=root)
 
 
-def random_split(
-    images: ImageDataset, fraction: float = 0.1, at_most: int | None = None, seed: int = 0
-) -> tuple[ImageDataset, ImageDataset]:
+def random_split(images: ImageDataset, fraction: float = 0.1, seed: int = 0) -> tuple[ImageDataset, ImageDataset]:
     """Splits images into training and validation at random, the same way every time.
 
     Args:
         images: The images.
         fraction: For validation; at least one image.
-        at_most: Images for validation; None is no limit.
         seed: Of the choice.
 
     Raises:
         UsageError: Nothing would be left to train with.
     """
     count = max(1, round(len(images) * fraction))
-    count = count if at_most is None else min(count, at_most)
     if count >= len(images):
         raise UsageError(f"{len(images)} images are too few to hold {count} out for validation; give more")
     # seed_for without counters: no epoch has this seed
@@ -288,7 +287,7 @@ def _reason(error: Exception) -> str:
     return (error.strerror if isinstance(error, OSError) else None) or first_line(error)
 
 
-def _from_folder(folder: Path, split: Split, labeled: bool, on_broken: OnBroken, undivided: bool) -> ImageDataset:
+def _from_folder(folder: Path, split: Split, labeled: bool, undivided: bool) -> tuple[_Source, _Classes]:
     splits = _split_folders(folder)
     own = next((splits[name] for name in _SPLIT_FOLDERS[split] if name in splits), None)
     if splits and own is None:
@@ -301,7 +300,7 @@ def _from_folder(folder: Path, split: Split, labeled: bool, on_broken: OnBroken,
     if not files:
         raise UsageError(f"{chosen}: no images below it ({', '.join(IMG_EXTENSIONS)})")
     if not labeled:
-        return ImageDataset(_Files(files, [NO_LABEL] * len(files)), None, False, on_broken, root=folder)
+        return _Files(files, [NO_LABEL] * len(files)), None
     # The classes of the training split number the labels of every split.
     train = splits.get("train", chosen)
     classes = _subfolders(train)
@@ -312,7 +311,7 @@ def _from_folder(folder: Path, split: Split, labeled: bool, on_broken: OnBroken,
         )
     if len(classes) == 1:
         raise UsageError(f"{train} has one class only, {classes[0]}/; there is nothing to tell apart")
-    return ImageDataset(_labeled_files(chosen, files, classes), tuple(classes), True, on_broken, root=folder)
+    return _labeled_files(chosen, files, classes), tuple(classes)
 
 
 def _labeled_files(folder: Path, files: list[str], classes: list[str]) -> _Files:
@@ -355,7 +354,7 @@ def _image_files(folder: Path) -> list[str]:
     return [file for file, _ in found if not any(part.startswith(".") for part in Path(file).relative_to(folder).parts)]
 
 
-def _from_timm(data: str, split: Split, labeled: bool, on_broken: OnBroken) -> ImageDataset:
+def _from_timm(data: str, split: Split, labeled: bool) -> tuple[_Source, _Classes]:
     name, _, root = data.partition("@")
     prefix = name.partition("/")[0].lower()
     if prefix in _STREAMS:
@@ -382,10 +381,12 @@ def _from_timm(data: str, split: Split, labeled: bool, on_broken: OnBroken) -> I
     # The data set around a reader would silently replace broken images by others.
     reader = getattr(dataset, "reader", None)
     source = _Items(dataset, data, labeled) if reader is None else _Reader(reader, data, labeled)
-    return ImageDataset(source, _class_names(source.dataset) if labeled else None, labeled, on_broken)
+    return source, _class_names(source.dataset)
 
 
-def _from_callable(data: str, split: Split, labeled: bool, on_broken: OnBroken, undivided: bool) -> ImageDataset:
+def _from_callable(
+    data: str, split: Split, labeled: bool, undivided: bool, check_first: bool
+) -> tuple[_Source, _Classes]:
     function = find_callable(data, "a torch Dataset")
     if isinstance(function, Dataset):
         raise UsageError(f"{data} is a data set, not a callable that returns one; write a function that makes it")
@@ -401,10 +402,9 @@ def _from_callable(data: str, split: Split, labeled: bool, on_broken: OnBroken, 
     if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__getitem__") and hasattr(dataset, "__len__")):
         raise UsageError(f"{data}() returned {type(dataset).__name__}, not a torch Dataset with a length and items")
     source = _Items(dataset, data, labeled)
-    if len(source):
-        with contextlib.suppress(Exception) if on_broken == "skip" else contextlib.nullcontext():
-            source.load(0)
-    return ImageDataset(source, _class_names(dataset) if labeled else None, labeled, on_broken)
+    if len(source) and check_first:
+        source.load(0)
+    return source, _class_names(dataset)
 
 
 def _class_names(dataset: Any) -> tuple[str, ...] | None:

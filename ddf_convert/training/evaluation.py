@@ -1,4 +1,4 @@
-"""How good a model is on images: every image counts once, whatever the number of processes."""
+"""Evaluation on images: every image counts once, whatever the number of processes."""
 
 from __future__ import annotations
 
@@ -23,28 +23,29 @@ from ddf_convert.utils.capture import captured_outputs
 from ddf_convert.utils.modules import evaluating
 
 Batch = tuple[Tensor, Tensor]
+_FIGURES = ("loss", "top1", "top5", "agreement", "divergence")
 _PARTS = ("task_loss", "logits_loss", "features_loss")
 
 
 class Batches(Sized, Protocol):
-    """Images (B, C, H, W) and labels (B,), those of this process."""
+    """Batches of one process: images (B, C, H, W) and labels (B,)."""
 
     def __iter__(self) -> Iterator[Batch]: ...
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What was measured, over the images of all processes. What does not apply is None.
+    """The figures of an evaluation over the images of all processes; None where one does not apply.
 
     Attributes:
-        images: How many.
-        loss: Cross-entropy, if the labels count; else what the recipe minimizes.
-        top1: Fraction whose label has the highest score.
-        top5: Fraction whose label is among the five highest, of more than five.
-        agreement: Fraction whose highest score is also the original's.
-        divergence: Kullback-Leibler divergence from the original's class probabilities, the same whatever the recipe.
-        parts: The parts of what the recipe minimizes, without their weights.
-        seconds: It took.
+        images: Number of images.
+        loss: Cross-entropy if the losses need labels; otherwise the recipe's loss.
+        top1: Fraction of images whose label has the highest score.
+        top5: Fraction of images whose label is among the five highest scores, with more than five classes.
+        agreement: Fraction of images with the same highest score as the original.
+        divergence: Kullback-Leibler divergence from the original's class probabilities, whatever the recipe's losses.
+        parts: The parts of the recipe's loss, unweighted.
+        seconds: Time taken.
     """
 
     images: int
@@ -58,19 +59,20 @@ class Evaluation:
 
     @property
     def images_per_s(self) -> float:
-        """Of all processes."""
+        """Images a second, of all processes together."""
         return self.images / max(self.seconds, 1e-9)
 
     @property
     def rank(self) -> tuple[float, float]:
-        """The higher the better: accuracy if there are labels, else agreement with the original; then a distance.
+        """The key by which evaluations are compared; higher is better.
 
-        The distance is one that stages with different losses have in common.
+        First comes the accuracy, or without labels the agreement with the original. Then comes a distance that stages
+        with different losses have in common.
         """
-        first = self.top1 if self.top1 is not None else self.agreement
+        accuracy = self.top1 if self.top1 is not None else self.agreement
         distances = (self.divergence, self.parts.get("features_loss"), self.loss)
-        distance = next((each for each in distances if each is not None), None)
-        return (-1.0 if first is None else first, _downwards(distance))
+        distance = next((each for each in distances if each is not None), math.nan)
+        return (-1.0 if accuracy is None else accuracy, -math.inf if math.isnan(distance) else -distance)
 
 
 @dataclass(frozen=True)
@@ -78,12 +80,12 @@ class EvaluationSettings:
     """How to evaluate.
 
     Attributes:
-        processes: That share the images.
-        labeled: Whether the labels mean anything.
-        amp: Autocast's dtype.
+        processes: The processes that share the images.
+        labeled: Whether there are labels.
+        amp: dtype of autocast.
         memory_format: Of the images.
-        batch_size: Images at a time, for the words of an error.
-        stop: Whether this process was asked to stop; looked at after every batch.
+        batch_size: Images at a time, for errors.
+        stop: Whether this process was asked to stop; called after every batch.
     """
 
     processes: Processes
@@ -106,22 +108,22 @@ def evaluate(
     teacher: nn.Module | None = None,
     progress: Progress | None = None,
 ) -> Evaluation:
-    """Measures a model.
+    """Evaluates a model, in evaluation mode meanwhile.
 
     Args:
-        model: The model; in evaluation mode meanwhile, and then as it was.
+        model: The model.
         batches: Those of this process; the processes may have different numbers of them.
         settings: How.
-        objective: What the recipe minimizes, of this model, to be measured too where it learns from the original.
-        teacher: The original, to be compared with.
-        progress: Told of every batch.
+        objective: The recipe's losses of this model, which are evaluated too if they need the original.
+        teacher: The original, to compare with.
+        progress: Shows every batch.
 
     Raises:
         Stopped: A process was asked to stop.
         UsageError: A label is none of the model's classes.
         DDFError: Memory ran out.
     """
-    told = progress or Progress()
+    progress = progress or Progress()
     processes = settings.processes
     sums = _Sums(processes.device)
     rounds = int(max(count.item() for count in processes.gathered(torch.tensor([len(batches)]))))
@@ -130,7 +132,7 @@ def evaluate(
     with (
         evaluating(*(each for each in (model, objective) if each is not None)),
         torch.no_grad(),
-        told.counting("evaluating", rounds),
+        progress.counting("evaluating", rounds),
         memory_explained(settings.batch_size),
     ):
         for _ in range(rounds):
@@ -139,29 +141,25 @@ def evaluate(
                 _measure(sums, model, batch, settings, objective, teacher)
             if processes.any(settings.stop()):
                 raise Stopped
-            told.step()
-    figures = sums.over(processes)
+            progress.step()
+    images, means = sums.means(processes)
     return Evaluation(
-        images=int(figures.pop("images", 0.0)),
-        loss=figures.pop("loss", None),
-        top1=figures.pop("top1", None),
-        top5=figures.pop("top5", None),
-        agreement=figures.pop("agreement", None),
-        divergence=figures.pop("divergence", None),
-        parts=figures,
+        images=images,
+        **{name: means.get(name) for name in _FIGURES},
+        parts={name: means[name] for name in _PARTS if name in means},
         seconds=time.perf_counter() - began,
     )
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Finds labels that a model cannot give: of data that do not say how many classes they have.
+    """Checks that labels are classes of a model, for data that do not list their classes.
 
     Args:
-        labels: On the CPU, where looking at them is free.
-        classes: Of the model.
+        labels: On the CPU, so that nothing waits for a GPU.
+        classes: Number of classes of the model.
 
     Raises:
-        UsageError: There is one.
+        UsageError: One is not.
     """
     if len(labels) and (highest := int(labels.max())) >= classes:
         raise UsageError(
@@ -171,24 +169,23 @@ def check_labels(labels: Tensor, classes: int) -> None:
 
 
 class _Sums:
-    """Sums over images, kept on the device until the end."""
+    """Sums over images, on the device until the end."""
 
-    names = ("images", "loss", "top1", "top5", "agreement", "divergence", *_PARTS)
+    names = ("images", *_FIGURES, *_PARTS)
 
     def __init__(self, device: torch.device) -> None:
-        self._sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)  # value, and how often counted
+        self._sums = torch.zeros(len(self.names), 2, dtype=torch.float64, device=device)  # value, number of images
 
     def add(self, name: str, value: Tensor | float, images: int) -> None:
         row = self._sums[self.names.index(name)]
         row[0] += torch.as_tensor(value, device=row.device).double() * images
         row[1] += images
 
-    def over(self, processes: Processes) -> dict[str, float]:
-        """Means over all images, and their number."""
+    def means(self, processes: Processes) -> tuple[int, dict[str, float]]:
+        """Returns the number of images of all processes, and the means over them."""
         sums = processes.total(self._sums).tolist()
-        figures = {name: value / count for name, (value, count) in zip(self.names, sums, strict=True) if count}
-        figures["images"] = sums[0][1]
-        return figures
+        means = {name: value / count for name, (value, count) in zip(self.names, sums, strict=True) if count}
+        return int(sums[0][1]), means
 
 
 def _measure(
@@ -233,8 +230,3 @@ def _measure(
     if isinstance(expected, Tensor) and expected.shape == output.shape:
         sums.add("agreement", (output.argmax(1) == expected.argmax(1)).double().mean(), count)
         sums.add("divergence", divergence(output, expected), count)
-
-
-def _downwards(distance: float | None) -> float:
-    """For the comparison: nothing, and no number, are the worst."""
-    return -distance if distance is not None and not math.isnan(distance) else -math.inf

@@ -137,7 +137,7 @@ def _line(entry: Entry) -> bytes:
 
 
 def spaced(count: int, at_most: int) -> list[int]:
-    """Returns evenly spaced indices, at most so many."""
+    """Returns at most ``at_most`` evenly spaced indices below ``count``."""
     chosen = min(count, at_most)
     return [index * count // chosen for index in range(chosen)]
 

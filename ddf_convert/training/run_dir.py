@@ -33,6 +33,7 @@ from ddf_convert.training.damaged import set_aside
 from ddf_convert.training.distributed import Processes
 from ddf_convert.training.fingerprint import Entry
 from ddf_convert.training.logs import Log, Row
+from ddf_convert.utils.logging import logger_level
 
 BEST, LAST = "best", "last"
 _RECIPE, _SETTINGS, _CURVES = "recipe.yaml", "settings.json", "curves.png"
@@ -229,14 +230,8 @@ def is_empty(path: Path) -> bool:
 @contextlib.contextmanager
 def told_by_one(processes: Processes) -> Iterator[None]:
     """A context in which warnings about what all processes see come from the first one alone."""
-    logger = logging.getLogger("ddf_convert")
-    before = logger.level
-    if not processes.is_main:
-        logger.setLevel(logging.ERROR)
-    try:
+    with contextlib.nullcontext() if processes.is_main else logger_level(logging.ERROR, "ddf_convert"):
         yield
-    finally:
-        logger.setLevel(before)
 
 
 def _is_whole(folder: Path) -> bool:

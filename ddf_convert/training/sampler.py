@@ -48,23 +48,20 @@ def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
         seed: From 0 to 2**63 - 1.
         device: If it is a CUDA device, its generator is seeded too.
     """
-    cuda = device if device is not None and device.type == "cuda" else None
-    torch_state, numpy_state, python_state = torch.get_rng_state(), np.random.get_state(), random.getstate()
-    cuda_state = None if cuda is None else torch.cuda.get_rng_state(cuda)
-    try:
-        torch.default_generator.manual_seed(seed)
-        np.random.seed((seed & 0xFFFFFFFF, seed >> 32))
-        random.seed(seed)
-        if cuda is not None:
-            with torch.cuda.device(cuda):
-                torch.cuda.manual_seed(seed)
-        yield
-    finally:
-        torch.set_rng_state(torch_state)
-        np.random.set_state(numpy_state)
-        random.setstate(python_state)
-        if cuda is not None and cuda_state is not None:
-            torch.cuda.set_rng_state(cuda_state, cuda)
+    numpy_state, python_state = np.random.get_state(), random.getstate()
+    cuda = [device] if device is not None and device.type == "cuda" else []
+    with torch.random.fork_rng(cuda):
+        try:
+            torch.default_generator.manual_seed(seed)
+            np.random.seed((seed & 0xFFFFFFFF, seed >> 32))
+            random.seed(seed)
+            for each in cuda:
+                with torch.cuda.device(each):
+                    torch.cuda.manual_seed(seed)
+            yield
+        finally:
+            np.random.set_state(numpy_state)
+            random.setstate(python_state)
 
 
 EpochPosition: TypeAlias = tuple[int, int]  # an epoch, and an index into its permutation

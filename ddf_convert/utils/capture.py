@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from ddf_convert.errors import UsageError
 
@@ -44,41 +45,36 @@ def captured_outputs(*modules: nn.Module) -> Iterator[list[Any]]:
 
 @torch.no_grad()
 def first_input(model: nn.Module, module: nn.Module, images: Tensor) -> Tensor:
-    """The input of a module at its first call; the model runs no further.
+    """Returns the input of a module at its first call; the model runs no further.
 
     Raises:
         UsageError: The module is not called.
     """
-
-    def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
-        inputs.append(args[0].detach())
-        raise _Stop
-
-    inputs: list[Tensor] = []
-    with forward_pre_hooks([(module, stop)]):
-        return _run_until_stopped(model, images, inputs)
+    args: tuple[Tensor, ...] = _run_until(module.register_forward_pre_hook, model, images)
+    return args[0].detach()
 
 
 @torch.no_grad()
 def first_output(model: nn.Module, module: nn.Module, images: Tensor) -> Tensor:
-    """The output of a module at its first call; the model runs no further.
+    """Returns the output of a module at its first call; the model runs no further.
 
     Raises:
         UsageError: The module is not called.
     """
+    output: Tensor = _run_until(module.register_forward_hook, model, images)
+    return output.detach()
 
-    def stop(_module: nn.Module, _args: tuple[Tensor, ...], output: Tensor) -> None:
-        outputs.append(output.detach())
+
+def _run_until(register: Callable[[Callable[..., Any]], RemovableHandle], model: nn.Module, images: Tensor) -> Any:
+    """Runs a model until a hook is called, and returns the hook's last argument: the inputs or the output."""
+    captured: list[Any] = []
+
+    def stop(*arguments: Any) -> None:
+        captured.append(arguments[-1])
         raise _Stop
 
-    outputs: list[Tensor] = []
-    with forward_hooks([(module, stop)]):
-        return _run_until_stopped(model, images, outputs)
-
-
-def _run_until_stopped(model: nn.Module, images: Tensor, captured: list[Tensor]) -> Tensor:
-    try:
+    with register(stop), suppress(_Stop):
         model(images)
-    except _Stop:
-        return captured[0]
-    raise UsageError("a replaced layer was not called while the model ran on the images")
+    if not captured:
+        raise UsageError("a replaced layer was not called while the model ran on the images")
+    return captured[0]

@@ -1,4 +1,4 @@
-"""The machine in words, for whoever reads what was measured on it."""
+"""Devices by name, and the machine in words for readers of measurements."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ from ddf_convert.errors import UsageError
 
 
 def choose(name: str | None, index: int | None = None, use: str = "measured") -> torch.device:
-    """The device of this name; without one, the GPU if torch finds one, else the CPU.
+    """Returns the device of this name; without one, the GPU if torch finds one, else the CPU.
 
     Args:
-        name: "cpu", "cuda" or "cuda:N"; None is whatever there is.
-        index: Of the GPU, where the name does not say; None is torch's current one.
-        use: What it is for, in the words of an error.
+        name: "cpu", "cuda" or "cuda:N"; None for whatever there is.
+        index: The GPU's index where the name has none; None for torch's current one.
+        use: What the device is for, in the words of an error.
 
     Raises:
-        UsageError: The name means nothing, or no such device is here.
+        UsageError: The name means nothing, or there is no such device.
     """
-    asked = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
+    requested = ("cuda" if torch.cuda.is_available() else "cpu") if name is None else name
     try:
-        device = torch.device(asked)
+        device = torch.device(requested)
     except RuntimeError:
         raise UsageError(f"--device {name}: no such device; give cpu, cuda or cuda:N") from None
     if device.type == "cpu":
@@ -38,12 +38,12 @@ def choose(name: str | None, index: int | None = None, use: str = "measured") ->
     own = torch.cuda.current_device() if index is None else index
     chosen = own if device.index is None else device.index
     if chosen >= torch.cuda.device_count():
-        raise UsageError(f"--device {name or asked}: the last GPU here is cuda:{torch.cuda.device_count() - 1}")
+        raise UsageError(f"--device {name or requested}: the last GPU here is cuda:{torch.cuda.device_count() - 1}")
     return torch.device("cuda", chosen)
 
 
 def describe(device: torch.device) -> dict[str, Any]:
-    """The machine in words: processor, versions, and the GPU if that is what is measured."""
+    """Returns facts about the machine: processor, versions, and the GPU if that is the device."""
     machine: dict[str, Any] = {
         "device": device.type,
         "processor": _processor(),
@@ -68,8 +68,8 @@ def describe(device: torch.device) -> dict[str, Any]:
     return machine
 
 
-def called(machine: dict[str, Any]) -> str:
-    """One line for a person, from :func:`describe`."""
+def describe_short(machine: dict[str, Any]) -> str:
+    """Puts the facts of :func:`describe` in one line."""
     if machine["device"] == "cuda":
         return f"{machine['gpu']} ({machine['sm']}), torch {machine['torch']}, cuDNN {machine['cudnn']}"
     threads = "1 thread" if machine["threads"] == 1 else f"{machine['threads']} threads"
@@ -87,10 +87,10 @@ def _processor() -> str:
 def _driver() -> str | None:
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()
     except (OSError, subprocess.SubprocessError):
         return None
-    return found[0].strip() if found else None
+    return lines[0].strip() if lines else None
 
 
 def _version(package: str) -> str | None:

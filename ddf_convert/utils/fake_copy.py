@@ -1,4 +1,4 @@
-"""Copies of models to look at, so that the original is never run: on shapes alone where that is possible."""
+"""Copies of models to run, so that the original never is: on shapes alone where that is possible."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from torch.utils import _pytree
 
 from ddf_convert.errors import UsageError
 from ddf_convert.utils.hooks import copy_hooks, without_global_hooks
+from ddf_convert.utils.logging import logger_level
 
 Watched = TypeVar("Watched")
 
@@ -36,64 +37,64 @@ class Watch(IntEnum):
 
 
 @dataclass(frozen=True)
-class Way:
+class RunMode:
     """How a copy of a module runs.
 
     Attributes:
-        words: What is special about it, after "the model ran"; empty where nothing is.
+        note: What is special about it, after "the model ran"; empty where nothing is.
         watch: What is watched.
         grad: The mode of autograd, as a context.
-        as_used: Parameters keep their requires_grad, and their memory is not the module's.
+        as_used: Parameters keep their requires_grad, and do not share the module's memory.
         training: Modules keep their training mode.
     """
 
-    words: str = ""
+    note: str = ""
     watch: Watch = Watch.EVERYTHING
     grad: Callable[[], AbstractContextManager[Any]] = torch.enable_grad
     as_used: bool = False
     training: bool = False
 
 
-_LOOKED_AT = Way()
-_AS_USED = (
-    Way("with its parameters' own requires_grad", Watch.MODULES, torch.enable_grad, as_used=True),
-    Way("without gradients", Watch.MODULES, torch.no_grad, as_used=True),
-    Way("in inference mode", Watch.MODULES, torch.inference_mode, as_used=True),
-    Way("in training mode", Watch.MODULES, torch.enable_grad, as_used=True, training=True),
+_DEFAULT_MODE = RunMode()
+_MODES_AS_USED = (
+    RunMode("with its parameters' own requires_grad", Watch.MODULES, torch.enable_grad, as_used=True),
+    RunMode("without gradients", Watch.MODULES, torch.no_grad, as_used=True),
+    RunMode("in inference mode", Watch.MODULES, torch.inference_mode, as_used=True),
+    RunMode("in training mode", Watch.MODULES, torch.enable_grad, as_used=True, training=True),
 )
 
 
 @dataclass(frozen=True)
-class Copy:
-    """A copy of a module, in evaluation mode unless its way says otherwise, and the inputs to call it with.
+class ModelCopy:
+    """A copy of a module, in evaluation mode unless its run mode says otherwise, and the inputs to call it with.
 
     Attributes:
-        module: The copy; every floating-point parameter asks for a gradient, unless its way says otherwise.
+        module: The copy; its floating-point parameters require gradients unless the run mode says otherwise.
         args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
-        mode: The mode of fake tensors, if neither module nor inputs have contents.
-        way: How it runs.
+        fake_mode: The mode of fake tensors, if neither module nor inputs have contents.
+        run_mode: How it runs.
     """
 
     module: nn.Module
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    mode: FakeTensorMode | None
-    way: Way = _LOOKED_AT
+    fake_mode: FakeTensorMode | None
+    run_mode: RunMode = _DEFAULT_MODE
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """A context to run the copy in: modes are its way's, whatever the caller's own are; random states stay."""
+        """Sets the modes that the copy runs in, whatever the caller's are, and keeps random states as they are."""
         with ExitStack() as stack:
             stack.enter_context(_quiet())
             stack.enter_context(without_global_hooks())
             stack.enter_context(unchanged_random_states())
             stack.enter_context(torch.inference_mode(False))
-            stack.enter_context(self.way.grad())
+            stack.enter_context(self.run_mode.grad())
             for device in ("cpu", "cuda"):
                 stack.enter_context(torch.autocast(device, dtype=torch.bfloat16, enabled=False))
-            if self.mode is not None:
-                stack.enter_context(self.mode)
+            if self.fake_mode is not None:
+                stack.enter_context(self.fake_mode)
             yield
 
     def run(self) -> Any:
@@ -101,75 +102,75 @@ class Copy:
         return self.module(*self.args, **self.kwargs)
 
 
-class SettledError(UsageError):
-    """A failure of a forward pass that depends on the shapes of its inputs alone."""
+class InputShapeError(UsageError):
+    """A forward pass failed for the shapes of its inputs alone: no other way of running it can succeed."""
 
 
-def watch_a_run(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    watch: Callable[[Copy], AbstractContextManager[Watched]],
-) -> tuple[Copy, Watched]:
+_Watcher = Callable[[ModelCopy], AbstractContextManager[Watched]]
+
+
+def run_watched(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watch: _Watcher[Watched]
+) -> tuple[ModelCopy, Watched]:
     """Runs a copy of a module and watches it: on shapes alone or, if its forward looks at values, on values.
 
-    Some forwards fail because they are watched, or because parameters that are frozen ask for gradients. They run as
-    their users run them, and less of them is watched; the copy's ``way`` says how.
+    Some forwards fail because they are watched, or because frozen parameters require gradients in the copy. They run
+    as their users run them, and less of them is watched: see ``run_mode`` of the copy.
 
     Args:
         module: Any module; it stays as it is.
         args: Positional arguments of its forward; only shapes matter, unless the forward looks at values.
         kwargs: Keyword arguments of its forward.
-        watch: Called with the copy, gives the context to run it in; it watches what ``way.watch`` of the copy allows.
+        watch: Returns the context to run a copy in, which watches what ``run_mode.watch`` allows.
 
     Returns:
-        The copy that ran, and what the context gave.
+        The copy that ran, and what the context yielded.
 
     Raises:
         UsageError: The module has parameters that are not initialized, or cannot be copied.
-        SettledError: The watcher raised it: no other way of running the module can succeed.
+        InputShapeError: The watcher raised it.
         Exception: Whatever its forward raises when it runs as its users run it.
     """
     try:
-        return _watched(fake_copy(module, args, kwargs), watch)
-    except SettledError:
+        return _run(fake_copy(module, args, kwargs), watch)
+    except InputShapeError:
         raise
     except Exception:  # fake tensors refuse what depends on values in many ways; any other fault will recur
         pass
     try:
-        return _watched(real_copy(module, args, kwargs), watch)
+        return _run(real_copy(module, args, kwargs), watch)
     except UsageError:
         raise
     except Exception:
-        return _watched_as_used(module, args, kwargs, watch)
+        return _run_as_used(module, args, kwargs, watch)
 
 
-def _watched_as_used(
-    module: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-    watch: Callable[[Copy], AbstractContextManager[Watched]],
-) -> tuple[Copy, Watched]:
+def _run_as_used(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watch: _Watcher[Watched]
+) -> tuple[ModelCopy, Watched]:
     errors: list[Exception] = []
-    for way in _AS_USED:
-        if way.training and not any(part.training for part in module.modules()):
+    for mode in _MODES_AS_USED:
+        if mode.training and not any(part.training for part in module.modules()):
             continue
         try:
-            ran = _watched(real_copy(module, args, kwargs, way), watch)
+            ran = _run(real_copy(module, args, kwargs, mode), watch)
         except Exception as error:
             errors.append(error)
             continue
         try:
-            return _watched(real_copy(module, args, kwargs, replace(way, watch=Watch.OPERATIONS)), watch)
+            return _run(real_copy(module, args, kwargs, replace(mode, watch=Watch.OPERATIONS)), watch)
         except Exception:
             return ran
     raise errors[0]
 
 
-def _watched(copied: Copy, watch: Callable[[Copy], AbstractContextManager[Watched]]) -> tuple[Copy, Watched]:
+def _run(copied: ModelCopy, watch: _Watcher[Watched]) -> tuple[ModelCopy, Watched]:
     with copied.running(), watch(copied) as watched:
         copied.run()
     return copied, watched
+
+
+# --- kinds of copies --------------------------------------------------------------------------------------------------
 
 
 def fake_copy(
@@ -177,17 +178,16 @@ def fake_copy(
     args: tuple[Any, ...] = (),
     kwargs: dict[str, Any] | None = None,
     mode: FakeTensorMode | None = None,
-) -> Copy:
+) -> ModelCopy:
     """Copies a module and its inputs without their contents.
 
-    Every tensor stands on the CPU in the copy, so a module on any device, the meta device included, gives one answer.
-    The copy is in evaluation mode because one image is a lawful input there (batch norm in training mode refuses a
-    single value per channel).
+    Every tensor of the copy is on the CPU, so the result does not depend on the module's device. The copy is in
+    evaluation mode because batch norm in training mode refuses a single value per channel.
 
     Args:
         module: Any module.
-        args: Positional arguments of its forward; tensors in them are imitated, anything else is passed on.
-        kwargs: Keyword arguments of its forward, likewise.
+        args: Positional arguments of its forward; tensors in them become fake.
+        kwargs: Keyword arguments of its forward.
         mode: The mode to make them in; a new one if None.
 
     Raises:
@@ -195,59 +195,61 @@ def fake_copy(
     """
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     with _quiet(), mode:
-        copied = _copy(module, lambda tensor: _imitate(tensor, "cpu"))
-    return Copy(_in_evaluation(copied), in_mode(mode, args), in_mode(mode, kwargs or {}), mode)
+        copied = _copy(module, lambda tensor: _empty_like(tensor, "cpu"))
+    return ModelCopy(_eval(copied), in_mode(mode, args), in_mode(mode, kwargs or {}), mode)
 
 
 def real_copy(
-    module: nn.Module, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None, way: Way = _LOOKED_AT
-) -> Copy:
-    """Copies a module so that it computes: its parameters are the module's own memory, its buffers are copies.
+    module: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+    run_mode: RunMode = _DEFAULT_MODE,
+) -> ModelCopy:
+    """Copies a module so that it computes: parameters share the module's memory, buffers are copied.
 
-    What is on the meta device stands on the CPU in the copy, with small random weights.
+    What is on the meta device is on the CPU in the copy, with small random weights.
 
     Args:
         module: Any module.
         args: Positional arguments of its forward; they are moved to the module's device.
-        kwargs: Keyword arguments of its forward, likewise.
-        way: How it is to run.
+        kwargs: Keyword arguments of its forward, which are moved too.
+        run_mode: How the copy is to run.
 
     Raises:
         UsageError: The module has parameters that are not initialized, or cannot be copied.
     """
-    copied = _copy(module, _clone if way.as_used else _alias)
-    if not way.training:
-        _in_evaluation(copied)
+    copied = _copy(module, _clone if run_mode.as_used else _alias)
+    if not run_mode.training:
+        _eval(copied)
     device = next((parameter.device for parameter in copied.parameters()), torch.device("cpu"))
-    moved, named = (_pytree.tree_map_only(Tensor, lambda t: _filled(t).to(device), each) for each in (args, kwargs))
-    return Copy(copied, moved, named or {}, None, way)
+    args, kwargs = _pytree.tree_map_only(Tensor, lambda tensor: _filled(tensor).to(device), (args, kwargs or {}))
+    return ModelCopy(copied, args, kwargs, None, run_mode)
 
 
 def meta_copy(module: nn.Module) -> nn.Module:
-    """A copy on the meta device, without duplicating a weight on the way.
+    """Copies a module to the meta device, without duplicating a weight on the way.
 
     Raises:
         UsageError: The module has parameters that are not initialized, or cannot be copied.
     """
-    return _copy(module, lambda tensor: _imitate(tensor, "meta"))
+    return _copy(module, lambda tensor: _empty_like(tensor, "meta"))
 
 
-def empty_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Copy:
+def empty_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> ModelCopy:
     """Copies a module and its inputs to the meta device, to be run without gradients.
 
-    It runs faster than a copy with fake tensors, and fewer modules do: those that make tensors of their own on another
-    device do not.
+    It runs faster than a copy with fake tensors, but modules that make tensors on another device fail in it.
 
     Raises:
         UsageError: The module has parameters that are not initialized, or cannot be copied.
     """
-    copied = _in_evaluation(meta_copy(module))
-    moved, named = (_pytree.tree_map_only(Tensor, lambda t: _imitate(t, "meta"), each) for each in (args, kwargs))
-    return Copy(copied, moved, named, None, Way(grad=torch.no_grad))
+    copied = _eval(meta_copy(module))
+    args, kwargs = _pytree.tree_map_only(Tensor, lambda tensor: _empty_like(tensor, "meta"), (args, kwargs))
+    return ModelCopy(copied, args, kwargs, None, RunMode(grad=torch.no_grad))
 
 
 def trainable_copy(module: nn.Module) -> nn.Module:
-    """A copy as ``copy.deepcopy`` makes it, whose own hooks work on the copy; a user's hooks stay on it as they are.
+    """Copies a module as ``copy.deepcopy`` does, with its own hooks bound to the copy; a user's hooks stay on it.
 
     What a forward pass left in attributes is copied without the graph of that pass, which ``deepcopy`` refuses.
 
@@ -270,14 +272,14 @@ def check_initialized(module: nn.Module) -> None:
 
 
 def in_mode(mode: FakeTensorMode, values: Any) -> Any:
-    """Nested values with fake tensors of this mode in the place of others."""
+    """Replaces the tensors in nested values by fake tensors of this mode."""
     with mode:
-        return _pytree.tree_map_only(Tensor, lambda tensor: _imitate(tensor.detach(), "cpu"), values)
+        return _pytree.tree_map_only(Tensor, lambda tensor: _empty_like(tensor.detach(), "cpu"), values)
 
 
 @contextmanager
 def unchanged_random_states() -> Iterator[None]:
-    """Whatever runs in it, the random states of torch, NumPy and Python are as before at the end."""
+    """Restores the random states of torch, NumPy and Python at the end of a block."""
     python, legacy = random.getstate(), numpy.random.get_state()
     devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
     with torch.random.fork_rng(devices=devices):
@@ -288,7 +290,7 @@ def unchanged_random_states() -> Iterator[None]:
             numpy.random.set_state(legacy)
 
 
-# --- how modules are copied ---
+# --- how modules are copied -------------------------------------------------------------------------------------------
 
 
 def _copy(module: nn.Module, like: Callable[[Tensor], Tensor]) -> nn.Module:
@@ -299,8 +301,7 @@ def _copy(module: nn.Module, like: Callable[[Tensor], Tensor]) -> nn.Module:
         try:
             return _deep_copy(module, dict(tensors), keep_others=False)
         except Exception:  # a lock, a file, a generator
-            shared = tensors | _shared(module, tensors)
-            return _deep_copy(module, shared, keep_others=False)
+            return _deep_copy(module, tensors | _uncopyable_attributes(module, tensors), keep_others=False)
     except Exception as error:
         raise UsageError(f"{type(module).__name__} cannot be copied to look at its shapes: {error}") from error
 
@@ -310,15 +311,12 @@ def _deep_copy(module: nn.Module, memo: dict[int, Any], keep_others: bool) -> nn
     return copy.deepcopy(module, memo)
 
 
-def _shared(module: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
-    """What attributes hold that ``deepcopy`` cannot copy: the copy shares it with the module."""
+def _uncopyable_attributes(module: nn.Module, memo: dict[int, Any]) -> dict[int, Any]:
+    """What attributes hold that ``deepcopy`` cannot copy, by id: the copy shares it with the module."""
     parts = {id(part): part for part in module.modules()}
     seen: set[int] = set()
-    shared: dict[int, Any] = {}
-    for part in parts.values():
-        for value in _uncopyable(vars(part), memo | parts, seen):
-            shared[id(value)] = _stand_in(value)
-    return shared
+    values = [value for part in parts.values() for value in _uncopyable(vars(part), memo | parts, seen)]
+    return {id(value): _shared(value) for value in values}
 
 
 def _uncopyable(value: Any, memo: dict[int, Any], seen: set[int]) -> list[Any]:
@@ -329,24 +327,24 @@ def _uncopyable(value: Any, memo: dict[int, Any], seen: set[int]) -> list[Any]:
     try:
         copy.deepcopy(value, dict(memo))
     except Exception:
-        return [part for inner in _inside(value) for part in _uncopyable(inner, memo, seen)] or [value]
+        return [part for inner in _contents(value) for part in _uncopyable(inner, memo, seen)] or [value]
     return []
 
 
-def _stand_in(value: Any) -> Any:
-    """What a copy gets for something that it would change for the module, too."""
+def _shared(value: Any) -> Any:
+    """What the copy gets: the value itself, unless running the copy would change it for the module."""
     if isinstance(value, GeneratorType):
         return (each for each in tuple[Any, ...]())
     return threading.local() if isinstance(value, threading.local) else value
 
 
-def _in_evaluation(module: nn.Module) -> nn.Module:
+def _eval(module: nn.Module) -> nn.Module:
     for part in module.modules():
         part.training = False  # not eval(), which models override to change themselves
     return module
 
 
-def _imitate(tensor: Tensor, device: str) -> Tensor:
+def _empty_like(tensor: Tensor, device: str) -> Tensor:
     if tensor.layout is not torch.strided:
         return tensor
     with torch.inference_mode(False):
@@ -362,14 +360,14 @@ def _alias(tensor: Tensor) -> Tensor:
 
 
 def _clone(tensor: Tensor) -> Tensor:
-    """A tensor that a forward pass may change, and that asks for a gradient if the other does."""
+    """A tensor that a forward pass may change, and that requires a gradient if the other does."""
     with torch.no_grad():
         cloned = _filled(tensor).detach().clone()
     return nn.Parameter(cloned, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else cloned
 
 
 def _filled(tensor: Tensor) -> Tensor:
-    """The tensor, or one with contents in the place of one that has none."""
+    """The tensor, or one on the CPU with contents if it is on the meta device."""
     if tensor.device.type != "meta":
         return tensor
     filled = torch.empty_strided(tensor.size(), tensor.stride(), dtype=tensor.dtype, device="cpu")
@@ -384,28 +382,25 @@ def _as_parameter(tensor: Tensor) -> nn.Parameter:
 
 
 def tensors_of(module: nn.Module) -> Iterator[Tensor]:
-    """Parameters, buffers, and tensors anywhere in attributes: a detector's anchors, the weight of weight_norm."""
+    """Yields parameters, buffers, and tensors anywhere in attributes: a detector's anchors, weight_norm's weight."""
     seen: set[int] = set()
     for part in module.modules():
-        yield from (
-            tensor for each in (part._parameters, part._buffers) for tensor in each.values() if tensor is not None
-        )
+        for tensors in (part._parameters, part._buffers):
+            yield from (tensor for tensor in tensors.values() if tensor is not None)
         yield from _tensors_in(vars(part), seen)
 
 
 def _tensors_in(value: Any, seen: set[int]) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
-    elif id(value) in seen or isinstance(value, nn.Module | type | ModuleType):
-        return
-    else:
+    elif id(value) not in seen and not isinstance(value, nn.Module | type | ModuleType):
         seen.add(id(value))
-        for item in _inside(value):
+        for item in _contents(value):
             yield from _tensors_in(item, seen)
 
 
-def _inside(value: Any) -> Iterator[Any]:
-    """What a container, or an object's attributes, hold."""
+def _contents(value: Any) -> Iterator[Any]:
+    """What a container, or an object's attributes, hold; pytree would see neither objects nor sets."""
     if isinstance(value, type | ModuleType):
         return
     if isinstance(value, Mapping):
@@ -417,13 +412,7 @@ def _inside(value: Any) -> Iterator[Any]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """What models warn of belongs to the runs that users ask for; and torch logs at length what fake tensors refuse."""
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    with warnings.catch_warnings():
+    """Hides what models warn of, which belongs to users' own runs, and what torch logs where fake tensors refuse."""
+    with warnings.catch_warnings(), logger_level(logging.CRITICAL, "torch._subclasses.fake_tensor"):
         warnings.simplefilter("ignore")
-        logger.setLevel(logging.CRITICAL)
-        try:
-            yield
-        finally:
-            logger.setLevel(level)
+        yield

@@ -1,8 +1,8 @@
-"""Hooks on modules: which belong to a model and go with a copy of it, and which are its user's.
+"""Hooks on modules: those that belong to a model are copied with it, those of its user are not.
 
-A hook belongs to a model if the model's own code can reach the code that defines it. Libraries register such hooks in
-a constructor or at the first forward pass, and their forward passes rely on them. A user's hook (to log, to collect
-features) comes from elsewhere: what runs a copy must not call it.
+A hook belongs to a model if the model's own code can reach the code that defines it: libraries register such hooks in
+a constructor or at the first forward pass, and rely on them. A user's hook (to log, to collect features) must not be
+called when a copy runs.
 """
 
 from __future__ import annotations
@@ -23,11 +23,11 @@ _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def copy_hooks(module: nn.Module, memo: dict[int, Any], keep_others: bool) -> None:
-    """Copies all hooks of a module for a deep copy of it: those that belong to it work on the copy.
+    """Copies the hooks of a module into the memo of a deep copy: those that belong to it work on the copy.
 
     Args:
-        module: What is to be copied; it stays as it is.
-        memo: Of ``copy.deepcopy``; the hooks, and what is copied with them, are added.
+        module: The module to be copied; it stays as it is.
+        memo: The memo of ``copy.deepcopy``; the hooks, and what is copied with them, are added.
         keep_others: Whether a user's hooks stay on the copy, as they are.
     """
     hooked = [hooks for part in module.modules() for kind in _KINDS if (hooks := getattr(part, kind))]
@@ -46,7 +46,7 @@ def copy_hooks(module: nn.Module, memo: dict[int, Any], keep_others: bool) -> No
 
 @contextmanager
 def without_global_hooks() -> Iterator[None]:
-    """A context in which this thread calls none of the hooks that are registered for every module."""
+    """Keeps this thread from calling hooks that are registered for every module."""
     here = threading.get_ident()
     muted: list[tuple[dict[int, Any], int, Any]] = []
 
@@ -67,7 +67,7 @@ def without_global_hooks() -> Iterator[None]:
 
 
 class _Owner:
-    """A model, asked whether hooks belong to it."""
+    """Decides whether hooks belong to a model."""
 
     def __init__(self, module: nn.Module) -> None:
         parts = list(module.modules())
@@ -100,13 +100,13 @@ def _is_foreign(kind: type) -> bool:
 
 
 def _defines(reached: FunctionType | type, definition: FunctionType | type) -> bool:
-    """Whether one is the other, or its code holds the code of the other."""
+    """Whether both are the same, or the code of ``reached`` holds the definition."""
     inside = f"{definition.__qualname__}.".startswith(f"{reached.__qualname__}.")
     return inside and reached.__module__ == definition.__module__
 
 
 def _reachable(classes: set[type], package: str) -> Iterator[FunctionType | type]:
-    """Functions and classes that the methods of some classes name, and those that these name, within one package."""
+    """Functions and classes that the methods of some classes name, directly or indirectly, within one package."""
     waiting: list[Any] = list(classes)
     seen: set[int] = set()
     while waiting:

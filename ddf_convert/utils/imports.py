@@ -12,7 +12,7 @@ from ddf_convert.errors import DDFError, UsageError, first_line, suggestion
 
 
 def find_callable(name: str, returns: str) -> Callable[..., Any]:
-    """Imports what a name says; modules of the current folder are found too.
+    """Imports the callable of a name; modules of the current folder are found too.
 
     Args:
         name: ``package.module:callable``, where the callable may be an attribute of an attribute.
@@ -24,8 +24,7 @@ def find_callable(name: str, returns: str) -> Callable[..., Any]:
     module_name, _, path = name.partition(":")
     if not module_name or not path:
         raise UsageError(f"{name!r}: write package.module:callable")
-    here = os.getcwd()
-    if here not in sys.path:
+    if (here := os.getcwd()) not in sys.path:
         sys.path.insert(0, here)
     try:
         found: Any = importlib.import_module(module_name)
@@ -44,12 +43,7 @@ def find_callable(name: str, returns: str) -> Callable[..., Any]:
 
 
 def call(name: str, function: Callable[..., Any], **arguments: Any) -> Any:
-    """What the function returns.
-
-    Args:
-        name: What the user calls it.
-        function: From :func:`find_callable`.
-        **arguments: For it.
+    """Calls a function from :func:`find_callable`, which the user knows by this name.
 
     Raises:
         UsageError: It failed.

@@ -1,4 +1,4 @@
-"""What the package tells its users unasked, as warnings of the logger ``ddf_convert``."""
+"""Warnings of the logger ``ddf_convert``, and how loggers are silenced."""
 
 from __future__ import annotations
 
@@ -8,35 +8,44 @@ import threading
 from collections.abc import Iterator
 
 _logger = logging.getLogger("ddf_convert")
-_TIMEOUT_S = 1.0  # seconds of silence
-_told: set[str] = set()
+_TIMEOUT_S = 1.0
+_warned: set[str] = set()
 
 
 def warn(message: str) -> None:
-    """Says it."""
+    """Logs a warning."""
     _logger.warning("ddf_convert: %s", message)
 
 
 def warn_once(message: str, key: str | None = None) -> None:
-    """Says it, unless this process has said it before.
-
-    Args:
-        message: What to say.
-        key: What stands for the message, where it does not repeat word for word.
-    """
+    """Logs a warning, once in a process; ``key`` identifies it where the message does not repeat word for word."""
     key = key or message
-    if key not in _told:
-        _told.add(key)
+    if key not in _warned:
+        _warned.add(key)
         warn(message)
 
 
 @contextlib.contextmanager
 def warn_if_slow(message: str) -> Iterator[None]:
-    """Says it if what stands under it has not ended after a second."""
-    announcement = threading.Timer(_TIMEOUT_S, warn, [message])
-    announcement.daemon = True
-    announcement.start()
+    """Logs a warning if the block has not ended after a second."""
+    timer = threading.Timer(_TIMEOUT_S, warn, [message])
+    timer.daemon = True
+    timer.start()
     try:
         yield
     finally:
-        announcement.cancel()
+        timer.cancel()
+
+
+@contextlib.contextmanager
+def logger_level(level: int, *names: str) -> Iterator[None]:
+    """Sets the level of some loggers for the length of a block."""
+    loggers = [logging.getLogger(name) for name in names]
+    before = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(level)
+    try:
+        yield
+    finally:
+        for logger, old in zip(loggers, before, strict=True):
+            logger.setLevel(old)

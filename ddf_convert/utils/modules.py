@@ -1,4 +1,4 @@
-"""Models inside wrappers: looked through where that is safe, refused with what to do where it is not."""
+"""Models as users give them: in wrappers, in a mode, with a name."""
 
 from __future__ import annotations
 
@@ -11,9 +11,16 @@ from torch import nn
 from ddf_convert.errors import UsageError
 
 
+def model_name(model: nn.Module) -> str:
+    """Returns a model's timm name, or its class."""
+    configuration = getattr(model, "pretrained_cfg", None) or {}
+    architecture = configuration.get("architecture") if hasattr(configuration, "get") else None
+    return architecture if isinstance(architecture, str) and architecture else type(model).__name__
+
+
 @contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """A context in which every module of some models is in evaluation mode; at its end each is as it was."""
+    """Puts every module of some models into evaluation mode, and restores each one's mode at the end."""
     modes = {module: module.training for model in models for module in model.modules()}
     for module in modes:
         module.training = False  # not eval(), which models override to change themselves
@@ -32,10 +39,10 @@ _TOO_LATE = {
 
 
 def bare(model: nn.Module) -> nn.Module:
-    """The model itself: what ``nn.DataParallel`` wraps, if it is wrapped.
+    """Returns what ``nn.DataParallel`` wraps, or the model itself.
 
     Raises:
-        UsageError: It is no module, a ScriptModule, or wrapped in what has taken its parameters over already.
+        UsageError: It is no module, a ScriptModule, or in a wrapper that has taken over its parameters already.
     """
     if not isinstance(model, nn.Module):
         raise UsageError(f"expected a torch.nn.Module, got {type(model).__name__}")

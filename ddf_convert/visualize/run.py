@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ddf_convert.conversion.planner import matching_names, pattern_hint
 from ddf_convert.errors import DDFError, UsageError, first_line
 from ddf_convert.layers import DDFUp2d
 from ddf_convert.training.diagnostics import memory_explained
 from ddf_convert.training.setup import open_trained
 from ddf_convert.utils.device import choose
 from ddf_convert.utils.figures import require_matplotlib
+from ddf_convert.utils.patterns import matching_names, pattern_hint
 from ddf_convert.visualize import photos
 from ddf_convert.visualize.capture import LayerFilters, Place, ddf_layers, filters
 from ddf_convert.visualize.picture import Tap, encoded, picture, spread

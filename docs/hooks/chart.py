@@ -11,9 +11,9 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 import ddf_convert as ddf
-from ddf_convert.report.chart import chart
+from ddf_convert.report.data import MACS, PARAMETERS
+from ddf_convert.report.html import chart
 from ddf_convert.report.html import page as report
-from ddf_convert.report.measures import MACS, PARAMETERS
 
 PLACE = "<!-- chart of resnet50 -->"
 REPORT = "resnet50.html"

@@ -804,8 +804,8 @@ def fails_in(name, after=0):
 
 MIDDLE = {
     "set_extra_state": lambda patch: None,
-    "swap": fails_in((artifact, "swap")),
-    "after the swap": fails_in((artifact, "_cast")),
+    "replacement": fails_in((artifact, "apply_replacements")),
+    "after the replacement": fails_in((artifact, "_cast")),
     "after the dtypes": fails_in((artifact, "_cast"), after=1),
     "load_state_dict": fails_in((nn.Module, "load_state_dict")),
     "after load_state_dict": fails_in((nn.Module, "load_state_dict"), after=1),
@@ -822,16 +822,16 @@ def test_restore_that_fails_in_the_middle_changes_nothing(tmp_path, monkeypatch,
     fresh = Noted(fails=place == "set_extra_state")
     before = Seen(fresh)
     with monkeypatch.context() as patch:
-        if place == "swap":  # the sketch is swapped too, and before
-            calls, swap = [], artifact.swap
+        if place == "replacement":  # the sketch is converted too, and before
+            calls, apply = [], artifact.apply_replacements
 
             def second(*args):
-                calls.append(swap(*args))
+                calls.append(apply(*args))
                 if len(calls) == 2:
                     raise RuntimeError("in the middle")
                 return calls[-1]
 
-            patch.setattr(artifact, "swap", second)
+            patch.setattr(artifact, "apply_replacements", second)
         else:
             MIDDLE[place](patch)
         with pytest.raises(ArtifactError, match=r"out: what it records cannot be done to Noted: (Runtime|Key)Error: "):

@@ -1,4 +1,4 @@
-"""Rewriting: what changes, what must not, and that a failure changes nothing at all."""
+"""Conversion: what changes, what does not, and that a failure changes nothing."""
 
 import copy
 import pickle
@@ -9,7 +9,7 @@ import torch
 from support import networks as net
 from torch import fx, nn
 
-from ddf_convert.conversion import Conversion, Replacement, convert, plan, recorded, verify
+from ddf_convert.conversion import Conversion, Replacement, convert, plan, recorded, tracer, verify
 from ddf_convert.cost.count import measure
 from ddf_convert.errors import UsageError
 from ddf_convert.layers import DDF2d, DDFConv2d
@@ -177,7 +177,7 @@ def test_the_record_survives_copies_and_pickle():
     assert recorded(net.bottleneck(net.conv())) is None
 
 
-def test_as_graph():
+def test_as_graph_returns_a_graph_module_with_the_layers_as_nodes():
     converted = convert(net.Gated(), example_input=IMAGE, as_graph=True)
     assert isinstance(converted, fx.GraphModule)
     assert [node.target for node in converted.graph.nodes if node.op == "call_module"] == [
@@ -189,6 +189,19 @@ def test_as_graph():
     assert isinstance(converted.conv, DDF2d)
     assert recorded(converted).replaced[0].names == ("conv",)
     assert converted(torch.randn(1, 3, 20, 20)).shape == (1, 8, 11, 11)
+
+
+@pytest.mark.parametrize(("functional", "times"), [(False, 1), (True, 2)])
+def test_how_often_a_model_is_traced(monkeypatch, functional, times):
+    """Once for the plan and its trial; once more only for the GraphModule that replaces a model."""
+    traces = []
+    trace = tracer.Tracer.trace
+    monkeypatch.setattr(
+        tracer.Tracer, "trace", lambda self, *args, **kwargs: traces.append(1) or trace(self, *args, **kwargs)
+    )
+    converted = convert(net.Functions(), example_input=IMAGE, functional=functional)
+    assert isinstance(converted, fx.GraphModule) == functional
+    assert len(traces) == times
 
 
 def two_bottlenecks():
@@ -256,7 +269,7 @@ def test_a_replacement_that_cannot_be_built_changes_nothing():
         ({"plan": True, "example_input": IMAGE}, "given a plan and also example_input"),
     ],
 )
-def test_arguments_that_contradict_each_other(options, message):
+def test_contradicting_arguments_are_refused(options, message):
     model = net.bottleneck(net.conv())
     if "plan" in options:
         options = {**options, "plan": plan(model, IMAGE)}

@@ -1,4 +1,4 @@
-"""Converted models go through the tools that models go through, and nothing is harmed on the way to them."""
+"""Converted models work with the usual tools, and conversion leaves the original unchanged."""
 
 import copy
 import io
@@ -171,7 +171,7 @@ GROWTH = {"mobilenet": 500, "basic blocks": 50, "bottlenecks": 50, "unet": 50}
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, "autocast"], ids=str)
 @pytest.mark.parametrize("family", net.FAMILIES)
-def test_precisions(family, dtype):
+def test_errors_stay_near_the_rounding_of_every_dtype(family, dtype):
     with torch.no_grad():
         exact = net.converted(family).double()(net.images().double())
         model, image = net.converted(family), net.images()
@@ -190,7 +190,7 @@ def test_precisions(family, dtype):
 
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("family", net.FAMILIES)
-def test_layouts(family, layout):
+def test_every_layout_gives_the_same_gradients_and_is_kept(family, layout):
     model, usual = net.converted(family).double().to(memory_format=layout), net.converted(family).double()
     maps = []
     for layer in net.ddf_layers(model).values():
@@ -208,7 +208,7 @@ def test_layouts(family, layout):
 
 @pytest.mark.parametrize("trained", ["ddf", "others"])
 @pytest.mark.parametrize("family", net.FAMILIES)
-def test_freezing(family, trained):
+def test_gradients_of_what_is_not_frozen_stay_the_same(family, trained):
     model = net.converted(family).train()
     names = [name for name, _ in model.named_parameters()]
     everything = dict(zip(names, net.gradients(model, model, net.images())[2:], strict=True))
@@ -224,7 +224,7 @@ def test_freezing(family, trained):
 
 
 @pytest.mark.parametrize("family", net.FAMILIES)
-def test_training_and_evaluation_mode(family):
+def test_only_training_mode_mixes_images_and_updates_statistics(family):
     model, image = net.converted(family), net.images(4)
     before = copy.deepcopy(model.state_dict())
     assert_near(model(image)[:1], model(image[:1]))  # no image sees the others
@@ -239,7 +239,7 @@ def test_training_and_evaluation_mode(family):
 
 
 @pytest.mark.parametrize("family", TIMM)
-def test_gradient_checkpointing_of_timm(family):
+def test_timms_gradient_checkpointing_gives_the_same_gradients(family):
     model = net.converted(family).train()
     expected = net.gradients(model, model, net.images())
     calls = dict.fromkeys(net.ddf_layers(model), 0)
@@ -258,7 +258,7 @@ def test_gradient_checkpointing_of_timm(family):
     assert 2 in calls.values()
 
 
-def test_weight_decay_and_a_step_of_timms_optimizers():
+def test_timms_optimizers_decay_only_what_multiplies_features():
     """Decay is for what multiplies features, not for biases and the scale of FilterNorm, as for any norm."""
     model = net.converted("basic blocks").train()
     rate, decay = 0.1, 0.5
@@ -281,7 +281,7 @@ def test_weight_decay_and_a_step_of_timms_optimizers():
         assert parameter.grad.any()
 
 
-def test_moving_average_of_timm():
+def test_timms_moving_average_covers_the_new_layers():
     model = net.converted("bottlenecks")
     average = ModelEmaV3(model, decay=0.75)
     before = copy.deepcopy(model.state_dict())
@@ -321,7 +321,7 @@ def test_two_processes_find_the_mean_of_their_gradients(tmp_path):
 
 
 @pytest.mark.parametrize("family", TIMM)
-def test_features_and_head(family):
+def test_timms_features_and_head_work_on(family):
     model, original, image = net.converted(family), net.build(family).eval(), net.images()
     features, output = model.forward_features(image), model(image)
     assert features.shape == original.forward_features(image).shape

@@ -1,4 +1,4 @@
-"""DDF's rivals and users' own filters: what they calculate, what they cost, and that they take convolutions' places."""
+"""Layer types: what the baselines calculate and cost, users' own, and that they replace convolutions."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ PLACES = {"bottleneck", "wide", "same", "grouped"}
 
 
 @pytest.mark.parametrize("name", FILTERS)
-def test_every_filter_takes_the_places_that_ddf_takes(name, tmp_path):
+def test_every_layer_type_replaces_what_ddf_replaces(name, tmp_path):
     torch.manual_seed(0)
     net = Net()
     plan = ddf.plan(net, IMAGE, filter=name)
@@ -216,7 +216,7 @@ def test_every_filter_takes_the_places_that_ddf_takes(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["ddf", "spatial", "condconv", "dw-weightnet"])
-def test_filters_keep_the_dtype(name):
+def test_layers_keep_the_dtype(name):
     net = ddf.convert(Net(), example_input=IMAGE, filter=name).bfloat16()
     assert net(IMAGE.bfloat16()).dtype == torch.bfloat16
 
@@ -238,11 +238,11 @@ BLUR = ddf.Filter("blur", Blur2d, "Blur", "A mean.", options={"strength": 0.5})
 
 @pytest.fixture
 def registry(monkeypatch):
-    monkeypatch.setattr(filters_module, "_filters", dict(filters_module._filters))
+    monkeypatch.setattr(filters_module, "_layer_types", dict(filters_module._layer_types))
 
 
 @pytest.mark.usefixtures("quick_timing")
-def test_a_filter_of_ones_own(registry, tmp_path):
+def test_a_registered_layer_type_is_converted_saved_and_compared(registry, tmp_path):
     assert ddf.register_filter(BLUR) is BLUR
     assert [each.name for each in ddf.list_filters()] == [*FILTERS, "blur"]
     net = Net()
@@ -259,7 +259,7 @@ def test_a_filter_of_ones_own(registry, tmp_path):
         "Blur + grouped 1x1",
     }
 
-    del filters_module._filters["blur"]
+    del filters_module._layer_types["blur"]
     with pytest.raises(ddf.ArtifactError, match=r"no filter is called 'blur'.*register_filter"):
         ddf.restore(Net(), tmp_path)
 
@@ -274,12 +274,12 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_filter_that_does_not_fit_is_told_with_its_place(case, registry):
+def test_a_registered_layer_that_does_not_fit_is_refused_with_its_place(case, registry):
     layer, message = WRONG[case]
     ddf.register_filter(ddf.Filter("odd", layer))
-    with pytest.raises(ddf.UsageError, match=message) as told:
+    with pytest.raises(ddf.UsageError, match=message) as caught:
         ddf.plan(Net(), IMAGE, filter="odd")
-    assert "filter odd in the place of bottleneck" in str(told.value)
+    assert "filter odd in the place of bottleneck" in str(caught.value)
 
 
 REFUSED = {
@@ -300,13 +300,13 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_does_not_go_together_is_refused(case):
+def test_options_that_do_not_go_together_are_refused(case):
     options, message = REFUSED[case]
     with pytest.raises(ddf.UsageError, match=message):
         ddf.plan(Net(), IMAGE, **options)
 
 
-def test_names_of_filters():
+def test_names_of_layer_types_are_checked():
     assert tuple(each.name for each in ddf.list_filters() if filters_module.is_built_in(each)) == FILTERS
     with pytest.raises(ddf.UsageError, match="give yours another name"):
         ddf.register_filter(ddf.Filter("ddf", Blur2d))
@@ -317,7 +317,7 @@ def test_names_of_filters():
         ddf.Filter("x", Blur2d, config=("color",))
 
 
-def test_an_installed_package_brings_a_filter(registry, tmp_path, monkeypatch, capsys):
+def test_an_installed_package_brings_a_layer_type(registry, tmp_path, monkeypatch, capsys):
     (tmp_path / "blurring.py").write_text("from test_filters import BLUR\nTEXT = 'no filter'\n")
     info = tmp_path / "blurring-1.dist-info"
     info.mkdir()
@@ -361,7 +361,7 @@ def test_convert_and_load_from_the_command_line(tmp_path, capsys):
     assert cli.run(["inspect", str(tmp_path / "out")]) == 0
 
 
-def test_a_recipe_with_a_filter(tmp_path):
+def test_a_recipe_can_name_a_layer_type(tmp_path):
     file = tmp_path / "mine.yaml"
     file.write_text("name: mine\nconversion: {filter: condconv, filter_options: {num_experts: 3}}\n")
     recipe = ddf.recipes.load(str(file))

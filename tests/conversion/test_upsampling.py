@@ -1,4 +1,4 @@
-"""Upsampling: what takes its place, what is left alone and why, and that a layer can start as what it replaced."""
+"""Upsampling: what replaces it, what is left alone and why, and that a layer can start as what it replaced."""
 
 import copy
 import json
@@ -60,7 +60,7 @@ def preserved(model, image=IMAGE, **options):
     return converted, PRESERVE.initialize(converted, model)
 
 
-# --- what takes the place, and what does not ---
+# --- what is replaced, and what is not ---
 
 REPLACED = {
     "nearest": (net.Up(nn.Upsample(scale_factor=2)), "nearest 2x", "DDFUp2d"),
@@ -100,7 +100,7 @@ def test_what_is_replaced_keeps_its_shape_and_costs_what_the_plan_says(name):
     assert (cost.params, cost.macs) == (decided.after.params, decided.after.macs)
 
 
-def test_nothing_changes_unless_it_is_asked_for():
+def test_upsampling_is_not_listed_by_default():
     for name in ("nearest", "function", "pixel shuffle"):
         assert not any(site.upsampling for site in plan(REPLACED[name][0], IMAGE))
     (site,) = plan(REPLACED["transposed 2x2"][0], IMAGE).sites[1:]
@@ -217,7 +217,7 @@ def test_what_is_left_alone_has_its_reason(name):
         ({"allow_growth": True}, LEFT["would not save"][0]),
     ],
 )
-def test_some_are_replaced_if_asked_for(options, model):
+def test_options_replace_what_is_left_alone_by_default(options, model):
     assert the_site(model, **options).action == "replace"
 
 
@@ -434,7 +434,7 @@ def test_a_converted_caller_compiles_whole():
     )
 
 
-def test_the_fpn_of_torchvisions_detector():
+def test_torchvisions_fpn_is_converted_and_preserved():
     with torch.device("meta"):
         weightless = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
     fpn = torchvision.ops.FeaturePyramidNetwork([8, 8, 8], 8).eval()
@@ -458,7 +458,7 @@ def test_the_fpn_of_torchvisions_detector():
         assert all(torch.allclose(old, after[name], **near(torch.float32, old)) for name, old in before.items())
 
 
-# --- the rest of the house ---
+# --- artifacts, recipes, reports, the command line ---
 
 
 def test_a_shuffle_and_its_convolution_are_one_decision():
@@ -580,7 +580,7 @@ def test_comparisons_and_budgets_count_upsampling():
     assert not budget.replaced
 
 
-def test_the_command_line_prints_it(capsys, monkeypatch):
+def test_the_command_line_prints_upsampling_in_eighty_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     arguments = ["inspect", "support.networks:UNet", "--input-size", "3", "16", "16", "--upsample"]
     assert cli.run(arguments) == 0

@@ -6,7 +6,6 @@ import errno
 import logging
 import os
 import random
-import subprocess
 import sys
 import textwrap
 from concurrent.futures import ThreadPoolExecutor
@@ -19,6 +18,7 @@ import pytest
 import torch
 from numba import config
 from numba.core import caching
+from support.processes import python
 from support.tolerances import near
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -120,16 +120,6 @@ def test_forked_data_loader_workers() -> None:
         torch.testing.assert_close(output, expected(example(seed=index)))
 
 
-def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)],
-        env={**os.environ, **environment},
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_stores_no_windows(layout: str) -> None:
@@ -149,7 +139,7 @@ def test_stores_no_windows(layout: str) -> None:
         ops.ddf(*example(8), padding=1).sum().backward()
         made = example(256)
         with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")  # the peak starts anew
+            file.write("5")  # resets the peak
         before = memory("VmRSS")
         output = ops.ddf(*made, padding=1)
         forward = memory("VmHWM") - before
@@ -292,11 +282,11 @@ def test_every_damage_of_kept_kernels_is_found(empty_cache: Any, tmp_path: Path)
     assert [file.suffix for file in files] == [".nbc", ".nbi"]
     draw = random.Random(0)
     for file, whole in [(file, file.read_bytes()) for file in files]:
-        spoilt = [whole[: draw.randrange(len(whole))] for _ in range(20)]
+        damaged = [whole[: draw.randrange(len(whole))] for _ in range(20)]
         for _ in range(100):
             place, bit = draw.randrange(len(whole)), 1 << draw.randrange(8)
-            spoilt.append(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
-        for content in spoilt:
+            damaged.append(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+        for content in damaged:
             file.write_bytes(content)
             assert empty_cache.load_overload("first", TARGET) in (None, KEPT.content)
             empty_cache.save_overload("first", KEPT)

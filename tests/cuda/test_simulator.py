@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
-from support.cuda_simulator import GROUPS, LAYOUTS, SPOILT, TOLERANCES, chosen
+from support.cuda_simulator import GROUPS, INCOMPLETE, LAYOUTS, TOLERANCES, chosen
 from support.paths import TESTS
 
 pytest.importorskip("numba_cuda", reason="numba-cuda is not installed")
@@ -71,7 +71,7 @@ def test_kernels_match_the_reference(group: str, layout: str, part: str, simulat
 
 def test_what_no_block_writes_is_noticed(simulate: Simulate) -> None:
     """The check itself: without the last block of each launch every result is wrong."""
-    found = simulate(SPOILT, "contiguous", "all")
+    found = simulate(INCOMPLETE, "contiguous", "all")
     assert len(found) == 2
     for each in found:
         assert len(faults(each)) == 4, each

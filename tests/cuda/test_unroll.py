@@ -20,7 +20,7 @@ from ddf_convert.cuda import kernel_spec
 from ddf_convert.cuda.codegen.unroll import registers, specialize, static
 from ddf_convert.cuda.kernel_spec import Piece, pieces
 
-# --- specialize.py ----------------------------------------------------------------------------------------------------
+# --- unroll.py --------------------------------------------------------------------------------------------------------
 
 
 def source(function: Callable[..., None]) -> str:
@@ -178,7 +178,7 @@ def test_only_functions_are_specialized() -> None:
         registers()
 
 
-# --- stencil.py -------------------------------------------------------------------------------------------------------
+# --- kernel_spec.py: which elements a tile reads ----------------------------------------------------------------------
 
 GEOMETRIES = [
     (size, stride, padding, dilation)

@@ -210,7 +210,10 @@ def test_images_to_train_with_stay_as_timm_reads_them(tmp_path):
     for name in ("a", "b"):
         (tmp_path / name).mkdir()
         with_orientation(tmp_path / name / "photo.png", np.zeros((8, 16, 3), np.uint8), 6)
-    ours, timms = open_images(str(tmp_path), "validation", True, whole=True)[0][0], ImageDataset(str(tmp_path))[0][0]
+    ours, timms = (
+        open_images(str(tmp_path), "validation", True, undivided=True)[0][0],
+        ImageDataset(str(tmp_path))[0][0],
+    )
     assert ours.size == timms.size == (16, 8)
 
 

@@ -29,6 +29,7 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 NAME = f"ddf_convert-{__version__}"
 # Of the repository the sdist has all, so that the tests and `make demo` run from it. Left out here: what runs leave.
 FOLDERS = ("ddf_convert", "tests", "docs", "examples", "scripts")
+TEMPLATES = ("page.html.jinja", "chart.html.jinja", "page.css")
 FILES = ("README.md", "LICENSE", "CHANGELOG.md", "Makefile", "constraints.txt", "pyproject.toml")
 
 
@@ -96,7 +97,8 @@ def test_the_wheel_is_the_package_and_nothing_else(wheel):
         there = {name for name in archive.namelist() if not name.startswith(f"{NAME}.dist-info/")}
         assert there == set(files(ROOT / "ddf_convert"))
         assert archive.read(f"{NAME}.dist-info/licenses/LICENSE") == (ROOT / "LICENSE").read_bytes()
-    assert {"ddf_convert/py.typed", "ddf_convert/report/page.css", "ddf_convert/recipes/builtin/paper.yaml"} <= there
+    data = {"py.typed", "recipes/builtin/paper.yaml", *(f"report/templates/{name}" for name in TEMPLATES)}
+    assert {f"ddf_convert/{name}" for name in data} <= there
 
 
 def test_the_metadata_say_what_pyproject_says(wheel):

@@ -17,7 +17,6 @@ from torch import nn
 import ddf_convert as ddf
 from ddf_convert.cost.count import measure
 from ddf_convert.report import Comparison, compare
-from ddf_convert.report.groups import changed, only_after, only_before
 
 IMAGE = torch.randn(1, 3, 64, 64)
 
@@ -55,7 +54,7 @@ def test_the_numbers_are_those_of_the_plan(resnet: Comparison) -> None:
         assert (layer.input_shape, layer.output_shape, layer.calls) == (site.input_shape, site.output_shape, site.calls)
         assert layer.changed == (site.action is ddf.Action.REPLACE)
         assert layer.reason == ("" if layer.changed else site.reason)
-    assert {layer.kind_after for layer in changed(resnet)} == {"DDF + 1x1"}
+    assert {layer.kind_after for layer in resnet.changed} == {"DDF + 1x1"}
     assert resnet.configs == (plan.config,)
 
 
@@ -132,13 +131,13 @@ def test_times_are_of_both_models_and_every_layer() -> None:
 def test_layers_that_only_one_of_the_models_has() -> None:
     found = compare(Net(neck=True), Net(tail=True), IMAGE, latency=False)
     assert [layer.name for layer in found.layers] == ["stem", "neck", "body", "tail"]
-    (gone,), (new,) = only_before(found), only_after(found)
+    (gone,), (new,) = found.only_before, found.only_after
     assert (gone.name, gone.kind_before, gone.kind_after, gone.after) == ("neck", "pointwise 1x1", None, None)
     assert (new.name, new.kind_before, new.kind_after, new.before) == ("tail", None, "pointwise 1x1", None)
     assert gone.before is not None
     assert gone.before.params == 32 * 32 + 32
     assert new.input_shape == (1, 64, 32, 32)
-    assert changed(found) == []
+    assert found.changed == []
     text = " ".join(str(found).split())
     assert "0 of 4 convolutions replaced, 1 only before, 1 only after" in text
     assert "1 convolution only after name kind parameters MACs" in text
@@ -149,7 +148,7 @@ def test_models_that_have_nothing_to_do_with_ddf(tmp_path: Path) -> None:
     wide = Net()
     wide.body = nn.Conv2d(32, 64, 5, stride=2, padding=2)
     found = compare(Net(), wide, IMAGE, latency=False)
-    assert [layer.name for layer in changed(found)] == ["body"]
+    assert [layer.name for layer in found.changed] == ["body"]
     assert "1 of 2 convolutions changed" in str(found)
     assert "grouped 3x3 -> dense 5x5" in " ".join(str(found).split())
     assert "More than before: parameters of 1, MACs of 1, out of 1 convolution changed" in " ".join(str(found).split())

@@ -4,7 +4,7 @@
 
 For each line that it reads it prints one: a JSON list with, for each case of the group, its name, the largest error of
 each result beside the largest value expected, and what is wrong with its shape, dtype or layout. With ``half`` for
-``all`` it takes every other case, and in the other layout the rest. Memory that nobody has written is NaN, in shared
+``all`` it takes every other case, and in the other layout the rest. Unwritten memory is NaN, in shared
 memory as in results.
 
 Numba lets the threads of a block run as Python schedules them, and two of them can get a shared array of their own
@@ -163,7 +163,7 @@ GROUPS: dict[str, tuple[Case | Norm, ...]] = {
         Case(height=0, padding=2, stride=3, width=4),
     ),
 }
-SPOILT = "spoilt"  # two cases that must fail
+INCOMPLETE = "incomplete"  # two cases that must fail
 
 
 # --- the simulator ----------------------------------------------------------------------------------------------------
@@ -349,8 +349,8 @@ def chosen(name: str, layout: str, part: str) -> tuple[Case | Norm, ...]:
 
 def group(name: str, layout: str, part: str) -> list[dict[str, Any]]:
     """Runs cases; returns what it found of each."""
-    if name == SPOILT:
-        with spoilt():
+    if name == INCOMPLETE:
+        with without_last_block():
             return [found(case, layout) for case in GROUPS["dtypes"][:2]]
     return [found(case, layout) for case in chosen(name, layout, part)]
 
@@ -365,7 +365,7 @@ def found(case: Case | Norm, layout: str) -> dict[str, Any]:
     return {"case": case.name, "dtype": case.dtype, "errors": errors, "complaints": complaints}
 
 
-def spoilt() -> Any:
+def without_last_block() -> Any:
     """Leaves out the last block of every launch."""
     from ddf_convert.cuda.codegen import simulator
 

@@ -1,8 +1,8 @@
-"""Runs compiled kernels on the CPU: what the driver would be given is what is tested.
+"""Interprets PTX on the CPU, so that tests run the same code that the driver would get.
 
-A small machine for PTX, as far as our kernels use it. An instruction, modifier or operand that it does not know is an
-error and never a guess. All threads of some blocks go through an instruction together, as NumPy vectors; where they
-part, those that are furthest behind go on first. It is stricter than a GPU. These are errors, naming the instruction:
+It knows the part of PTX that the kernels use; an unknown instruction, modifier or operand is an error. The threads of
+several blocks execute an instruction together, as NumPy vectors; where they diverge, those furthest behind go first. It
+is stricter than a GPU. These are errors, which name the instruction:
 
 * a load or store outside its tensor or its shared array, or not aligned to its size;
 * an element that is written twice, or written and read, by one launch (kernels read with ``ld.global.nc``);
@@ -10,7 +10,7 @@ part, those that are furthest behind go on first. It is stricter than a GPU. The
 * a barrier that not all threads of the block, or of the warp, reach together;
 * a register that is read before it is written, or has another type than the instruction.
 
-Shared memory that nobody has written reads as NaN. Arithmetic rounds to nearest once, as on a GPU, except for ``fma``:
+Unwritten shared memory reads as NaN. Arithmetic rounds to nearest once, as on a GPU, except for ``fma``:
 its product is exact and its sum rounded to float64 and then to float32 (float32), or both are rounded (float64).
 """
 
@@ -1081,7 +1081,7 @@ class _Run:
             raise PtxError(f"{' and '.join(sorted(where))}: not all threads come to this barrier")
 
 
-# --- in the place of a GPU --------------------------------------------------------------------------------------------
+# --- a stand-in for a GPU ---------------------------------------------------------------------------------------------
 
 
 @functools.cache
@@ -1106,7 +1106,7 @@ def address(number: int, tensor: Tensor) -> int:
 
 @dataclass
 class Gpu:
-    """Takes the place of a GPU: ``run`` has the signature of ``dispatch._run``, for tensors of the CPU.
+    """Stands in for a GPU: ``run`` has the signature of ``dispatch._run``, for tensors of the CPU.
 
     Attributes:
         capability: Of the architecture that kernels are compiled for.

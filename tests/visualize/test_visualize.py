@@ -367,7 +367,7 @@ def test_models_of_ones_own_and_plain_images(place, capsys):
     ("arguments", "message"),
     [
         (("converted", "text.png"), "text.png: is not an image"),
-        (("converted", "none.png"), "none.png: cannot be read: No such file"),
+        (("converted", "none.png"), "none.png: the photo cannot be read: No such file"),
         (("converted", "."), ".: is a folder; give an image"),
         (("own:plain", "photo.png"), "own:plain has no DDF layers"),
         (("nothing", "photo.png"), "unknown model 'nothing'"),

@@ -1,1 +1,1 @@
-"""From Numba-CUDA kernels to launched machine code."""
+"""The toolchain of the CUDA kernels: unrolls them, compiles them to PTX, launches or simulates them."""

@@ -1,4 +1,4 @@
-"""Loads compiled kernels with NVIDIA's driver and launches them on torch's current stream, without waiting for them."""
+"""Loads compiled kernels with NVIDIA's driver and launches them on torch's current stream, asynchronously."""
 
 from __future__ import annotations
 
@@ -18,27 +18,20 @@ _lock = threading.Lock()
 _loaded: dict[tuple[KernelSpec, int], tuple[Any, struct.Struct]] = {}  # a kernel stays loaded as long as the process
 _bound = threading.local()
 
-# The driver takes a kernel's parameters as one packed buffer, told by a list of keys and values (see cuLaunchKernel).
+# The driver takes a kernel's parameters as one packed buffer, in a list of keys and values (see cuLaunchKernel).
 _PARAMETERS, _PARAMETERS_SIZE, _END = 1, 2, 0
 _FORMAT = {"s": "P", "c": "P", "i": "q"}
 
 
 class DriverError(RuntimeError):
-    """The driver refused something; says what, and its reason."""
+    """The driver refused a call."""
 
 
 def run(spec: KernelSpec, device: int, blocks: int, arguments: tuple[Any, ...]) -> None:
-    """Launches a kernel on the current stream of a device.
+    """Launches a kernel on the current stream of a device; raises DriverError if the driver cannot.
 
-    Args:
-        spec: The kernel.
-        device: Index of the GPU.
-        blocks: How many.
-        arguments: Tensors on that device in the place of pointers, and numbers. They must not be freed by other streams
-            before the kernel is done: torch's allocator sees to that for tensors of the current stream.
-
-    Raises:
-        DriverError: The driver cannot load or launch the kernel.
+    ``arguments`` are numbers, and tensors on that device for pointers. Other streams must not free the tensors before
+    the kernel is done: torch's allocator takes care of that for tensors of the current stream.
     """
     if torch.cuda.current_device() != device:
         with torch.cuda.device(device):
@@ -51,19 +44,7 @@ def run(spec: KernelSpec, device: int, blocks: int, arguments: tuple[Any, ...]) 
 
 
 def launch(function: Any, format: struct.Struct, blocks: int, threads: int, stream: int, values: list[Any]) -> None:
-    """One call of the driver.
-
-    Args:
-        function: A CUfunction.
-        format: Of the kernel's parameters.
-        blocks: Of the grid.
-        threads: Of a block.
-        stream: Handle of the stream.
-        values: The parameters.
-
-    Raises:
-        DriverError: The driver refuses.
-    """
+    """Launches a CUfunction with parameters in a format; raises DriverError if the driver refuses."""
     parameters = ctypes.create_string_buffer(format.pack(*values), format.size)
     size = ctypes.c_size_t(format.size)
     extra = (ctypes.c_void_p * 5)(
@@ -76,14 +57,14 @@ def launch(function: Any, format: struct.Struct, blocks: int, threads: int, stre
 
 @functools.cache
 def driver() -> Any:
-    """NVIDIA's driver, as Python functions (of the package cuda-bindings, which numba-cuda needs)."""
+    """Returns NVIDIA's driver as Python functions (of the package cuda-bindings, which numba-cuda needs)."""
     from cuda.bindings import driver
 
     return driver
 
 
 def parameter_format(spec: KernelSpec) -> struct.Struct:
-    """How a kernel's parameters stand in memory: as in a C struct."""
+    """Returns the memory layout of a kernel's parameters, which is that of a C struct."""
     letters = {**_FORMAT, "f": "d" if spec.dtype == "float64" else "f"}
     return struct.Struct("@" + "".join(letters[letter] for letter in spec.arguments))
 
@@ -110,7 +91,7 @@ def _load(spec: KernelSpec, device: int) -> tuple[Any, struct.Struct]:
 
 
 def _bind(device: int) -> None:
-    """Gives this thread the device's context, if torch has not done so: a thread may come with none."""
+    """Binds the device's context to this thread, unless torch has done so: a new thread has none."""
     status, context = driver().cuCtxGetCurrent()
     if status or not int(context):
         status, handle = driver().cuDeviceGet(device)

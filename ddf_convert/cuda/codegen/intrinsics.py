@@ -1,10 +1,10 @@
-"""What kernels need and Numba-CUDA does not have: wide loads and stores of any dtype, and the like.
+"""Device functions that Numba-CUDA lacks: wide, predicated loads and stores of any dtype, arithmetic on tuples.
 
-Addresses are plain pointers, so that a kernel's arguments are a few numbers. Loads are predicated: where ``ok`` is
-false nothing is read and the elements are 0, without a branch. They go through the read-only path (``ld.global.nc``):
-no kernel writes what it reads. Half types are float32 in registers: float16 is stored as uint16, bfloat16 as int16.
+Addresses are plain pointers, so that a kernel's arguments are a few numbers. Where the predicate ``ok`` is false, a
+load reads nothing and returns zeros, without a branch. Loads take the read-only path (``ld.global.nc``): no kernel
+writes what it reads. Half types are float32 in registers; float16 is stored as uint16, bfloat16 as int16.
 
-Numba's simulator runs Python, not intrinsics: ``simulated.py`` has a twin of each.
+Numba's simulator runs Python, not intrinsics: simulator.py has a twin of each.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _flag(builder: Any, ok: Any) -> Any:
 
 
 def _read_words(builder: Any, address: Any, flags: list[Any], count: int, bits: int) -> list[Any]:
-    """``count`` words of ``bits`` bits, or zeros: at most 16 bytes in one instruction. 16 bits come as 32."""
+    """Reads ``count`` words of ``bits`` bits, or zeros: at most 16 bytes in one instruction. 16 bits come as 32."""
     word, letter = (_I64, "l") if bits == 64 else (_I32, "r")
     names = [f"${place}" for place in range(count)]
     zeros = " ".join(f"mov.b{max(bits, 32)} {name}, 0;" for name in names)
@@ -61,7 +61,7 @@ def _read_words(builder: Any, address: Any, flags: list[Any], count: int, bits: 
 
 @intrinsic
 def shift(typing: Any, pointer: Any, index: Any) -> Any:
-    """The pointer to the element at ``index``."""
+    """Returns the pointer to the element at ``index``."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         return builder.gep(*[arguments[0], [arguments[1]]])
@@ -70,14 +70,9 @@ def shift(typing: Any, pointer: Any, index: Any) -> Any:
 
 
 def loader(stored: Any, compute: Any, lanes: int) -> Any:
-    """``load(pointer, index, ok, also)``: a tuple of ``lanes`` elements from ``index`` on, aligned to their size.
+    """Makes ``load(pointer, index, ok, also)``: 1, 2 or 4 aligned elements, zeros unless ``ok`` and ``also``.
 
-    Zeros unless both ``ok`` and ``also``.
-
-    Args:
-        stored: The element's type in memory: float32, float64, uint16 (float16) or int16 (bfloat16).
-        compute: Its type in registers.
-        lanes: 1, 2 or 4.
+    ``stored`` is the element's type in memory, ``compute`` its type in registers.
     """
 
     @intrinsic
@@ -117,13 +112,9 @@ def _load(builder: Any, stored: Any, lanes: int, address: Any, flags: list[Any])
 
 
 def storer(stored: Any, compute: Any, lanes: int, native_bfloat16: bool) -> Any:
-    """``store(pointer, index, values)``: writes a tuple of ``lanes`` elements, aligned to their size.
+    """Makes ``store(pointer, index, values)``: writes a tuple of 1, 2 or 4 elements, aligned to their size.
 
-    Args:
-        stored: As for :func:`loader`.
-        compute: As for :func:`loader`.
-        lanes: 1, 2 or 4.
-        native_bfloat16: The processor rounds to bfloat16 itself (sm_80 and newer).
+    Types are those of :func:`loader`; from sm_80 on the processor rounds to bfloat16 itself (``native_bfloat16``).
     """
 
     @intrinsic
@@ -143,7 +134,7 @@ def storer(stored: Any, compute: Any, lanes: int, native_bfloat16: bool) -> Any:
 
 
 def _write_words(builder: Any, address: Any, words: list[Any]) -> None:
-    """At most 16 bytes in one instruction."""
+    """Writes at most 16 bytes in one instruction."""
     kind = words[0].type
     size = {_F32: 4, _F64: 8, _I16: 2, _I32: 4}[kind]
     at_once = min(len(words), 16 // size)
@@ -158,7 +149,7 @@ def _write_words(builder: Any, address: Any, words: list[Any]) -> None:
 
 
 def _narrow(builder: Any, stored: Any, values: list[Any], native_bfloat16: bool) -> list[Any]:
-    """float32 to halves, to nearest, ties to even: a 16-bit word for one element, 32-bit words for pairs."""
+    """Rounds float32 to halves, ties to even: a 16-bit word for one element, 32-bit words for pairs."""
     if stored == types.uint16:
         halves = [_assembly(builder, _I16, "cvt.rn.f16.f32 $0, $1;", "=h,f", [value]) for value in values]
     elif native_bfloat16:
@@ -184,7 +175,7 @@ def _round_bfloat16(builder: Any, value: Any) -> Any:
 
 @intrinsic
 def divide(typing: Any, dividend: Any, divisor: Any) -> Any:
-    """The quotient of two numbers from 0 to 2^31 - 1: much shorter than Python's division of signed 64-bit numbers."""
+    """Divides two numbers from 0 to 2^31 - 1, much faster than Python's division of signed 64-bit numbers."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         short = [builder.trunc(argument, _I32) for argument in arguments]
@@ -195,7 +186,7 @@ def divide(typing: Any, dividend: Any, divisor: Any) -> Any:
 
 @intrinsic
 def sync_warp(typing: Any) -> Any:
-    """Waits for the threads of a warp, and makes what they wrote visible to each other."""
+    """Waits for the threads of a warp and makes their writes visible to each other."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         _assembly(builder, ir.VoidType(), "bar.warp.sync 0xffffffff;", "~{memory}", [], effect=True)
@@ -206,9 +197,9 @@ def sync_warp(typing: Any) -> Any:
 
 @intrinsic
 def opaque(typing: Any, index: Any) -> Any:
-    """The index itself, which the compiler cannot recognize from one turn of a loop to the next.
+    """Returns the index, which the compiler can then not recognize from one turn of a loop to the next.
 
-    What is read there is then read again in each turn, and not kept in registers that the loop needs.
+    So a value at this index is read again in each turn instead of held in registers that the loop needs.
     """
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
@@ -218,13 +209,13 @@ def opaque(typing: Any, index: Any) -> Any:
 
 
 def _element(context: Any, builder: Any, array_type: Any, array: Any, index: Any) -> Any:
-    """The address of an element, without the checks of Python's negative indices."""
+    """Returns the address of an element, without the checks for Python's negative indices."""
     data = context.make_array(array_type)(context, builder, array).data
     return builder.gep(data, [index])
 
 
 def fetcher(lanes: int) -> Any:
-    """``fetch(array, index)``: a tuple of ``lanes`` elements of a shared array; index is a multiple of ``lanes``."""
+    """Makes ``fetch(array, index)``: a tuple of elements of a shared array; ``index`` is a multiple of ``lanes``."""
 
     @intrinsic
     def fetch(typing: Any, array: Any, index: Any) -> Any:
@@ -253,7 +244,7 @@ def fetcher(lanes: int) -> Any:
 
 @intrinsic
 def put(typing: Any, array: Any, index: Any, value: Any) -> Any:
-    """``array[index] = value`` for a shared array."""
+    """Sets ``array[index] = value`` in a shared array."""
 
     def generate(context: Any, builder: Any, signature: Any, arguments: Any) -> Any:
         array_value, index, value = arguments
@@ -263,8 +254,8 @@ def put(typing: Any, array: Any, index: Any, value: Any) -> Any:
     return types.void(array, types.int64, array.dtype), generate
 
 
-def multiplier(compute: Any, lanes: int, add: bool) -> Any:
-    """``fma_combine(total, a, b, feature)``: total + (a * b) * feature, or total + (a + b) * feature.
+def fma_combiner(compute: Any, lanes: int, add: bool) -> Any:
+    """Makes ``fma_combine(total, a, b, feature)``: total + (a * b) * feature, or total + (a + b) * feature.
 
     ``a`` is a number, the others are tuples of ``lanes``.
     """
@@ -288,11 +279,11 @@ def multiplier(compute: Any, lanes: int, add: bool) -> Any:
 
 
 def products(compute: Any, lanes: int, add: bool) -> dict[str, Any]:
-    """What the gradients of the filters are made of, for tuples of ``lanes``.
+    """Makes the arithmetic of the filters' gradients, for tuples of ``lanes``.
 
-    ``multiply(a, b)``: element by element. ``accumulate(total, weight, product)``: total + weight * product, and
-    ``dot(weights, product)``: the sum of weights * product; without the weights if the filters are added, not
-    multiplied: then one filter's gradient does not depend on the other filter.
+    ``multiply(a, b)`` works element by element, ``accumulate(total, weight, product)`` is total + weight * product, and
+    ``dot(weights, product)`` the sum of weights * product. The last two leave the weights out if the filters are added:
+    then one filter's gradient does not depend on the other filter.
     """
     vector = types.UniTuple(compute, lanes)
 
@@ -333,7 +324,7 @@ def products(compute: Any, lanes: int, add: bool) -> dict[str, Any]:
 
 
 def functions(stored: Any, compute: Any, add: bool, native_bfloat16: bool) -> dict[str, Any]:
-    """All of the above for one dtype, by the names that kernels use."""
+    """Returns all functions of this module for one dtype, by the names that kernels use."""
     arithmetic = {lanes: products(compute, lanes, add) for lanes in (1, 2, 4)}
     return {
         **{name: {lanes: arithmetic[lanes][name] for lanes in arithmetic} for name in arithmetic[1]},
@@ -341,7 +332,7 @@ def functions(stored: Any, compute: Any, add: bool, native_bfloat16: bool) -> di
         "store": {lanes: storer(stored, compute, lanes, native_bfloat16) for lanes in (1, 2, 4)},
         "store_sum": storer(compute, compute, 1, native_bfloat16),
         "fetch": {lanes: fetcher(lanes) for lanes in (1, 2, 4)},
-        "fma_combine": {lanes: multiplier(compute, lanes, add) for lanes in (1, 2, 4)},
+        "fma_combine": {lanes: fma_combiner(compute, lanes, add) for lanes in (1, 2, 4)},
         "put": put,
         "ALIGNMENT": 16,
         "shift": shift,

@@ -1,6 +1,6 @@
-"""From a spec to PTX: compiled once for each architecture, kept on disk, announced when it takes long.
+"""Compiles kernels to PTX, once for each architecture, and caches it on disk; a slow compilation is announced.
 
-PTX is what Numba makes; the driver turns it into machine code when it is loaded, and keeps that itself.
+The driver makes machine code of the PTX when it loads it, and caches that itself.
 """
 
 from __future__ import annotations
@@ -31,14 +31,9 @@ Capability = tuple[int, int]
 
 
 def ptx(spec: KernelSpec, capability: Capability) -> str:
-    """The PTX of a kernel, from the cache on disk if it is there.
+    """Returns the PTX of a kernel for a compute capability, such as (9, 0), from the cache on disk if it is there.
 
-    Args:
-        spec: The kernel.
-        capability: Compute capability to compile for, such as (9, 0).
-
-    Raises:
-        Exception: Numba's or NVVM's, where they cannot compile for this architecture.
+    Numba or NVVM raise if they cannot compile for this architecture.
     """
     folder = cache_folder()
     if folder is None:
@@ -60,7 +55,7 @@ def ptx(spec: KernelSpec, capability: Capability) -> str:
 
 
 def compile_ptx(spec: KernelSpec, capability: Capability) -> str:
-    """The PTX of a kernel, compiled now. Arguments as for :func:`ptx`."""
+    """Returns the PTX of a kernel, compiled now."""
     from numba import cuda
     from numba.core import types
 
@@ -86,10 +81,10 @@ def compile_ptx(spec: KernelSpec, capability: Capability) -> str:
 
 
 def _import_array_functions() -> None:
-    """Imports the part of numba-cuda that NumPy 2.5 breaks, which else the first compilation imports.
+    """Imports the part of numba-cuda that NumPy 2.5 breaks, before the first compilation does.
 
-    numba-cuda 0.30.4 asks for ``numpy.row_stack`` as it is imported, to have an implementation of it. NumPy 2.5 has it
-    no more. It is there during the import alone: other libraries look for it to tell versions of NumPy apart.
+    At its import, numba-cuda 0.30.4 asks for ``numpy.row_stack``, which NumPy 2.5 no longer has. It is defined only
+    during the import: other libraries look for it to tell versions of NumPy apart.
     """
     module = "numba.cuda.np.arrayobj"
     with _import_lock:
@@ -105,12 +100,12 @@ def _import_array_functions() -> None:
 
 
 def _row_stack(rows: Any) -> Any:
-    """What ``numpy.row_stack`` was."""
+    """Replaces ``numpy.row_stack``."""
     return np.vstack(rows)
 
 
 def element_types(dtype: str) -> tuple[Any, Any]:
-    """Numba's types of elements in memory and in registers; halves are stored as integers, see device.py."""
+    """Returns Numba's types of elements in memory and in registers; half types are stored as integers."""
     from numba.core import types
 
     stored = {
@@ -123,18 +118,18 @@ def element_types(dtype: str) -> tuple[Any, Any]:
 
 
 def entry(ptx: str) -> str:
-    """The name of the kernel in PTX."""
+    """Returns the name of the kernel in PTX."""
     found = re.search(r"\.visible \.entry (\w+)", ptx)
     if found is None:
         raise ValueError("the PTX has no kernel")
     return found.group(1)
 
 
-# --- the cache on disk: a file for each kernel; damaged ones are made again, a folder that refuses is done without ----
+# --- the cache on disk: damaged files are made again; errors of the folder are only warned of -------------------------
 
 
 def cache_folder() -> Path | None:
-    """Where compiled kernels are kept: ``NUMBA_CACHE_DIR``, or the user's folder for caches; None without a home."""
+    """Returns the folder of compiled kernels: ``NUMBA_CACHE_DIR`` or the user's cache folder; None without a home."""
     chosen = os.environ.get("NUMBA_CACHE_DIR")
     if chosen:
         return Path(chosen) / "ddf_convert_cuda"
@@ -142,13 +137,13 @@ def cache_folder() -> Path | None:
         root = os.environ.get("LOCALAPPDATA") or os.path.expanduser("~/AppData/Local")
     else:
         root = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    # Relative: there is no home, or a variable that is to be ignored as it is.
+    # A relative path means that there is no home, or that the variable is to be ignored.
     return Path(root) / "ddf_convert" / "cuda" if os.path.isabs(root) else None
 
 
 @functools.cache
-def _makers() -> str:
-    """Everything but the spec that decides what the compiler makes."""
+def _toolchain_hash() -> str:
+    """Returns a hash of everything but the spec that decides on the compiled code."""
     digest = hashlib.sha256()
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
@@ -164,31 +159,31 @@ def _makers() -> str:
 
 
 def _file_name(spec: KernelSpec, capability: Capability) -> str:
-    key = hashlib.sha256(f"{spec!r} {capability} {_makers()}".encode()).hexdigest()
+    key = hashlib.sha256(f"{spec!r} {capability} {_toolchain_hash()}".encode()).hexdigest()
     return f"{spec.name}_sm{capability[0]}{capability[1]}_{key[:24]}.ptx"
 
 
 def _read(file: Path) -> str | None:
-    """What was kept, if it is whole: the first line says what the rest must hash to."""
+    """Returns the PTX in a file if it is whole: its first line holds the hash of the rest."""
     try:
-        seal, _, text = file.read_bytes().partition(b"\n")
+        hash_line, _, text = file.read_bytes().partition(b"\n")
     except OSError:
         return None
-    if seal != _seal(text):
+    if hash_line != _hash_line(text):
         return None
     return text.decode()
 
 
 def _write(file: Path, text: str) -> None:
-    """Whole or not at all, whoever else writes the same; a folder that cannot be written to is no error."""
+    """Writes a file atomically; warns if it cannot be written."""
     part = file.with_name(f".{file.name}.{os.getpid()}.{threading.get_ident()}.part")
     content = text.encode()
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(_seal(content) + b"\n" + content)
+        part.write_bytes(_hash_line(content) + b"\n" + content)
         part.replace(file)
     except OSError as error:
-        with contextlib.suppress(OSError):  # where there is a file in the folder's place
+        with contextlib.suppress(OSError):  # the folder's path may be a file
             part.unlink()
         warn_once(
             f"cannot keep compiled CUDA kernels in {file.parent} ({error.strerror});"
@@ -196,5 +191,5 @@ def _write(file: Path, text: str) -> None:
         )
 
 
-def _seal(content: bytes) -> bytes:
+def _hash_line(content: bytes) -> bytes:
     return b"// " + hashlib.sha256(content).hexdigest().encode()

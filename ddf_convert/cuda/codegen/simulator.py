@@ -1,7 +1,7 @@
-"""Kernels in Numba's CUDA simulator: a Python twin of each function of device.py.
+"""Kernels in Numba's CUDA simulator, with a Python twin of each function of intrinsics.py.
 
-The simulator (``NUMBA_ENABLE_CUDASIM=1``) runs kernels as Python threads on the CPU, slowly, to check what they
-calculate. Pointers are flat arrays with an offset here; elements are NumPy scalars of the type that a register has.
+The simulator (``NUMBA_ENABLE_CUDASIM=1``) runs kernels as Python threads on the CPU, slowly, to check their results.
+Pointers are flat arrays with an offset here; elements are NumPy scalars of the type of a register.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class Pointer(NamedTuple):
 
 
 def functions(dtype: str, add: bool) -> dict[str, Any]:
-    """The twins of ``device.functions`` for one dtype."""
+    """Returns the twins of ``intrinsics.functions`` for one dtype."""
     kind = np.float64 if dtype == "float64" else np.float32
 
     def widen(stored: Any) -> Any:
@@ -77,7 +77,7 @@ def functions(dtype: str, add: bool) -> dict[str, Any]:
     def sync_warp() -> None:
         from numba import cuda
 
-        # The simulator has no warps to wait for; the kernels call this with all threads of the block.
+        # The simulator has no warps; the kernels call this with all threads of the block.
         cuda.simulator.kernel._get_kernel_context().syncthreads()
 
     def everywhere(function: Any) -> dict[int, Any]:
@@ -124,13 +124,7 @@ _NARROW = {
 
 
 def simulate(spec: KernelSpec, blocks: int, arguments: tuple[Any, ...]) -> None:
-    """Runs a kernel in the simulator.
-
-    Args:
-        spec: The kernel.
-        blocks: How many.
-        arguments: CPU tensors, dense in memory, in the place of pointers; numbers.
-    """
+    """Runs a kernel in the simulator; ``arguments`` are numbers, and dense CPU tensors for pointers."""
     from numba import cuda
 
     _, compute = element_types(spec.dtype)
@@ -144,7 +138,7 @@ def simulate(spec: KernelSpec, blocks: int, arguments: tuple[Any, ...]) -> None:
 
 
 def _flat(tensor: Tensor) -> Any:
-    """The elements as they stand in memory."""
+    """Returns the elements in the order of memory."""
     words = {torch.float16: torch.uint16, torch.bfloat16: torch.int16}
     flat = tensor.as_strided((tensor.numel(),), (1,))
     return flat.view(words.get(tensor.dtype, tensor.dtype)).numpy()

@@ -1,15 +1,14 @@
 """Unrolls kernels before Numba sees them: ordinary Python in, straight-line Python out.
 
-A tile of outputs must stay in registers, and a register cannot be indexed at run time. So the loops over a tile must be
-unrolled and every index be a constant. Whether LLVM does that to a long loop is its own decision; here it is ours.
-A kernel is a plain Python function that says what is known when it is compiled:
+A tile of outputs must stay in registers, which cannot be indexed at run time. So the loops over a tile must be unrolled
+and every index be a constant; for a long loop LLVM does not guarantee that. In a kernel, a plain Python function,
 
-* names in ``constants`` (and loop variables over them) have their value, and expressions of them are calculated;
+* names in ``constants`` (and loop variables over them) have their value, and expressions of them are evaluated;
 * ``for x in static(...)`` is unrolled, and an ``if`` with a known test keeps one branch;
-* ``tuple(... for x in static(...))`` is a tuple written out;
+* ``tuple(... for x in static(...))`` is written out;
 * ``acc = registers()`` makes ``acc[i, j]``, whose indices are known, a variable of its own.
 
-The same text, specialized in the same way, runs in Numba's CUDA simulator.
+The same specialized source runs in Numba's CUDA simulator.
 """
 
 from __future__ import annotations
@@ -44,19 +43,11 @@ def registers() -> Any:
 
 
 def specialize(function: Callable[..., None], name: str, constants: dict[str, Any]) -> Callable[..., None]:
-    """The function with its constants worked in.
+    """Returns the function, called ``name``, with its constants inserted and its static loops unrolled.
 
-    Args:
-        function: A kernel, see above; its globals stay visible.
-        name: Of the result, a Python identifier.
-        constants: Values by name. Numbers become literals; of tuples and objects the numbers that are taken from
-            them; anything that can be called becomes a global.
-
-    Returns:
-        A function whose source Python's tracebacks and debuggers can show.
-
-    Raises:
-        TypeError: A loop marked static, or the index of a register, is not known.
+    Numbers among the constants become literals, also those taken from tuples and objects; callables become globals.
+    Tracebacks and debuggers can show the new source. A static loop or an index of a register that is not known raises
+    TypeError.
     """
     tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
     definition = tree.body[0]
@@ -86,7 +77,7 @@ def _without_docstring(body: list[ast.stmt]) -> list[ast.stmt]:
 
 
 class _Expression:
-    """What can be said of an expression whatever is known: loops come to the same one thousands of times."""
+    """The properties of an expression that do not depend on what is known; cached, as loops repeat them."""
 
     def __init__(self, node: ast.expr) -> None:
         parts = list(ast.walk(node))
@@ -106,7 +97,7 @@ class _Expression:
 
 
 class _Unroller(ast.NodeVisitor):
-    """Makes new statements and expressions; those of the kernel stay as they are, for the next turn of a loop."""
+    """Makes new statements and expressions; those of the kernel are left unchanged, for the next turn of a loop."""
 
     def __init__(self, constants: dict[str, Any]) -> None:
         self.known = dict(constants)
@@ -115,7 +106,7 @@ class _Unroller(ast.NodeVisitor):
         self._read = functools.cache(_Expression)
 
     def block(self, nodes: Iterable[ast.AST]) -> list[Any]:
-        """Each statement (or expression), or what becomes of it."""
+        """Transforms each statement (or expression)."""
         made = []
         for node in nodes:
             result = self.visit(node)
@@ -123,7 +114,7 @@ class _Unroller(ast.NodeVisitor):
         return made
 
     def generic_visit(self, node: ast.AST) -> Any:
-        """The same, of what becomes of its parts."""
+        """Returns the same node with its parts transformed."""
         return type(node)(**{name: self._part(value) for name, value in ast.iter_fields(node)})
 
     def _part(self, value: Any) -> Any:
@@ -153,13 +144,13 @@ class _Unroller(ast.NodeVisitor):
     # --- expressions --------------------------------------------------------------------------------------------------
 
     def visit(self, node: ast.AST) -> Any:
-        """What is known becomes its value, the largest expression first."""
+        """Replaces known expressions by their values, the largest one first."""
         if isinstance(node, ast.expr) and not isinstance(node, ast.Constant) and self._is_known(node):
             return self._literal(self._value(node))
         return super().visit(node)
 
     def visit_BoolOp(self, node: ast.BoolOp) -> Any:
-        """``KNOWN or x`` and ``KNOWN and x``."""
+        """Simplifies ``KNOWN or x`` and ``KNOWN and x``."""
         first = node.values[0]
         if not self._is_known(first):
             return self.generic_visit(node)
@@ -169,7 +160,7 @@ class _Unroller(ast.NodeVisitor):
         return self.visit(rest[0] if len(rest) == 1 else ast.BoolOp(node.op, rest))
 
     def visit_BinOp(self, node: ast.BinOp) -> Any:
-        """``x & True`` is x."""
+        """Simplifies ``x & True`` to x."""
         made: Any = self.generic_visit(node)
         is_and = isinstance(made, ast.BinOp) and isinstance(made.op, ast.BitAnd)
         return made.left if is_and and isinstance(made.right, ast.Constant) and made.right.value is True else made
@@ -195,7 +186,7 @@ class _Unroller(ast.NodeVisitor):
         return ast.Name("_".join([node.value.id, *(str(part).replace("-", "m") for part in parts)]), node.ctx)
 
     def _turns(self, target: ast.expr, over: ast.expr) -> Iterator[None]:
-        """The turns of a static loop; in each of them its value is known."""
+        """Yields once for each turn of a static loop, with its variable known."""
         values = over.args[0] if isinstance(over, ast.Call) and _is_static(over) else None
         if values is None or not self._can_be_known(values):
             raise TypeError(f"line {over.lineno}: what a static loop goes over must be known: {ast.unparse(over)}")
@@ -213,11 +204,11 @@ class _Unroller(ast.NodeVisitor):
             self.known[target.id] = value
 
     def _can_be_known(self, node: ast.expr) -> bool:
-        """Nothing in it is unknown."""
+        """Whether nothing in an expression is unknown."""
         read = self._read(node)
         if not (read.only_reads and read.only_calls_names and read.needed <= self.known.keys()):
             return False
-        # Python's own functions, and conversions to Numba's types; device functions are for the kernel to call.
+        # Built-in functions and conversions to Numba's types are evaluated; device functions are left to the kernel.
         return all(isinstance(self.known.get(name), types.Type | NoneType) for name in read.called)
 
     def _is_known(self, node: ast.expr) -> bool:

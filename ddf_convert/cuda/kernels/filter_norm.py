@@ -1,6 +1,6 @@
 """Kernels of FilterNorm over the taps of each pixel and head, and of its gradient (paper, section 3.2).
 
-One thread takes one pixel of one head. The taps are read again for each sum over them: the second time from cache.
+One thread takes one pixel of one head. It reads the taps for each sum over them; all but the first time from cache.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from numba import cuda
 def filter_norm(result, filters, scale, count, pixels, heads, taps, image_step, tap_step, pixel_step):
     """``result`` = (filters - mean) / (deviation + EPSILON) * scale over the taps.
 
-    Both are (B, G*taps, H, W) in one layout, told by steps in elements; ``count`` = B * G * H * W threads.
+    Both are (B, G*taps, H, W) in one layout, given by steps in elements; ``count`` = B * G * H * W threads.
     """
     item = cuda.blockIdx.x * cuda.blockDim.x + cuda.threadIdx.x
     if item >= count:
@@ -21,7 +21,7 @@ def filter_norm(result, filters, scale, count, pixels, heads, taps, image_step, 
     rest = item // pixels
     image = rest // heads
     at = image * image_step + (rest - image * heads) * taps * tap_step + (item - rest * pixels) * pixel_step
-    first = load[1](filters, at, True, True)[0]  # without it, equal taps are 0, not what rounding leaves of their mean
+    first = load[1](filters, at, True, True)[0]  # subtracted first, so that equal taps become exactly 0
     total = COMPUTE(0)
     for tap in range(taps):
         total = total + (load[1](filters, at + tap * tap_step, True, True)[0] - first)
@@ -37,7 +37,7 @@ def filter_norm(result, filters, scale, count, pixels, heads, taps, image_step, 
 
 
 def filter_norm_backward(result, grad, filters, scale, count, pixels, heads, taps, image_step, tap_step, pixel_step):
-    """``result`` = the gradient of the filters, given that of the normalized ones. Arguments as above.
+    """``result`` = the gradient by the filters, from that by the normalized filters; arguments as above.
 
     With x the centered filter and d its deviation: scale / (d + EPSILON) * (g - mean(g) - x * sum(g x) * pull), where
     pull = 1 / ((d + EPSILON) * d * (taps - 1)); the squares of x, whose sum is d^2 * (taps - 1), are kept above 0.

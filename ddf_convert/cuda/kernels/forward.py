@@ -1,10 +1,10 @@
 """The kernel of the forward pass and of the gradient of the input, in either layout.
 
-A thread makes a tile: ``Q`` channels of ``ROWS`` x ``COLUMNS`` places (see stencil.py). A block is ``TILES`` tiles of
-the map for each of ``GROUPS`` groups of ``Q`` channels; it goes over a chunk of channels of one head in steps of
-``GROUPS * Q``. What the tiles share is prepared once for the block, in float32 (or float64), in shared memory: the
-spatial filter of its pixels (normalized, if asked for), and the channel filter of its channels. The feature map goes
-straight into registers, row by row of the window; what neighboring tiles read again they find in L1.
+A thread computes a tile: ``Q`` channels of ``ROWS`` x ``COLUMNS`` places (see ``kernel_spec.Stencil``). A block is
+``TILES`` tiles of the map for each of ``GROUPS`` groups of ``Q`` channels; it goes over a chunk of channels of one head
+in steps of ``GROUPS * Q``. The tiles share filters, which the block first writes to shared memory in float32 (or
+float64): the spatial filter of its pixels, normalized with NORMALIZE, and the channel filter of its channels. The
+feature map is loaded into registers, row by row of the window; rows that neighboring tiles read again are in L1.
 
 Neighboring threads are neighbors in memory: along the row in the contiguous layout, along the channels in
 channels_last, where a thread's ``Q`` channels are one wide load.
@@ -38,12 +38,11 @@ def window(
     filter_width,
     chunk,
 ):
-    """Writes ``target``; see the module's text.
+    """Computes ``target`` from ``source``.
 
-    ``channels`` and ``heads`` are those of the filters; the source can have fewer channels, which then serve several
-    filters in turn: s*s of them for DDF-Up.
-    ``places_down`` x ``places_across`` are the places (u, v) of the map, ``filter_height`` x ``filter_width`` the
-    size of the spatial filter's map, ``chunk`` the channels of a block (at most CHUNK).
+    ``channels`` and ``heads`` are those of the filters; in DDF-Up the source has s*s times fewer channels, which serve
+    s*s filters in turn. The map has ``places_down`` x ``places_across`` places (u, v), the spatial filter
+    ``filter_height`` x ``filter_width`` pixels, and a block ``chunk`` channels (at most CHUNK).
     """
     per_head = divide(channels, heads)
     tiles_across = divide(places_across + (COLUMNS - 1), COLUMNS)
@@ -92,7 +91,7 @@ def window(
                 value = load[1](spatial, at, y_inside, x_inside)
                 taps[i * SIZE + j] = value[0]
         if NORMALIZE:
-            first = taps[0]  # without it, equal taps are 0, and not what rounding leaves of their mean
+            first = taps[0]  # subtracted first, so that equal taps become exactly 0
             mean = COMPUTE(0)
             for tap in static(range(TAPS)):
                 taps[tap] = taps[tap] - first

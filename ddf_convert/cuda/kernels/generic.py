@@ -1,7 +1,7 @@
 """Kernels for whatever the fast ones are not made for: any kernel size, stride and plane, in any layout.
 
-One thread makes one element. Maps are told by their strides, in elements, so that one kernel serves every layout.
-``channels`` and ``heads`` are those of the filters; the source can have fewer channels, as in window.py.
+One thread makes one element. Maps are given by strides in elements, so that one kernel serves every layout.
+``channels`` and ``heads`` are those of the filters; the source can have fewer channels, as in forward.py.
 """
 
 from __future__ import annotations

@@ -1,13 +1,11 @@
 """The kernel of the gradients of both filters: one pass over the input and the gradient of the output.
 
-The product d = grad_output * input, tap by tap, is needed for both: summed over the pixels it is the gradient of the
-channel filter, summed over the channels that of the spatial filter. A thread owns ``LANES`` elements that do not change
-while it works (pixels in the contiguous layout, channels in channels_last: what is neighbors in memory), and goes over
-the other axis in steps of ``STEPS`` (channels, or pixels). So one gradient, of the filter that belongs to its own
-elements, adds up in registers; the parts of the other are added across the warp, through shared memory, at every step.
-Every sum has one fixed order. What several blocks have parts of, they write side by side, and the caller adds up.
-
-The names: ``own`` is the filter of the thread's elements, ``other`` that of the axis it goes over.
+Both need the product d = grad_output * input, tap by tap: summed over the pixels it gives the gradient of the channel
+filter, summed over the channels the gradient of the spatial filter. A thread owns ``LANES`` fixed elements that are
+neighbors in memory (pixels in the contiguous layout, channels in channels_last) and goes over the other axis in steps
+of ``STEPS`` (channels, or pixels). The gradient of the filter of its own elements (``own``) adds up in registers; the
+parts of the other (``other``) are added across the warp, through shared memory, at every step. Every sum has one fixed
+order. Blocks write their parts of a gradient side by side, and the caller adds them up.
 """
 
 from __future__ import annotations
@@ -35,12 +33,12 @@ def grad_filters(
     chunk,
     span,
 ):
-    """Writes what each block has of the gradients; see the module's text.
+    """Computes the parts of each block of the gradients.
 
     ``channels`` and ``heads`` are those of the filters; the source can have fewer channels, as in forward.py.
     ``channel_parts`` is (blocks of pixels, B, C, K*K), ``spatial_parts`` (chunks of channels, B, G*K*K, Ho, Wo) in the
-    layout of the map. A block takes ``chunk`` channels of one head (at most CHUNK) and ``span`` pixel groups, which are
-    LANES, or STEPS, pixels of one row.
+    layout of the map. A block takes ``chunk`` channels of one head (at most CHUNK) and ``span`` pixel groups, each of
+    PIXELS pixels of one row.
     """
     per_head = divide(channels, heads)
     groups_across = divide(out_width + (PIXELS - 1), PIXELS)
@@ -106,7 +104,7 @@ def grad_filters(
     for tap in static(range(TAPS)):
         sums[tap] = tuple(COMPUTE(0) for at in static(range(LANES)))
     for turn in range(turns):
-        # Where this turn is: STEPS channels of the thread's pixels, or STEPS pixels of its channels.
+        # One turn: STEPS channels of the thread's pixels, or STEPS pixels of its channels.
         if CHANNELS_LAST:
             group = first_group + turn * WARPS + warp
             u = divide(group, groups_across)
@@ -184,7 +182,7 @@ def grad_filters(
                     store_sum(channel_parts, at * TAPS + tap, (total,))
         sync_warp()
 
-    # The gradient that stayed in registers: the warps add theirs up, a thread for each element.
+    # The gradient in registers: the warps' parts are added up, by a thread for each element.
     owner = divide(thread, LANES)
     if CHANNELS_LAST:
         writes = first_channel + thread < last_channel

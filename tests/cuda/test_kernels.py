@@ -1,4 +1,4 @@
-"""The PTX of the CUDA kernels, run without a GPU by ``ptx_machine``, against float64; and the launch.
+"""The PTX of the CUDA kernels, run without a GPU by ``ptx_machine``, against float64.
 
 The machine makes an error of what a GPU may leave unnoticed: loads and stores beyond a tensor, threads that race in
 shared memory, elements that are written twice or not at all. Compiling takes nearly all the time here, so a kernel that
@@ -7,10 +7,8 @@ is compiled once runs on several shapes.
 
 from __future__ import annotations
 
-import ctypes
 import re
 from collections import Counter
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -24,9 +22,8 @@ from ddf_convert import reference
 pytest.importorskip("numba_cuda", reason="needs numba-cuda, which compiles for GPUs without one")
 
 from ddf_convert.cuda import dispatch
-from ddf_convert.cuda.codegen import driver as launch
 from ddf_convert.cuda.codegen.ptx import compile_ptx
-from ddf_convert.cuda.kernel_spec import FilterNormSpec, GenericSpec, KernelSpec
+from ddf_convert.cuda.kernel_spec import GenericSpec, KernelSpec
 
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # The error that the last rounding makes at most, and what sums of a few hundred terms add.
@@ -65,7 +62,7 @@ def example(
     combine: str = "mul",
     shift: int = 0,
 ) -> Call:
-    """A call with random tensors; ``shift`` moves each by so many elements from where memory is aligned."""
+    """A call with random tensors; ``shift`` is the elements from an aligned address to the first one."""
     padding = dilation * (size // 2) if padding is None else padding
     batch, channels, *sides = shape
     height, width = ((side + 2 * padding - dilation * (size - 1) - 1) // stride + 1 for side in sides)
@@ -199,7 +196,7 @@ def test_spatial_filter_is_normalized_on_its_way_in(dtype: torch.dtype, layout: 
     ],
     ids=str,
 )
-def test_plain_kernels(
+def test_generic_kernels(
     dtype: torch.dtype, options: dict[str, Any], shape: tuple[int, ...], layout: str, gpu: Gpu
 ) -> None:
     call = example(shape, dtype, layout, **options)
@@ -291,7 +288,7 @@ def test_kernels_for_processors_without_bfloat16(layout: str, monkeypatch: pytes
 
 
 class Far:
-    """A GPU that runs one block alone of a launch on tensors that nobody could hold: their elements are a rule.
+    """A GPU that runs one block of a launch on tensors too large for memory: their elements follow a rule.
 
     Attributes:
         block: Counted from the end; the last is -1.
@@ -386,7 +383,7 @@ def test_beyond_two_billion_elements(layout: str, dtype: torch.dtype, monkeypatc
         check_places(far, number, torch.arange(count - expected.numel(), count), expected, torch.float32)
 
 
-def test_plain_kernel_beyond_two_billion_elements(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_generic_kernel_beyond_two_billion_elements(monkeypatch: pytest.MonkeyPatch) -> None:
     far = Far()
     monkeypatch.setattr(dispatch, "_run", far.run)
     input = torch.empty(2049, 4096, 16, 16, dtype=torch.float16, device="meta")
@@ -438,229 +435,3 @@ def test_loads_and_stores_of_inner_tiles(
         print(f"\n{variant.name}, {part}:", ", ".join(f"{name} {count:.2f}" for name, count in each.items()))
     assert each["ld.global"] <= loads
     assert each["st.global"] == 0.25  # four elements each
-
-
-# --- the launch -------------------------------------------------------------------------------------------------------
-
-
-class Driver:
-    """Takes the place of NVIDIA's driver, and notes what it is told."""
-
-    def __init__(self, status: int = 0) -> None:
-        self.status = status
-        self.loaded: list[bytes] = []
-        self.entries: list[bytes] = []
-        self.launches: list[SimpleNamespace] = []
-
-    def cuLaunchKernel(self, function: Any, *rest: Any) -> tuple[int]:  # noqa: N802
-        *sizes, shared, stream, separate, extra = rest
-        keys = (ctypes.c_void_p * 5).from_address(extra)
-        assert (keys[0], keys[2], keys[4]) == (1, 2, None)  # parameters, their size, the end
-        size = ctypes.c_size_t.from_address(keys[3]).value
-        parameters = ctypes.string_at(keys[1], size)
-        assert not separate
-        self.launches.append(SimpleNamespace(**locals()))
-        return (self.status,)
-
-    def cuGetErrorName(self, status: int) -> tuple[int, bytes]:  # noqa: N802
-        return 0, b"CUDA_ERROR_OF_THIS_TEST"
-
-    def cuModuleLoadData(self, text: bytes) -> tuple[int, str]:  # noqa: N802
-        self.loaded.append(text)
-        return 0, "module"
-
-    def cuModuleGetFunction(self, module: str, entry: bytes) -> tuple[int, str]:  # noqa: N802
-        self.entries.append(entry)
-        return 0, "function"
-
-    def cuCtxGetCurrent(self) -> tuple[int, int]:  # noqa: N802
-        return 0, 1
-
-
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
-def test_parameters_reach_the_driver_as_a_c_struct(dtype: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    driver = Driver()
-    monkeypatch.setattr(launch, "driver", lambda: driver)
-    number = ctypes.c_double if dtype == "float64" else ctypes.c_float
-    kinds = [ctypes.c_void_p, ctypes.c_void_p, number, *[ctypes.c_int64] * 7]
-
-    class Parameters(ctypes.Structure):
-        _fields_ = [(f"parameter_{place}", kind) for place, kind in enumerate(kinds)]
-
-    values = [2**47 + 512, 2**47 + 1024, 1.5, 2**40 + 1, 3, -4, 5, 6, 7, 8]
-    variant = FilterNormSpec(dtype, add=False, gradient=False)
-    launch.launch("function", launch.parameter_format(variant), 5, variant.threads, 77, values)
-    (told,) = driver.launches
-    assert (told.function, told.sizes, told.shared, told.stream) == ("function", [5, 1, 1, 128, 1, 1], 0, 77)
-    assert [getattr(Parameters.from_buffer_copy(told.parameters), field) for field, _ in Parameters._fields_] == values
-    assert len(told.parameters) == ctypes.sizeof(Parameters)
-    declared = ptx_machine.compiled(variant, (9, 0)).source.parameters.values()
-    assert [offset for _, offset in declared] == [getattr(Parameters, field).offset for field, _ in Parameters._fields_]
-
-
-def test_refused_launch_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "driver", lambda: Driver(status=701))
-    variant = FilterNormSpec("float32", add=False, gradient=False)
-    with pytest.raises(launch.DriverError, match="2 blocks of 128 threads: CUDA_ERROR_OF_THIS_TEST"):
-        launch.launch("function", launch.parameter_format(variant), 2, 128, 0, [0, 0, 1.0, *range(7)])
-
-
-def test_kernel_is_loaded_once_and_launched_on_the_current_stream(
-    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    driver = Driver()
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(launch, "driver", lambda: driver)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 0))
-    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False)
-    variant = FilterNormSpec("float16", add=False, gradient=True)
-    tensors = [torch.zeros(9) for _ in range(3)]
-    for _ in range(2):
-        launch.run(variant, 0, 3, (*tensors, 1.0, *range(7)))
-    (text,) = driver.loaded
-    assert text.endswith(b"\0")
-    assert b".entry " + driver.entries[0] + b"(" in text
-    first, second = driver.launches
-    assert first.parameters == second.parameters
-    assert (first.stream, first.sizes) == (77, [3, 1, 1, 128, 1, 1])
-    assert [int.from_bytes(first.parameters[at : at + 8], "little") for at in (0, 8, 16)] == [
-        tensor.data_ptr() for tensor in tensors
-    ]
-
-
-# --- the machine ------------------------------------------------------------------------------------------------------
-
-
-def kernel(body: str) -> Kernel:
-    """A kernel with an output, a number, and 16 words of shared memory."""
-    return Kernel(
-        """
-        .version 9.0
-        .target sm_90
-        .address_size 64
-        .visible .shared .align 16 .b8 tile[512];
-        .visible .entry test( .param .u64 output, .param .u64 number ) .maxntid 64, 1, 1
-        {
-        .reg .pred %p<4>; .reg .b16 %rs<4>; .reg .b32 %r<9>; .reg .b64 %rd<9>; .reg .f32 %f<9>; .reg .f64 %fd<9>;
-        ld.param.u64 %rd0, [output];
-        mov.u32 %r0, %tid.x;
-        mul.wide.u32 %rd1, %r0, 8;
-        add.s64 %rd2, %rd0, %rd1; // this thread's place in the output
-        mov.u64 %rd3, tile;
-        add.s64 %rd4, %rd3, %rd1; // and in the tile
-        """
-        + body
-        + "ret; }"
-    )
-
-
-def run(body: str, number: int = 0, threads: int = 64) -> Any:
-    """The output, eight bytes for each thread, after the body has run."""
-    output = torch.zeros(threads, dtype=torch.int64)
-    buffer = Buffer(ptx_machine.address(0, output), ptx_machine.flat(output))
-    parameters = buffer.base.to_bytes(8, "little") + number.to_bytes(8, "little")
-    kernel(body).run([0], 1, threads, parameters, [buffer])
-    return output
-
-
-@pytest.mark.parametrize(
-    ("instructions", "expected"),
-    [
-        ("mov.u32 %r1, 2147483647; add.s32 %r1, %r1, 1; cvt.s64.s32 %rd5, %r1;", -(2**31)),
-        ("mov.u32 %r1, -3; mul.wide.s32 %rd5, %r1, 5;", -15),
-        ("mov.u32 %r1, -3; mul.wide.u32 %rd5, %r1, 5;", 5 * (2**32 - 3)),
-        ("mov.u64 %rd6, 4611686018427387909; mul.lo.s64 %rd5, %rd6, 7;", (4611686018427387909 * 7) - 2**64 * 2 + 2**64),
-        ("mov.u64 %rd6, -4; mul.hi.u64 %rd5, %rd6, 3;", 2),
-        ("mov.u64 %rd6, -4; mul.hi.s64 %rd5, %rd6, 3;", -1),
-        ("mov.u64 %rd6, -4; mad.lo.s64 %rd5, %rd6, 3, 20;", 8),
-        ("mov.u64 %rd6, -7; div.s64 %rd5, %rd6, 2;", -3),
-        ("mov.u64 %rd6, -7; rem.s64 %rd5, %rd6, 2;", -1),
-        ("mov.u64 %rd6, -7; div.u64 %rd5, %rd6, 2;", (2**64 - 7) // 2),
-        ("mov.u64 %rd6, -8; shr.s64 %rd5, %rd6, 70;", -1),
-        ("mov.u64 %rd6, -8; shr.u64 %rd5, %rd6, 1;", 2**63 - 4),
-        ("mov.u64 %rd6, 1; shl.b64 %rd5, %rd6, 64;", 0),
-        ("mov.u64 %rd6, -8; max.s64 %rd5, %rd6, 3;", 3),
-        ("mov.u64 %rd6, -8; neg.s64 %rd5, %rd6;", 8),
-        ("mov.u64 %rd6, 1099511627781; cvt.u32.u64 %r1, %rd6; cvt.u64.u32 %rd5, %r1;", 5),
-        ("mov.u64 %rd6, -1; setp.lt.s64 %p1, %rd6, 1; selp.b64 %rd5, 2, 3, %p1;", 2),
-        ("mov.u64 %rd6, -1; setp.lt.u64 %p1, %rd6, 1; selp.b64 %rd5, 2, 3, %p1;", 3),
-        ("mov.f32 %f1, 0f7FC00000; setp.ne.f32 %p1, %f1, %f1; selp.b64 %rd5, 2, 3, %p1;", 3),
-        ("mov.f32 %f1, 0f7FC00000; setp.neu.f32 %p1, %f1, %f1; selp.b64 %rd5, 2, 3, %p1;", 2),
-        ("mov.u64 %rd5, 1; setp.eq.s64 %p1, %rd5, 1; @!%p1 mov.u64 %rd5, 2;", 1),
-        (
-            "mov.f32 %f1, 0f3F800800; fma.rn.f32 %f2, %f1, %f1, 0fBF801000; mov.b32 %r1, %f2; cvt.u64.u32 %rd5, %r1;",
-            0x33800000,
-        ),
-        ("{ .reg .b16 lo, hi; mov.b32 {lo, hi}, 0x20001; mov.b32 %r1, {hi, lo}; } cvt.u64.u32 %rd5, %r1;", 0x10002),
-        (
-            "mov.f32 %f1, 0f3F818000; cvt.rn.bf16.f32 %rs1, %f1; mov.b32 %r1, {%rs1, %rs1}; cvt.u64.u32 %rd5, %r1;",
-            0x3F823F82,
-        ),
-        (
-            "mov.f32 %f1, 0f477FF000; cvt.rn.f16.f32 %rs1, %f1; mov.b32 %r1, {%rs1, %rs1}; cvt.u64.u32 %rd5, %r1;",
-            0x7C007C00,
-        ),
-        ("ld.param.u32 %rd5, [number+4];", 7),
-    ],
-)
-def test_machine_calculates_as_a_gpu(instructions: str, expected: int) -> None:
-    made = run(instructions + "st.global.u64 [%rd2], %rd5;", number=7 << 32)
-    wrapped = (expected + 2**63) % 2**64 - 2**63
-    assert made.tolist() == [wrapped] * 64
-
-
-def test_machine_runs_threads_that_part_and_meet_again() -> None:
-    body = """
-        mov.u64 %rd5, 0;
-        and.b32 %r1, %r0, 3;
-        setp.eq.s32 %p1, %r1, 0;
-        @%p1 bra $store;
-        $again: add.s64 %rd5, %rd5, 10; add.s32 %r1, %r1, -1; setp.gt.s32 %p1, %r1, 0; @%p1 bra $again;
-        $store: st.shared.u64 [%rd4], %rd5;
-        bar.sync 0;
-        xor.b32 %r2, %r0, 63; mul.wide.u32 %rd6, %r2, 8; add.s64 %rd6, %rd3, %rd6; // the last thread's for the first
-        ld.shared.u64 %rd7, [%rd6];
-        st.global.u64 [%rd2], %rd7;
-    """
-    assert run(body).tolist() == [10 * (thread % 4) for thread in reversed(range(64))]
-
-
-@pytest.mark.parametrize(
-    ("body", "error"),
-    [
-        ("st.global.u64 [%rd2+8], %rd1;", "element 64 of a tensor of 64"),
-        ("st.global.u64 [%rd0+-8], %rd1;", "element -1 of a tensor|in no tensor"),
-        ("st.global.u64 [%rd2+4], %rd1;", "misaligned"),
-        ("ld.global.nc.v2.u64 {%rd5, %rd6}, [%rd2];", "misaligned"),
-        ("ld.global.nc.u32 %r1, [%rd2];", "part of an element"),
-        ("st.global.u64 [%rd0], %rd1;", "write element 0 twice"),
-        ("ld.global.nc.u64 %rd5, [%rd2]; st.global.u64 [%rd2], %rd5;", "the same kernel reads"),
-        ("st.shared.u64 [%rd4+8], %rd1;", "byte 512 of a shared array of 512"),
-        ("st.shared.v2.u64 [%rd4], {%rd1, %rd1};", "misaligned"),
-        ("st.shared.u64 [%rd3], %rd1;", "two threads write one place"),
-        ("st.shared.u64 [%rd4], %rd1; ld.shared.u64 %rd5, [%rd3];", "thread 1 reads what thread 0 writes"),
-        ("st.shared.u64 [%rd4], %rd1; bar.warp.sync 0xffffffff; ld.shared.u64 %rd5, [%rd3];", "thread 32 reads"),
-        ("ld.shared.u64 %rd5, [%rd3]; st.shared.u64 [%rd4], %rd1;", "thread 0 writes what thread 1 touches"),
-        ("setp.eq.s32 %p1, %r0, 0; @%p1 bra $end; bar.sync 0; $end:", "not all threads come"),
-        ("setp.eq.s32 %p1, %r0, 0; @%p1 mov.u32 %r1, 1; mov.u32 %r2, %r1;", "before it is written"),
-        ("mov.u64 %rd5, 0; div.s64 %rd6, %rd1, %rd5;", "divides by zero"),
-        ("add.rz.f32 %f1, %f1, %f1;", "does not know the instruction"),
-        ("atom.global.add.f32 %f1, [%rd2], %f1;", "does not know the instruction"),
-        ("mov.u64 %rd5, somewhere;", "cannot take somewhere"),
-        ("add.s32 %r1, %f1, 1;", "a register of type f32 taken as s32"),
-        ("add.s32 %rd5, %r0, 1;", "a result of type s32 for a register of type b64"),
-    ],
-)
-def test_machine_refuses(body: str, error: str) -> None:
-    with pytest.raises(PtxError, match=error):
-        run(body)
-
-
-def test_barriers_make_sharing_right() -> None:
-    within = "st.shared.u64 [%rd4], %rd1; bar.warp.sync 0xffffffff; and.b32 %r1, %r0, 32; mul.wide.u32 %rd5, %r1, 8;"
-    read = "add.s64 %rd5, %rd3, %rd5; ld.shared.u64 %rd6, [%rd5]; st.global.u64 [%rd2], %rd6;"
-    assert run(within + read).tolist() == [0] * 32 + [256] * 32
-    across = "st.shared.u64 [%rd4], %rd1; bar.sync 0; mov.u64 %rd5, 8;"
-    assert run(across + read + "bar.sync 0; st.shared.u64 [%rd4], %rd1;").tolist() == [8] * 64

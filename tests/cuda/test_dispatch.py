@@ -37,7 +37,7 @@ SAME = Geometry(padding=1)
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
-# --- grid.py and dispatch.py: which kernel, which tile, how many blocks -----------------------------------------------
+# --- which kernel, which tile, how many blocks ------------------------------------------------------------------------
 
 
 class Launched(list[tuple[KernelSpec, int, tuple[Any, ...]]]):
@@ -147,7 +147,7 @@ def test_views_that_are_not_aligned_are_read_an_element_at_a_time(which: int, la
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 3, 5, 7, 9])
-def test_which_calls_take_the_plain_kernels(size: int, dtype: str, layout: str, launched: Launched) -> None:
+def test_which_calls_take_the_generic_kernels(size: int, dtype: str, layout: str, launched: Launched) -> None:
     for stride in (1, 2, 3):
         launched.clear()
         made = tensors((1, 4, 9, 8), size, stride, size // 2, dtype=dtype, layout=layout)
@@ -165,7 +165,7 @@ def problem(**changes: Any) -> Problem:
     return made._replace(**changes)
 
 
-def test_planes_that_32_bits_cannot_count_take_the_plain_kernels() -> None:
+def test_planes_that_32_bits_cannot_count_take_the_generic_kernels() -> None:
     side = 46340  # its square is just below 2^31
     assert problem(height=side, width=side, out_height=side, out_width=side).is_unrolled
     assert not problem(height=side + 1, width=side + 1).is_unrolled
@@ -254,7 +254,7 @@ def test_much_work_is_not_cut_finer_than_needed() -> None:
     assert tiling.grad_filters_launch(small).chunks > 2
 
 
-def test_plain_kernels_and_norms_get_a_thread_for_each_element(launched: Launched) -> None:
+def test_generic_kernels_and_norms_get_a_thread_for_each_element(launched: Launched) -> None:
     made = tensors((3, 7, 11, 13), size=9, padding=4)
     call(made, Geometry(padding=4))
     counts = [made[0].numel(), made[0].numel(), made[1].numel(), made[2].numel()]
