@@ -240,7 +240,7 @@ def _table_2_lines(latency: dict[str, Any]) -> Iterator[str]:
     yield "![Latency by resolution](paper_latency.png)"
     yield ""
     yield from paragraph(
-        "The paper's figure of memory, figure from what was measured here: the peak of a forward and a backward pass"
+        "The paper's figure of memory, drawn from what was measured here: the peak of a forward and a backward pass"
         " beyond what it began with. `unfold` stores a window of the input for every pixel, as dynamic filters usually"
         " do."
     )
