@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -36,7 +36,7 @@ from ddf_convert.depth.lowres import downsample
 from ddf_convert.depth.maps import Unit, read_photo
 from ddf_convert.depth.metrics import errors
 from ddf_convert.depth.picture import draw
-from ddf_convert.depth.training import Settings, Trainer
+from ddf_convert.depth.trainer import DepthSettings, DepthTrainer
 from ddf_convert.errors import UsageError
 from ddf_convert.models.ddf_upnet import JointUpNet
 from ddf_convert.models.depth_holes import fill_holes
@@ -400,8 +400,8 @@ def network_row(
 
 
 def train(model: JointUpNet, part: ScenePart, seed: int, steps: int) -> JointUpNet:
-    settings = Settings(crop=CROP, seed=seed, turned=0.5)
-    return Trainer(model, recipe(steps), part, settings).run()
+    settings = DepthSettings(crop=CROP, seed=seed, turned=0.5)
+    return cast(JointUpNet, DepthTrainer(model, recipe(steps), part, settings).run())
 
 
 def recipe(steps: int) -> Recipe:

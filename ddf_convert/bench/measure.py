@@ -285,8 +285,8 @@ def forward_bytes(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor,
 def forward_backward_bytes(input: Tensor, channel_filter: Tensor, spatial_filter: Tensor, output: Tensor) -> int:
     """Counts what forward, the gradient of the input and the gradients of the filters read and write.
 
-    A gradient is as large as its tensor. The input's gradient needs the output's gradient and both filters; the filters'
-    gradients need the input, the output's gradient and both filters.
+    A gradient is as large as its tensor. The gradient of the input needs the output's gradient and both filters. The
+    gradients of the filters need the input, the output's gradient and both filters.
     """
     maps, filters = input.nbytes, channel_filter.nbytes + spatial_filter.nbytes
     grad_input = output.nbytes + filters + maps

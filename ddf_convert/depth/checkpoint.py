@@ -22,7 +22,7 @@ from ddf_convert.artifacts.bounds import check_arguments, limit_construction, re
 from ddf_convert.artifacts.state import describe_difference
 from ddf_convert.depth.lowres import Downsampling
 from ddf_convert.depth.maps import Unit
-from ddf_convert.errors import ArtifactError
+from ddf_convert.errors import ArtifactError, first_line
 from ddf_convert.models.ddf_upnet import SCALE_FACTORS, DDFUpNet, JointConvUpNet, JointUpNet
 from ddf_convert.version import __version__
 
@@ -32,20 +32,20 @@ Upsampler = Literal["ddf", "conv"]
 _CLASSES: dict[Upsampler, type[JointUpNet]] = {"ddf": DDFUpNet, "conv": JointConvUpNet}
 
 
-class Manifest(BaseModel):
-    """What a network is, and what it learned from.
+class DepthManifest(BaseModel):
+    """The manifest of a network: what it is, and what it learned from.
 
     Attributes:
-        kind: Tells such a folder from others.
-        format_version: Of the folder.
+        kind: Distinguishes such a folder from others.
+        format_version: Version of the folder's format.
         upsampler: "ddf" (:class:`DDFUpNet`) or "conv" (:class:`JointConvUpNet`).
-        arguments: Of the class, by name.
-        unit: Of the depth maps that it learned from.
+        arguments: Arguments of the class.
+        unit: Unit of the depth maps that it learned from.
         downsample: How small depth maps were made of them.
-        recipe: That it was trained with, as data.
-        steps: That were taken.
-        versions: Of the package that wrote it.
-        files: What the other files must be.
+        recipe: The recipe that it was trained with.
+        steps: Steps taken.
+        versions: Version of the package that wrote it.
+        files: Sizes and hashes of the other files.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,48 +70,41 @@ class Manifest(BaseModel):
 
     @property
     def scale_factor(self) -> int:
-        """The network's factor."""
+        """The factor of the network."""
         return int(self.arguments["scale_factor"])
 
 
 def build(upsampler: Upsampler, **arguments: Any) -> JointUpNet:
-    """A network, untrained.
-
-    Raises:
-        ValueError: An argument does not fit.
-        TypeError: There is no such argument.
-    """
+    """Builds a network, untrained."""
     return _CLASSES[upsampler](**arguments)
 
 
-def save(model: JointUpNet, folder: str | os.PathLike[str], unit: Unit, **said: Any) -> None:
-    """Writes a network: the folder holds the old one or the new one, whole, whenever this is interrupted.
-
-    Args:
-        model: The network.
-        folder: Made if need be.
-        unit: Of the depth maps that it learned from.
-        **said: ``downsample``, ``recipe`` and ``steps``, as in :class:`Manifest`.
-
-    Raises:
-        ArtifactError: The folder cannot be written, or files that are not a network's are in the way.
-        DDFError: Writing failed, for instance because the disk is full.
-    """
+def save(
+    model: JointUpNet,
+    folder: str | os.PathLike[str],
+    unit: Unit,
+    downsample: Downsampling,
+    recipe: dict[str, Any] | None = None,
+    steps: int = 0,
+) -> None:
+    """Writes a network: the folder holds the old one or the new one, whole, whenever this is interrupted."""
     upsampler: Upsampler = "ddf" if isinstance(model, DDFUpNet) else "conv"
     weights = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
     with atomic_folder(folder, [_WEIGHTS], _files_of) as stage:
         write_tensors(weights, stage / _WEIGHTS)
-        manifest = Manifest(
+        manifest = DepthManifest(
             upsampler=upsampler,
             arguments=model.arguments,
             unit=unit.name,
+            downsample=downsample,
+            recipe=recipe,
+            steps=steps,
             files={_WEIGHTS: FileRecord.of(stage / _WEIGHTS)},
-            **said,
         )
         (stage / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
 
 
-def load(folder: str | os.PathLike[str]) -> tuple[JointUpNet, Manifest]:
+def load(folder: str | os.PathLike[str]) -> tuple[JointUpNet, DepthManifest]:
     """A network from its folder, in evaluation mode on the CPU. No code is run from it, and nothing unpickled.
 
     Raises:
@@ -136,44 +129,32 @@ def load(folder: str | os.PathLike[str]) -> tuple[JointUpNet, Manifest]:
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # the arguments are whatever the manifest says
-        raise ArtifactError(f"{place}: weights and manifest do not belong together: {_short(error)}") from error
+        raise ArtifactError(f"{place}: weights and manifest do not belong together: {first_line(error)}") from error
     return model.eval(), manifest
 
 
 def check_free(folder: Path) -> None:
-    """Makes sure that :func:`save` can write to a folder without losing a file that it did not write.
-
-    Raises:
-        ArtifactError: Something is in the way; the message names it.
-    """
+    """Makes sure that :func:`save` can write to a folder without losing a file that it did not write."""
     check_replaceable(folder, [_WEIGHTS], _files_of)
 
 
 def _files_of(content: dict[str, Any]) -> dict[str, Any] | None:
-    """What the content of a manifest says of the files beside it; None if it is something else's."""
+    """Returns the files that a manifest lists; None if it is not a network's."""
     files = content.get("files")
     return files if content.get("kind") == _KIND and isinstance(files, dict) else None
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a network's folder.
-
-    Raises:
-        ArtifactError: There is none, or it is something else's.
-    """
+def read_manifest(folder: Path) -> DepthManifest:
+    """Reads the manifest of a network's folder."""
     file = folder / MANIFEST
     try:
-        return Manifest.model_validate_json(file.read_bytes())
+        return DepthManifest.model_validate_json(file.read_bytes())
     except FileNotFoundError:
         what = "is no folder of a trained network: it has no manifest.json" if folder.is_dir() else "does not exist"
-        raise ArtifactError(f"checkpoint {folder} {what}; `ddf-convert upsample-train` makes one") from None
+        raise ArtifactError(f"checkpoint {folder} {what}; `ddf-convert depth train` makes one") from None
     except OSError as error:
         raise ArtifactError(f"{file} cannot be read: {error.strerror}") from error
     except ValidationError as error:
         raise ArtifactError(
             f"{file} is damaged, of another version, or of a model that is no depth upsampling network"
         ) from error
-
-
-def _short(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]

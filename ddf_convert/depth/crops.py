@@ -1,4 +1,4 @@
-"""Batches to learn from: random crops of random pairs, varied. Every crop is a function of the seed and its number."""
+"""Random, augmented crops of random pairs. Every crop is a function of the seed and its number."""
 
 from __future__ import annotations
 
@@ -14,35 +14,35 @@ from ddf_convert.depth.pairs import Pairs
 from ddf_convert.recipes.schema import Augmentation
 from ddf_convert.training.sampler import permutation, seed_for
 
-_KEPT = 1 << 30  # bytes of pairs that stay in memory
+_CACHE_BYTES = 1 << 30  # of pairs that stay in memory
 _ATTEMPTS = 10  # to find a crop that is not all hole
-_CROPS = 0x63726F70  # apart from the seeds that others make of the same numbers
+_CROPS = 0x63726F70  # separates these seeds from others of the same numbers
 
 
 class Crops:
-    """Crops by number.
+    """Crops by number, each pair in turn before any comes again.
 
     Args:
-        pairs: To take them from, each in turn before any comes again.
-        size: Rows, and columns, of a crop; pairs that are smaller are enlarged by reflection.
+        pairs: To take crops from.
+        size: Rows and columns of a crop; smaller pairs are enlarged by reflection.
         augmentation: ``scale`` is the range of the area that a crop shows, as a multiple of its own; ``hflip`` and
-            ``vflip`` are probabilities; ``color_jitter`` is how far brightness and gamma vary. With any of the last the
-            three channels also change places, and half of the crops are negatives: what color something has says
-            nothing of its depth, and few data would let a network believe it. None varies nothing.
+            ``vflip`` are probabilities; ``color_jitter`` is how far brightness and gamma vary. If it is above 0 the
+            channels are also permuted, and half of the crops inverted: with few data a network would take color for a
+            sign of depth. None varies nothing.
         seed: Of the run.
-        turned: The probability that near and far change places in a crop's depth map. The edges stay where they are,
-            which is what few data should teach, and not how far away what they show was.
+        turned: Probability that near and far change places in a crop's depth map, while edges stay: few data should
+            teach where edges are, and not how far away things were.
     """
 
     def __init__(
         self, pairs: Pairs, size: int, augmentation: Augmentation | None, seed: int, turned: float = 0.0
     ) -> None:
         self.pairs, self.size, self.augmentation, self.seed, self.turned = pairs, size, augmentation, seed, turned
-        self._kept: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()
+        self._cache: OrderedDict[int, tuple[Tensor, Tensor]] = OrderedDict()
         self._bytes = 0
 
     def batch(self, first: int, count: int) -> tuple[Tensor, Tensor]:
-        """The crops from a number on: photos (count, 3, size, size) from 0 to 1, depth maps (count, 1, size, size)."""
+        """Returns crops from a number on: photos (count, 3, size, size) from 0 to 1, depths (count, 1, size, size)."""
         photos, depths = zip(*(self._crop(number) for number in range(first, first + count)), strict=True)
         return torch.stack(photos), torch.stack(depths)
 
@@ -54,7 +54,7 @@ class Crops:
             crop = self._cut(photo, depth, random)
             if crop[1].count_nonzero() * 10 > crop[1].numel():
                 break
-        return self._varied(*crop, random)
+        return self._augment(*crop, random)
 
     def _cut(self, photo: Tensor, depth: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
         size = self.size
@@ -64,27 +64,27 @@ class Crops:
         side = max(2, min(round(size * area**0.5), max(size, shortest)))
         short = [max(0, side - length) for length in depth.shape[-2:]]
         if any(short):
-            photo, depth = (_reflected(image, short) for image in (photo, depth))
+            photo, depth = (_reflect(image, short) for image in (photo, depth))
         top, left = (int(random.integers(length - side + 1)) for length in depth.shape[-2:])
         view = (..., slice(top, top + side), slice(left, left + side))
         photo, depth = photo[view].float() / 255, depth[view]
         if side == size:
             return photo, depth
         photo = F.interpolate(photo[None], size=(size, size), mode="bilinear", antialias=True)[0].clamp(0, 1)
-        # A mean of depths on both sides of an edge is no depth: the nearest it is.
+        # nearest: a mean of the depths on both sides of an edge is no depth
         return photo, F.interpolate(depth[None], size=(size, size), mode="nearest-exact")[0]
 
-    def _varied(self, photo: Tensor, depth: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
-        asked = self.augmentation
-        if asked is None:
+    def _augment(self, photo: Tensor, depth: Tensor, random: np.random.Generator) -> tuple[Tensor, Tensor]:
+        augmentation = self.augmentation
+        if augmentation is None:
             return photo, depth
         if random.random() < self.turned and (known := depth > 0).any():
             depth = torch.where(known, depth[known].min() + depth.max() - depth, 0.0)
-        for probability, axis in ((asked.hflip, -1), (asked.vflip, -2)):
+        for probability, axis in ((augmentation.hflip, -1), (augmentation.vflip, -2)):
             if random.random() < probability:
                 photo, depth = photo.flip(axis), depth.flip(axis)
-        if asked.color_jitter:
-            gain, shift, gamma = random.uniform(-asked.color_jitter, asked.color_jitter, 3)
+        if augmentation.color_jitter:
+            gain, shift, gamma = random.uniform(-augmentation.color_jitter, augmentation.color_jitter, 3)
             photo = (photo * (1 + gain) + shift / 2).clamp(0, 1) ** math.exp(gamma)
             photo = photo[torch.from_numpy(random.permutation(3))]
             if random.random() < 0.5:
@@ -92,21 +92,21 @@ class Crops:
         return photo, depth
 
     def _pair(self, index: int) -> tuple[Tensor, Tensor]:
-        """Remembers the pairs seen last, as far as they fit."""
-        if index in self._kept:
-            self._kept.move_to_end(index)
-            return self._kept[index]
+        """Returns a pair, from a cache of the last ones."""
+        if index in self._cache:
+            self._cache.move_to_end(index)
+            return self._cache[index]
         pair = self.pairs[index]
-        self._kept[index] = pair
+        self._cache[index] = pair
         self._bytes += sum(image.nbytes for image in pair)
-        while self._bytes > _KEPT and len(self._kept) > 1:
-            _, dropped = self._kept.popitem(last=False)
+        while self._bytes > _CACHE_BYTES and len(self._cache) > 1:
+            _, dropped = self._cache.popitem(last=False)
             self._bytes -= sum(image.nbytes for image in dropped)
         return pair
 
 
-def _reflected(image: Tensor, short: list[int]) -> Tensor:
-    """Longer by some rows and columns, which mirror those before them, as often as that takes."""
+def _reflect(image: Tensor, short: list[int]) -> Tensor:
+    """Adds rows and columns that mirror those before them, as often as that takes."""
     for axis, missing in zip((-2, -1), short, strict=True):
         length = image.shape[axis]
         places = torch.arange(length + missing) % (2 * length)

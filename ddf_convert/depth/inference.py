@@ -1,4 +1,4 @@
-"""One photo and one small depth map in, one large depth map out."""
+"""Upsamples one depth map, by a network or by interpolation."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddf_convert.utils.modules import evaluating
 
 
 def upsample(model: JointUpNet, photo: Tensor, depth: Tensor) -> tuple[Tensor, str | None]:
-    """Upsamples a depth map with a network; sizes that its factor does not divide are padded, and cut off again.
+    """Upsamples a depth map with a network; sizes that its factor does not divide are padded, and cropped again.
 
     Args:
         model: On any device.
@@ -23,7 +23,7 @@ def upsample(model: JointUpNet, photo: Tensor, depth: Tensor) -> tuple[Tensor, s
         depth: (1, h, w), holes 0; h and w are H and W over the network's factor, rounded up or down.
 
     Returns:
-        (1, H, W) float32 on the CPU, above 0; and what was padded, in words, or None.
+        (1, H, W) float32 on the CPU, above 0; and a note on the padding, or None.
 
     Raises:
         UsageError: The sizes do not fit.
@@ -33,12 +33,12 @@ def upsample(model: JointUpNet, photo: Tensor, depth: Tensor) -> tuple[Tensor, s
     with evaluating(model), torch.inference_mode():
         found = model(small[None].float().to(device), padded[None].float().to(device) / 255)[0].cpu()
     found = found[..., : photo.shape[-2], : photo.shape[-1]]
-    # The residual knows no limits: below the smallest measurement by half there is nothing to believe.
+    # The residual is unbounded; nothing below half of the smallest measurement is credible.
     return found.clamp_min(0.5 * float(small[small > 0].min())), words
 
 
 def interpolate(depth: Tensor, factor: int, size: Sequence[int], mode: str = "bicubic") -> Tensor:
-    """What there is without a network: (1, h, w) -> (1, H, W), holes filled first.
+    """Interpolates a depth map, (1, h, w) -> (1, H, W), after filling its holes.
 
     Args:
         depth: (1, h, w), holes 0.

@@ -1,4 +1,4 @@
-"""Small depth maps made of large ones, and sizes that a factor does not divide."""
+"""Makes small depth maps of large ones, and pads sizes that a factor does not divide."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DOWNSAMPLINGS: tuple[Downsampling, ...] = get_args(Downsampling)
 
 
 def downsample(depth: Tensor, factor: int, how: Downsampling = "nearest") -> Tensor:
-    """Makes the small depth map that is to be upsampled.
+    """Makes the small depth map that will be upsampled.
 
     "nearest" takes the pixel in row and column ``(factor - 1) // 2`` of each cell of ``factor`` x ``factor``, as in the
     code of Su et al., "Pixel-Adaptive Convolutional Neural Networks", CVPR 2019 (mode "center"), whose protocol on NYU
@@ -47,7 +47,7 @@ def downsample(depth: Tensor, factor: int, how: Downsampling = "nearest") -> Ten
 
 
 def cut_to_factor(image: Tensor, factor: int) -> Tensor:
-    """Without the last rows and columns that are no whole cell: (..., H, W) -> (..., s*(H//s), s*(W//s))."""
+    """Crops rows and columns that are no whole cell: (..., H, W) -> (..., s*(H//s), s*(W//s))."""
     height, width = (length // factor * factor for length in image.shape[-2:])
     return image[..., :height, :width]
 
@@ -55,18 +55,13 @@ def cut_to_factor(image: Tensor, factor: int) -> Tensor:
 def fit(photo: Tensor, depth: Tensor, factor: int) -> tuple[Tensor, Tensor, str | None]:
     """Pads a photo and a small depth map so that the one is ``factor`` times as large as the other.
 
-    The photo gets its last row and column again, the depth map holes; both at the bottom and the right.
+    The photo gets its last row and column again, the depth map holes; both at the bottom and the right. Also returns a
+    note on the padding, or None.
 
     Args:
         photo: (3, H, W).
         depth: (1, h, w), where h and w are H and W divided by the factor, rounded up or down.
         factor: s.
-
-    Returns:
-        Both, and what was done, in words; None if nothing had to be.
-
-    Raises:
-        UsageError: The sizes are not ``factor`` times each other.
     """
     full, small = photo.shape[-2:], depth.shape[-2:]
     wanted = [-(-length // factor) for length in full]
@@ -89,7 +84,7 @@ def fit(photo: Tensor, depth: Tensor, factor: int) -> tuple[Tensor, Tensor, str 
 
 
 def _factor(full: torch.Size, small: torch.Size) -> int | None:
-    """The factor between two sizes, if there is one."""
+    """Returns the factor between two sizes, if there is one."""
     factors = {round(length / have) for length, have in zip(full, small, strict=True)}
     factor = factors.pop()
     matches = not factors and factor > 1

@@ -1,6 +1,6 @@
-"""Photos and depth maps as files: PNG and JPEG; PNG of 16 bits, NPY and PFM.
+"""Reads and writes photos (PNG, JPEG) and depth maps (16-bit PNG, NPY, PFM).
 
-Numbers of a file are taken as they are. What they are, its unit, only says how they are shown and written.
+Numbers are used as they are in the file; the unit only decides how they are shown and written.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ from ddf_convert.utils.images import open_image
 
 PHOTOS = (".png", ".jpg", ".jpeg")
 DEPTHS = (".png", ".npy", ".pfm")
-# Centimetres in one of each; any other unit, such as the pixels of a disparity, is shown as it is.
+# Centimetres per unit; other units, such as the pixels of a disparity, are shown as they are.
 CENTIMETRES = {"mm": 0.1, "cm": 1.0, "m": 100.0}
-_WHOLE = {".png": "mm"}  # of a kind of file, where nobody says
+_DEFAULT_UNITS = {".png": "mm"}  # by suffix
 _MOST = 65535
 MOST_PIXELS = 2**27  # of an image; PIL warns from two thirds of it on
 _LARGEST_NUMBER = 16  # bytes of one, and room for a header
@@ -36,11 +36,7 @@ _FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "PPM", "TIFF", "GIF")
 
 @dataclass(frozen=True)
 class Unit:
-    """What the numbers of a depth map are.
-
-    Attributes:
-        name: "mm", "cm" or "m"; or any other word.
-    """
+    """The unit of a depth map's numbers."""
 
     name: str
 
@@ -50,22 +46,19 @@ class Unit:
         return "cm" if self.name in CENTIMETRES else self.name
 
     def show(self, value: float) -> float:
-        """A number in the unit that errors are shown in."""
+        """Converts a number to the unit that errors are shown in."""
         return value * CENTIMETRES.get(self.name, 1.0)
 
 
 def unit_of(file: Path, name: str | None) -> Unit:
-    """The unit of a depth map: what the user says, or millimetres in PNG and metres in other files."""
-    return Unit(name or _WHOLE.get(file.suffix.lower(), "m"))
+    """Returns the unit of a depth map: the user's, else millimetres for PNG and metres for other files."""
+    return Unit(name or _DEFAULT_UNITS.get(file.suffix.lower(), "m"))
 
 
 def read_photo(file: Path) -> Tensor:
-    """A photo: (3, H, W) uint8, turned as its EXIF orientation says.
+    """Reads a photo as (3, H, W) uint8, turned as its EXIF orientation says.
 
     Gray photos get three equal channels; transparency is left out.
-
-    Raises:
-        UsageError: It cannot be read as a photo.
     """
     image = open_image(file, "photo", _FORMATS, MOST_PIXELS, exif_orientation=True)
     pixels = np.array(image.convert("RGB"))
@@ -73,15 +66,7 @@ def read_photo(file: Path) -> Tensor:
 
 
 def read_depth(file: Path, allow_8bit: bool = False) -> Tensor:
-    """A depth map: (1, H, W) float32, its holes 0, whether the file has 0, less, NaN or infinity there.
-
-    Args:
-        file: PNG of 16 bits, NPY or PFM.
-        allow_8bit: Take PNG of 8 bits too.
-
-    Raises:
-        UsageError: It cannot be read, is no depth map, holds 256 depths at most, or nothing but holes.
-    """
+    """Reads a depth map as (1, H, W) float32; holes (0, negative, NaN or infinite) become 0."""
     kind = file.suffix.lower()
     if kind == ".png":
         values = _read_png(file, allow_8bit)
@@ -97,19 +82,16 @@ def read_depth(file: Path, allow_8bit: bool = False) -> Tensor:
 
 
 def encode_depth(depth: Tensor, file: Path, unit: Unit, whole: bool) -> tuple[bytes, Unit]:
-    """A depth map as the content of a file; PNG holds whole numbers, so metres go there as millimetres.
+    """Encodes a depth map as the content of a file; PNG holds whole numbers, so metres become millimetres there.
 
     Args:
         depth: (1, H, W).
-        file: Its suffix says as what.
-        unit: Of the numbers.
+        file: Its suffix gives the format.
+        unit: Unit of the numbers.
         whole: Whether the input had whole numbers, so that the output may be rounded to them.
 
     Returns:
         The content, and its unit.
-
-    Raises:
-        UsageError: No such format, or the numbers do not fit into it.
     """
     values = depth[0].double().cpu().numpy()
     kind = file.suffix.lower()
@@ -173,7 +155,7 @@ def _read_numbers(file: Path) -> NDArray[np.generic]:
 
 
 def _read_npy(opened: IO[bytes], size: int) -> NDArray[np.generic]:
-    """The array of an NPY file, whose header is believed only if there are as many numbers as it says."""
+    """Reads the array of an NPY file, after checking that the file holds as many numbers as its header claims."""
     version = np.lib.format.read_magic(opened)
     header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(version)
     if header is None:  # later ones are for names of fields

@@ -1,4 +1,4 @@
-"""How far a depth map is from the truth, where there is one."""
+"""Errors of depth maps, over the pixels where the truth is known."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ddf_convert.models.depth_holes import is_valid, moments
 
 @dataclass(frozen=True)
 class Errors:
-    """Of one depth map, in the unit of its numbers, over the pixels where the truth is known.
+    """The errors of one depth map, in the unit of its numbers.
 
     Attributes:
-        rmse: Root of the mean squared error.
+        rmse: Root mean squared error.
         mae: Mean absolute error.
-        pixels: That count.
+        pixels: Number of pixels where the truth is known.
     """
 
     rmse: float
@@ -26,14 +26,11 @@ class Errors:
 
 
 def errors(found: Tensor, truth: Tensor) -> Errors:
-    """The errors of a depth map.
+    """Measures the errors of a depth map.
 
     Args:
         found: (..., H, W).
         truth: The same shape; holes are 0, negative, NaN or infinite, and do not count.
-
-    Raises:
-        ValueError: The truth has nothing but holes, or the shapes differ.
     """
     if found.shape != truth.shape:
         raise ValueError(f"shapes {tuple(found.shape)} and {tuple(truth.shape)} differ")
@@ -45,8 +42,7 @@ def errors(found: Tensor, truth: Tensor) -> Errors:
 
 
 def mean_rmse(each: list[Errors]) -> float:
-    """The mean of the images' RMSE, which is how the benchmark on NYU Depth V2 is given (and not the RMSE of all pixels
-    together).
+    """Returns the mean of the images' RMSE, as the benchmark on NYU Depth V2 does, and not the RMSE of all pixels.
 
     Source: Su et al., "Pixel-Adaptive Convolutional Neural Networks", CVPR 2019, in their code.
     """
@@ -54,6 +50,6 @@ def mean_rmse(each: list[Errors]) -> float:
 
 
 def deviations(depth: Tensor) -> Tensor:
-    """The standard deviation of each map's measurements, (B, 1, 1, 1), which losses are divided by; above 0."""
+    """Returns the standard deviation of each map's measurements, (B, 1, 1, 1) and above 0: losses are divided by it."""
     known = is_valid(depth)
     return moments(torch.where(known, depth, torch.zeros_like(depth)), known.to(depth.dtype))[1]

@@ -1,4 +1,4 @@
-"""NYU Depth V2 in its published file, ``nyu_depth_v2_labeled.mat``: 1449 photos with depth maps, in metres.
+"""Reads NYU Depth V2's published file, ``nyu_depth_v2_labeled.mat``: 1449 photos with depth maps, in metres.
 
 MATLAB 7.3 keeps them as HDF5, axes reversed: ``images`` (1449, 3, 640, 480) uint8 and ``depths`` (1449, 640, 480)
 float32. h5py reads them, one pair at a time; it is an extra.
@@ -23,16 +23,11 @@ from ddf_convert.errors import UsageError
 
 _TRAINING = 1000
 _PUBLISHED = 1449
-_COMPRESSED = 1100  # times that deflate makes something smaller, at most
+_MAX_COMPRESSION = 1100  # of deflate
 
 
 class NYU:
-    """The pairs of the file, which stays open.
-
-    Args:
-        file: An open ``h5py.File``.
-        unit: Of the depth maps' numbers.
-    """
+    """The pairs of the file, which stays open."""
 
     def __init__(self, file: Any, unit: Unit) -> None:
         self._file = file  # datasets close with it
@@ -41,14 +36,14 @@ class NYU:
 
     @property
     def names(self) -> Sequence[str]:
-        """Their numbers, from 1 as in MATLAB."""
+        """The numbers of the pairs, from 1 as in MATLAB."""
         return [f"{number:04}" for number in range(1, len(self) + 1)]
 
     def __len__(self) -> int:
         return len(self._depths)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """A photo (3, H, W) uint8, and its depth map (1, H, W) float32, whose holes are 0."""
+        """Returns a photo (3, H, W) uint8 and its depth map (1, H, W) float32, whose holes are 0."""
         try:
             photo, depth = np.asarray(self._photos[index]), np.asarray(self._depths[index], np.float32)
         except (OSError, RuntimeError) as error:
@@ -59,11 +54,7 @@ class NYU:
 
 
 def open_file(path: Path, unit: str | None = None) -> NYU:
-    """Opens the file.
-
-    Raises:
-        UsageError: h5py is missing; or it is not that file.
-    """
+    """Opens the file."""
     try:
         import h5py
     except ImportError as error:
@@ -76,15 +67,15 @@ def open_file(path: Path, unit: str | None = None) -> NYU:
         raise UsageError(
             f"{path}: cannot be read as HDF5: is it nyu_depth_v2_labeled.mat (MATLAB 7.3), and whole?"
         ) from None
-    fault = _fault(file)
+    fault = _describe_fault(file)
     if fault is not None:
         file.close()
         raise UsageError(f"{path}: {fault}")
     return NYU(file, Unit(unit or "m"))
 
 
-def _fault(file: Any) -> str | None:
-    """What is wrong with the contents of the file, if anything is."""
+def _describe_fault(file: Any) -> str | None:
+    """Returns what is wrong with the contents of the file, or None."""
     import h5py
 
     missing = [name for name in ("images", "depths") if name not in file]
@@ -101,18 +92,14 @@ def _fault(file: Any) -> str | None:
         return f"depths are {file['depths'].dtype}, and should be numbers"
     if photos[2] * photos[3] > MOST_PIXELS:
         return f"images have {photos[2]} x {photos[3]} pixels, and up to {MOST_PIXELS:,} are read"
-    for name in ("images", "depths"):  # what was never written takes no room, and may be of any size
-        if file[name].nbytes > _COMPRESSED * file[name].id.get_storage_size():
+    for name in ("images", "depths"):  # data never written take no room, whatever their size
+        if file[name].nbytes > _MAX_COMPRESSION * file[name].id.get_storage_size():
             return f"{name} should be {file[name].nbytes:,} bytes, which are not there: it is incomplete"
     return None
 
 
 def split(count: int) -> tuple[range, range]:
-    """The pairs to train with and to test with: 1000 and 449; of a file of another length the same share.
-
-    Raises:
-        UsageError: There are fewer than two.
-    """
+    """Returns the pairs to train with and to test with: 1000 and 449, or the same share of a file of another length."""
     if count < 2:
         raise UsageError(f"{count} pairs are too few to train with some and to test with others")
     training = _TRAINING if count == _PUBLISHED else max(1, count * _TRAINING // _PUBLISHED)

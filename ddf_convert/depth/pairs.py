@@ -31,27 +31,21 @@ class Pairs(Protocol):
 
     @property
     def unit(self) -> Unit:
-        """Of the depth maps' numbers."""
+        """Unit of the depth maps' numbers."""
 
     @property
     def names(self) -> Sequence[str]:
-        """Of the pairs."""
+        """Names of the pairs."""
 
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """A photo (3, H, W) uint8, and its depth map (1, H, W) float32, whose holes are 0."""
+        """Returns a photo (3, H, W) uint8 and its depth map (1, H, W) float32, whose holes are 0."""
 
 
 @dataclass(frozen=True)
-class Files:
-    """Pairs of files.
-
-    Attributes:
-        files: Photo and depth map of each.
-        unit: Of the depth maps' numbers.
-        allow_8bit: Take depth maps in PNG of 8 bits.
-    """
+class FilePairs:
+    """Pairs of files."""
 
     files: tuple[tuple[Path, Path], ...]
     unit: Unit
@@ -66,7 +60,7 @@ class Files:
         return len(self.files)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """A photo (3, H, W) uint8, and its depth map (1, H, W) float32, whose holes are 0."""
+        """Returns a photo (3, H, W) uint8 and its depth map (1, H, W) float32, whose holes are 0."""
         photo_file, depth_file = self.files[index]
         photo, depth = read_photo(photo_file), read_depth(depth_file, self.allow_8bit)
         if photo.shape[-2:] != depth.shape[-2:]:
@@ -79,54 +73,46 @@ class Files:
 
 
 @dataclass(frozen=True)
-class Chosen:
-    """Some of the pairs of a collection.
-
-    Attributes:
-        pairs: All of them.
-        indices: Which.
-    """
+class PairSubset:
+    """Some of the pairs of a collection, by their indices."""
 
     pairs: Pairs
     indices: Sequence[int]
 
     @property
     def unit(self) -> Unit:
-        """Of the depth maps' numbers."""
+        """Unit of the depth maps' numbers."""
         return self.pairs.unit
 
     @property
     def names(self) -> list[str]:
-        """Of the pairs."""
+        """Names of the pairs."""
         return [self.pairs.names[index] for index in self.indices]
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
-        """A photo (3, H, W) uint8, and its depth map (1, H, W) float32, whose holes are 0."""
+        """Returns a photo (3, H, W) uint8 and its depth map (1, H, W) float32, whose holes are 0."""
         return self.pairs[self.indices[index]]
 
 
 def open_pairs(path: Path, unit: str | None = None, allow_8bit: bool = False) -> tuple[Pairs, Pairs | None]:
-    """Pairs to train with, and to validate with.
+    """Opens pairs to train with and to validate with.
 
     Args:
         path: A folder, divided or not, or NYU Depth V2's file (``.mat``).
-        unit: Of the depth maps' numbers; None is millimetres in PNG, metres in NPY, PFM and NYU's file.
+        unit: Unit of the depth maps' numbers; None is millimetres in PNG, metres in NPY, PFM and NYU's file.
         allow_8bit: Take depth maps in PNG of 8 bits.
 
     Returns:
         Both. Of NYU's file the first 1000 and the last 449; of a folder that is not divided, every tenth pair is for
         validation; None if it has a single pair.
-
-    Raises:
-        UsageError: There is no such path, no pairs, or photos and depth maps do not match by name.
     """
     if path.suffix.lower() == ".mat":
         pairs: Pairs = nyu.open_file(path, unit)
         training, test = nyu.split(len(pairs))
-        return Chosen(pairs, training), Chosen(pairs, test)
+        return PairSubset(pairs, training), PairSubset(pairs, test)
     if not path.is_dir():
         raise UsageError(f"{path}: {'is no folder and no .mat file' if path.exists() else 'there is nothing there'}")
     if (path / "train").is_dir():
@@ -138,15 +124,11 @@ def open_pairs(path: Path, unit: str | None = None, allow_8bit: bool = False) ->
         return pairs, None
     every = min(_EVERY, len(pairs))
     held = range(every - 1, len(pairs), every)
-    return Chosen(pairs, [index for index in range(len(pairs)) if index not in held]), Chosen(pairs, held)
+    return PairSubset(pairs, [index for index in range(len(pairs)) if index not in held]), PairSubset(pairs, held)
 
 
-def folder(path: Path, unit: str | None = None, allow_8bit: bool = False) -> Files:
-    """The pairs of a folder with ``rgb`` and ``depth`` in it, by name.
-
-    Raises:
-        UsageError: One of the two is missing, a name stands on one side only or twice, or units are mixed.
-    """
+def folder(path: Path, unit: str | None = None, allow_8bit: bool = False) -> FilePairs:
+    """Opens the pairs of a folder with ``rgb`` and ``depth`` in it, matched by name."""
     photos, depths = (_by_name(path / part, suffixes) for part, suffixes in (("rgb", PHOTOS), ("depth", DEPTHS)))
     for have, lack, part in ((photos, depths, "depth"), (depths, photos, "rgb")):
         missing = sorted(have.keys() - lack.keys())
@@ -160,21 +142,16 @@ def folder(path: Path, unit: str | None = None, allow_8bit: bool = False) -> Fil
         raise UsageError(
             f"{first[1]} would be in {first[0]} and {second[1]} in {second[0]}: say with --unit what all of them are in"
         )
-    return Files(files, unit_of(files[0][1], unit), allow_8bit)
+    return FilePairs(files, unit_of(files[0][1], unit), allow_8bit)
 
 
 def entries(pairs: Pairs, part: str) -> list[Entry]:
-    """What tells the pairs from others: of files names, sizes and contents, of others a few pairs.
-
-    Args:
-        pairs: The pairs.
-        part: What they are called where they have no files.
-    """
+    """Returns the fingerprint of pairs: of files their names, sizes and contents, else a few pairs named ``part``."""
     chosen = list(range(len(pairs)))
-    while isinstance(pairs, Chosen):
+    while isinstance(pairs, PairSubset):
         chosen = [pairs.indices[index] for index in chosen]
         pairs = pairs.pairs
-    if isinstance(pairs, Files):
+    if isinstance(pairs, FilePairs):
         files = [file for index in chosen for file in pairs.files[index]]
         return fingerprint.of_files(files, pairs.files[0][0].parent.parent)
     probed = [chosen[index] for index in fingerprint.spaced(len(chosen), _PROBED)]
@@ -189,7 +166,7 @@ def _hash(pair: tuple[Tensor, Tensor]) -> str:
 
 
 def each(pairs: Pairs) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, photo and depth map of all."""
+    """Yields name, photo and depth map of all pairs."""
     for index, name in enumerate(pairs.names):
         yield name, *pairs[index]
 

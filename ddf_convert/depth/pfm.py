@@ -1,4 +1,4 @@
-"""PFM, the files of float32 that stereo benchmarks give depth and disparity in.
+"""Reads and writes PFM, the float32 format of stereo benchmarks.
 
 Source: the format's description by Paul Debevec, http://www.pauldebevec.com/Research/HDR/PFM/
 """
@@ -14,11 +14,7 @@ _HEADER = re.compile(rb"^(P[Ff])\s+(\d+)\s+(\d+)\s+(-?[\d.]+(?:[eE][+-]?\d+)?)[ 
 
 
 def decode(content: bytes) -> NDArray[np.float32]:
-    """An image of one channel from a file's content: (H, W) float32, the top row first.
-
-    Raises:
-        ValueError: It is no PFM file, is cut off, or has three channels.
-    """
+    """Decodes a file's content as an image of one channel, (H, W) float32, the top row first."""
     found = _HEADER.match(content)
     if found is None:
         raise ValueError("it is not a PFM file")
@@ -34,6 +30,6 @@ def decode(content: bytes) -> NDArray[np.float32]:
 
 
 def encode(image: NDArray[np.float32]) -> bytes:
-    """The content of a file for an image of one channel, (H, W), the top row first."""
+    """Encodes an image of one channel, (H, W), the top row first."""
     height, width = image.shape
     return f"Pf\n{width} {height}\n-1.0\n".encode() + np.ascontiguousarray(image[::-1], "<f4").tobytes()

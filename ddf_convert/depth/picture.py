@@ -1,8 +1,7 @@
-"""Photo, small depth map, interpolation and network side by side. matplotlib is an extra."""
+"""Draws photo, small depth map, interpolation and network side by side."""
 
 from __future__ import annotations
 
-import io
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,10 +9,10 @@ import numpy as np
 from torch import Tensor
 
 from ddf_convert.depth.maps import Unit
+from ddf_convert.utils.figures import new_figure
 
 _DEPTH, _ERROR = "viridis", "magma"
 _WIDTH = 4.0  # inches of a panel
-_DPI = 130
 
 
 def draw(
@@ -24,30 +23,22 @@ def draw(
     what: str = "depth",
     show_truth: bool = True,
 ) -> Any:
-    """A figure: the photo and depth maps in one range of colors, and their errors below if the truth is known.
+    """Draws the photo and depth maps in one range of colors, and their errors below if the truth is known.
 
     Args:
         photo: (3, H, W) uint8; None leaves it out.
         panels: Names and depth maps, (1, H, W) or smaller, the last one as large as the photo; holes 0, shown white.
         truth: (1, H, W), holes 0, or None.
-        unit: Of the depth maps.
-        what: They are, for the scale of colors.
-        show_truth: Show the truth too, beside the errors.
-
-    Returns:
-        A matplotlib figure.
-
-    Raises:
-        ImportError: matplotlib is missing.
+        unit: Unit of the depth maps.
+        what: Label of the color scale.
+        show_truth: Draw the truth itself too.
     """
-    from matplotlib.figure import Figure  # not pyplot: no window system, no state
-
     shown = [*panels, *([("truth", truth)] if truth is not None and show_truth else [])]
     errors = [] if truth is None else [(name, _error(map, truth)) for name, map in panels]
     first = 0 if photo is None else 1  # column of the first depth map
     rows, columns = 2 if truth is not None else 1, first + len(shown)
     height, width = panels[-1][1].shape[-2:]
-    figure = Figure(figsize=(_WIDTH * columns, rows * (_WIDTH * height / width + 0.5)), layout="constrained")
+    figure = new_figure(_WIDTH * columns, rows * (_WIDTH * height / width + 0.5))
     axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat:
         axis.set_axis_off()
@@ -73,15 +64,8 @@ def draw(
     return figure
 
 
-def png(figure: Any) -> bytes:
-    """The content of a PNG file."""
-    content = io.BytesIO()
-    figure.savefig(content, format="png", dpi=_DPI, metadata={"Software": None})
-    return content.getvalue()
-
-
 def _error(found: Tensor, truth: Tensor) -> Any:
-    """Absolute error, masked where the truth is unknown; None for a map of another size."""
+    """Returns the absolute error, masked where the truth is unknown; None for a map of another size."""
     if found.shape != truth.shape:
         return None
     return np.ma.masked_where(truth[0].numpy() <= 0, (found - truth)[0].abs().numpy())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,11 @@ from torch import Tensor, nn
 from torch._ops import OpOverload
 from torch.export import ExportedProgram
 
-from ddf_convert.artifacts.atomic import write_file
+from ddf_convert import reference
 from ddf_convert.artifacts.path_checks import check_file
 from ddf_convert.errors import DDFError
-from ddf_convert.export.checking import check as check_against
-from ddf_convert.export.checking import tolerance
-from ddf_convert.export.program import quiet, reason, tensors_in, trace
-from ddf_convert.export.result import Exported
-from ddf_convert.export.standard import decompositions
+from ddf_convert.export.checking import Exported, Runner, check_and_write
+from ddf_convert.export.program import quiet, short_reason, tensors_in, trace
 from ddf_convert.utils.example_input import ExampleInput
 
 
@@ -33,26 +30,25 @@ def to_torch_export(
     keep_operator: bool = False,
     check: bool = True,
 ) -> Exported:
-    """Writes a model as a file that ``torch.export.load`` reads.
+    """Writes a model, in evaluation mode and on the CPU, as a file that ``torch.export.load`` reads.
 
-    It is the model in evaluation mode, on the CPU, in the dtype that it has. What it returns beside tensors becomes
-    None, and a warning names it; dataclasses and the like become dicts.
+    What the model returns beside tensors becomes None, and a warning names it; dataclasses and the like become dicts.
 
     Args:
-        model: Any module, converted or not; it stays as it is.
-        example_input: What to call it with: as for :func:`ddf_convert.plan`.
-        path: The file, .pt2 by custom; replaced if it exists, once all is well.
-        dynamic: Leave the size of the batch, and those of images, free where the model's forward does.
-        keep_operator: Keep ``ddf_convert``'s operators, with their kernels: whoever loads the file must have imported
-            ``ddf_convert`` before. Otherwise it holds operators of torch alone, and needs nothing but torch.
+        model: Any module, converted or not, of any dtype; it is not changed.
+        example_input: Its input, as for :func:`ddf_convert.plan`.
+        path: The file, usually .pt2. It is replaced if it exists, once the export has succeeded.
+        dynamic: Keep the sizes of the batch and of images free where the model's forward allows.
+        keep_operator: Keep ``ddf_convert``'s operators with their kernels: programs that load the file must import
+            ``ddf_convert`` first. Otherwise the file holds operators of torch only, and needs nothing but torch.
         check: Compare outputs with those of the model, at the example's sizes and at others.
 
     Returns:
-        What was written, with the sizes that it is for, and the differences.
+        What was written, with the allowed sizes and the differences.
 
     Raises:
         UsageError: The model does not run on the example, or the file cannot be written.
-        DDFError: ``torch.export`` cannot follow the model, or its outputs differ. The file is then as it was.
+        DDFError: ``torch.export`` cannot follow the model, or its outputs differ. An old file stays as it was.
     """
     file = Path(path)
     check_file("path", file)
@@ -62,51 +58,64 @@ def to_torch_export(
         try:
             if not keep_operator:
                 program = program.run_decompositions(decompositions())
-            content = _bytes(program)
+            content = _to_bytes(program)
         except Exception as error:
-            raise DDFError(f"torch.export cannot write {type(model).__name__}: {reason(error)}") from error
-    operators = _operators(program)
-    left = sorted(name for name in operators if not name.startswith("aten."))
-    if left and not keep_operator:
-        raise DDFError(f"{type(model).__name__} uses operators that torch does not have: {', '.join(left)}")
-    checks = check_against(traced, _runner(content), "the exported program") if check else ()
-    write_file(file, content)
-    traced.tell_what_is_left_out(file)
-    return Exported(
-        file=file,
+            raise DDFError(f"torch.export cannot write {type(model).__name__}: {short_reason(error)}") from error
+    operators = _count_operators(program)
+    foreign = sorted(name for name in operators if not name.startswith("aten."))
+    if foreign and not keep_operator:
+        raise DDFError(f"{type(model).__name__} uses operators that torch does not have: {', '.join(foreign)}")
+    return check_and_write(
+        traced,
+        content,
+        file,
         format="torch-export",
-        bytes=len(content),
-        opset=None,
         operators=operators,
-        inputs=traced.inputs(),
-        outputs=traced.outputs(),
-        sizes=traced.shapes.sizes,
-        tolerance=tolerance(traced.model),
-        checks=checks,
-        left_out=traced.left_out,
+        runner_name="the exported program",
+        make_runner=_make_runner if check else None,
     )
 
 
-def _bytes(program: ExportedProgram) -> bytes:
-    for node in program.graph.nodes:  # lines of source files on this machine: half of a file, and nobody else's concern
+def decompositions() -> dict[Any, Callable[..., Tensor]]:
+    """Returns the reference of both operators, for ``ExportedProgram.run_decompositions``."""
+    operators = torch.ops.ddf_convert
+    return {operators.ddf.default: _ddf, operators.filter_norm.default: _filter_norm}
+
+
+def _ddf(
+    input: Tensor,
+    channel_filter: Tensor,
+    spatial_filter: Tensor,
+    stride: int,
+    padding: int,
+    dilation: int,
+    combine: str,
+    upscale_factor: int = 1,
+    norm_scale: float | None = None,
+) -> Tensor:
+    geometry = reference.Geometry(stride, padding, dilation, combine, upscale_factor)
+    return reference.forward(input, channel_filter, spatial_filter, geometry, norm_scale)
+
+
+def _filter_norm(filters: Tensor, taps: int, scale: float) -> Tensor:
+    return reference.filter_norm(filters, taps, scale).to(filters.dtype)
+
+
+def _to_bytes(program: ExportedProgram) -> bytes:
+    for node in program.graph.nodes:  # lines of source files on this machine, and half of the file
         node.meta.pop("stack_trace", None)
     buffer = io.BytesIO()
     torch.export.save(program, buffer)
     return buffer.getvalue()
 
 
-def _runner(content: bytes) -> Any:
+def _make_runner(content: bytes) -> Runner:
     with quiet():
         module = torch.export.load(io.BytesIO(content)).module()
-
-    def run(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Sequence[Tensor]:
-        return tensors_in(module(*args, **kwargs))
-
-    return run
+    return lambda args, kwargs: tensors_in(module(*args, **kwargs))
 
 
-def _operators(program: ExportedProgram) -> dict[str, int]:
-    """Without arithmetic with sizes, which is Python's."""
+def _count_operators(program: ExportedProgram) -> dict[str, int]:
+    """Counts operators, without Python's arithmetic with sizes."""
     targets = (node.target for node in program.graph.nodes if node.op == "call_function")
-    found = Counter(str(target) for target in targets if isinstance(target, OpOverload))
-    return dict(sorted(found.items()))
+    return dict(sorted(Counter(str(target) for target in targets if isinstance(target, OpOverload)).items()))

@@ -1,4 +1,4 @@
-"""Modules: DDF and its parts, what takes a convolution's or an upsampling's place, and DDF's rivals."""
+"""Layers: DDF and DDF-Up, their parts and ablations, and the baselines that the paper compares them with."""
 
 from ddf_convert.layers.ablations import ChannelFilter2d, SpatialFilter2d
 from ddf_convert.layers.base import SlidingWindow2d
@@ -7,6 +7,8 @@ from ddf_convert.layers.branches import ChannelBranch, SpatialBranch
 from ddf_convert.layers.ddf import DDF2d, DDFConv2d, SeparableFilter2d
 from ddf_convert.layers.ddf_up import DDFUp2d, DDFUpConv2d
 from ddf_convert.layers.filter_norm import ChannelFilterNorm, SpatialFilterNorm
+
+MixedFilter2d, Windowed = SeparableFilter2d, SlidingWindow2d  # their names in earlier versions
 
 __all__ = [
     "ChannelBranch",
@@ -20,8 +22,8 @@ __all__ = [
     "DwCondConv2d",
     "DwWeightNet2d",
     "SeparableFilter2d",
+    "SlidingWindow2d",
     "SpatialBranch",
     "SpatialFilter2d",
     "SpatialFilterNorm",
-    "SlidingWindow2d",
 ]

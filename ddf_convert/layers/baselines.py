@@ -1,4 +1,4 @@
-"""CondConv2d: timm's mixture of convolutions, with the routing that it leaves to its user."""
+"""Dynamic convolutions that DDF is compared with: CondConv and WeightNet."""
 
 from __future__ import annotations
 
@@ -7,26 +7,21 @@ import torch.nn.functional as F
 from timm.layers.cond_conv2d import CondConv2d as Experts
 from torch import Tensor, nn
 
-from ddf_convert.layers.ablations import filtered_by_channel
-from ddf_convert.layers.base import Size, SlidingWindow2d, add_bias, batched
+from ddf_convert.layers.base import DynamicFilter2d, Size, SlidingWindow2d, zero_bias
+
+NARROWEST = 16  # least width of WeightNet's squeeze, which is 1/16 of the channels where that is more
 
 
 class CondConv2d(SlidingWindow2d):
-    """A convolution whose weights are a mixture of several experts', mixed anew for every image.
+    """A convolution whose weights are a mixture of several experts', mixed for every image: timm's, with its routing.
 
     Args:
         in_channels: C of the input.
         out_channels: C of the output; None keeps it.
-        kernel_size: K, odd.
-        stride: Step between output pixels, in input pixels.
-        padding: Pixels on every side; None keeps the size; "same" is TensorFlow's SAME.
-        dilation: Distance between taps, in pixels.
-        groups: Of the convolution.
-        num_experts: How many convolutions are mixed; 8 in the paper's table 4.
+        kernel_size: K, odd; stride, padding, dilation and padding_mode are those of :class:`SlidingWindow2d`.
+        groups: Groups of the convolution.
+        num_experts: Number of convolutions that are mixed; 8 in the paper's table 4.
         bias: The experts have biases, which are mixed too.
-        padding_mode: "zeros", "reflect", "replicate" or "circular", as for Conv2d.
-        device: Of the parameters.
-        dtype: Of the parameters.
 
     Attributes:
         experts: timm's ``CondConv2d``.
@@ -77,10 +72,6 @@ class CondConv2d(SlidingWindow2d):
         )
         self.routing = nn.Linear(in_channels, num_experts, device=device, dtype=dtype)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C_in, H, W) -> (B, C_out, Ho, Wo), Ho and Wo as for a convolution with these arguments; or without B."""
-        return batched(type(self).__name__, self._forward, input)
-
     def _forward(self, input: Tensor) -> Tensor:
         shares = self.routing(input.mean((-2, -1))).sigmoid()
         if not self._experts_pad:
@@ -90,7 +81,7 @@ class CondConv2d(SlidingWindow2d):
         return output
 
     def extra_repr(self) -> str:
-        """The arguments, as ``print`` shows them."""
+        """Returns the arguments, as ``print`` shows them."""
         experts = self.experts
         return (
             f"{self.window_repr()}, out_channels={self.out_channels}, groups={experts.groups},"
@@ -111,29 +102,20 @@ class DwCondConv2d(CondConv2d):
         super().__init__(in_channels, None, kernel_size, groups=in_channels, **options)  # type: ignore[arg-type]
 
 
-NARROWEST = 16  # the squeeze is never narrower, and 1/16 of the channels where that is more
-
-
-class DwWeightNet2d(SlidingWindow2d):
+class DwWeightNet2d(DynamicFilter2d):
     """Filters every channel of every image with a K x K filter, which a sigmoid and a grouped linear map predict.
 
-    Global average pooling, a linear map to max(16, C / 16) channels, one back to C with a sigmoid, and a linear map of
-    each channel by itself to its K*K taps. Filters are not normalized.
+    It consists of global average pooling, a linear map to max(16, C / 16) channels, one back to C with a sigmoid, and
+    a linear map of each channel by itself to its K*K taps. Filters are not normalized.
 
     Args:
         in_channels: C, of the input and of the output.
-        kernel_size: K, odd.
-        stride: Step between output pixels, in input pixels.
-        padding: Pixels on every side; None keeps the size; "same" is TensorFlow's SAME.
-        dilation: Distance between taps, in pixels.
+        kernel_size: K, odd; stride, padding, dilation and padding_mode are those of :class:`SlidingWindow2d`.
         bias: Add a learned constant to each channel.
-        padding_mode: "zeros", "reflect", "replicate" or "circular", as for Conv2d.
-        device: Of the parameters.
-        dtype: Of the parameters.
 
     Attributes:
-        squeeze: C to max(16, C / 16).
-        excite: Back to C.
+        squeeze: Linear map from C to max(16, C / 16).
+        excite: Linear map back to C.
         expand: (C, K*K), the taps that each channel's excitation scales.
         bias: (C,), or None.
 
@@ -143,8 +125,6 @@ class DwWeightNet2d(SlidingWindow2d):
     Source: Ma et al., "WeightNet: Revisiting the Design Space of Weight Networks", ECCV 2020, section 3.3: the
     depthwise form, with M = G = 2 and reduction 16.
     """
-
-    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -163,24 +143,15 @@ class DwWeightNet2d(SlidingWindow2d):
         self.squeeze = nn.Linear(in_channels, squeezed, device=device, dtype=dtype)
         self.excite = nn.Linear(squeezed, in_channels, device=device, dtype=dtype)
         self.expand = nn.Parameter(torch.empty(in_channels, self.kernel_size[0] ** 2, device=device, dtype=dtype))
-        self.bias = nn.Parameter(torch.zeros(in_channels, device=device, dtype=dtype)) if bias else None
+        self.bias = zero_bias(in_channels, bias, device, dtype)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
         """Draws the taps again, as those of a depthwise convolution, whose fan-in is K*K."""
         nn.init.kaiming_uniform_(self.expand, a=5**0.5)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, Ho, Wo), Ho and Wo as for a convolution with the same arguments; or both without B."""
-        return batched("DwWeightNet2d", self._forward, input)
-
     def _forward(self, input: Tensor) -> Tensor:
         excitation = self.excite(self.squeeze(input.mean((-2, -1)))).sigmoid()
         # A grouped 1x1 convolution of one input and K*K outputs a group is this product.
         taps = (excitation.unsqueeze(-1) * self.expand).to(input.dtype)
-        channel_filter = taps.unflatten(-1, self.kernel_size)
-        return add_bias(filtered_by_channel(self, input, channel_filter), self.bias)
-
-    def extra_repr(self) -> str:
-        """The arguments, as ``print`` shows them."""
-        return f"{self.window_repr()}, bias={self.bias is not None}"
+        return self._apply_filters(input, taps.unflatten(-1, self.kernel_size))

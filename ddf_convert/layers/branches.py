@@ -12,63 +12,19 @@ from torch.nn.modules import module as torch_module
 
 from ddf_convert.layers.filter_norm import ChannelFilterNorm, SpatialFilterNorm
 
-
-def has_default_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module does what ``kind.forward`` does and nothing else.
-
-    It does not if the module is of another class (torch's parametrisations make one), has a forward of its own, or if
-    a hook waits for the call: its own, or one for all modules.
-    """
-    return (
-        type(module) is kind
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and "forward" not in module.__dict__  # vars(module) is more than torch.compile of torch 2.6 can follow
-        and not any_global_hook()
-    )
-
-
-def any_global_hook() -> bool:
-    """Whether a hook waits for the calls of all modules."""
-    return bool(
-        torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-        or torch_module._global_backward_hooks
-        or torch_module._global_backward_pre_hooks
-    )
-
-
 NARROWEST_SQUEEZE = 4
 
 
-def squeeze_width(channels: int, se_ratio: float) -> int:
-    """Width of a squeeze: the fraction of the channels that is asked for, and at least min(4, channels).
-
-    A squeeze of one or two units behind a ReLU often starts closed for every image, and then never learns. The authors'
-    checkpoints have none so narrow.
-    """
-    return max(int(channels * se_ratio), min(NARROWEST_SQUEEZE, channels))
-
-
-def narrow_squeeze_width(channels: int, se_ratio: float) -> int:
-    """The width without that limit, which layers had until manifests of format 5."""
-    return max(1, int(channels * se_ratio))
-
-
 class SpatialBranch(nn.Sequential):
-    """A 1x1 conv and FilterNorm: one K x K filter per head and pixel.
+    """Predicts one K x K filter per head and pixel: a 1x1 convolution and FilterNorm.
 
     Args:
-        in_channels: C of the feature that it reads.
+        in_channels: C of the input feature.
         kernel_size: K.
         heads: G.
-        stride: Of the 1x1 conv, in pixels.
+        stride: Stride of the 1x1 convolution, in pixels.
         nonlinearity: Sets the base scale of the filters.
-        affine: Whether FilterNorm learns its scale and a shift.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        affine: FilterNorm learns its scale and a shift.
     """
 
     def __init__(
@@ -89,7 +45,7 @@ class SpatialBranch(nn.Sequential):
 
     @property
     def conv(self) -> nn.Conv2d:
-        """The 1x1 conv."""
+        """The 1x1 convolution."""
         return cast(nn.Conv2d, self[0])
 
     @property
@@ -103,18 +59,15 @@ class SpatialBranch(nn.Sequential):
 
 
 class ChannelBranch(nn.Sequential):
-    """Global pooling, squeeze, ReLU, expand and FilterNorm: one K x K filter per image and channel.
+    """Predicts one K x K filter per image and channel: global pooling, squeeze, ReLU, expand and FilterNorm.
 
     Args:
         channels: C.
         kernel_size: K.
-        se_ratio: Width of the squeeze as a fraction of C (sigma in the paper), and at least min(4, C): a narrower one
-            often starts with all its ReLUs closed, and then never learns.
+        se_ratio: Width of the squeeze as a fraction of C (sigma in the paper), and at least min(4, C).
         nonlinearity: Sets the base scale of the filters.
-        affine: Whether FilterNorm learns a shift besides its scale.
+        affine: FilterNorm learns a shift besides its scale.
         squeeze_channels: Width of the squeeze in channels, instead of ``se_ratio``.
-        device: Of the parameters.
-        dtype: Of the parameters.
     """
 
     def __init__(
@@ -131,7 +84,7 @@ class ChannelBranch(nn.Sequential):
         squeezed = squeeze_width(channels, se_ratio) if squeeze_channels is None else squeeze_channels
         if squeezed < 1:
             raise ValueError(f"ChannelBranch: squeeze_channels must be 1 or more, got {squeezed}")
-        # Layers of few channels were made with fewer than 4 once; their weights are still loaded.
+        # Layers of few channels had narrower squeezes in earlier versions; their weights can still be loaded.
         self._loadable_widths = (squeezed, narrow_squeeze_width(channels, se_ratio))
         super().__init__(
             nn.AdaptiveAvgPool2d(1),
@@ -160,12 +113,12 @@ class ChannelBranch(nn.Sequential):
 
     @property
     def squeeze(self) -> nn.Conv2d:
-        """The 1x1 conv to fewer channels."""
+        """The 1x1 convolution to fewer channels."""
         return cast(nn.Conv2d, self[1])
 
     @property
     def expand(self) -> nn.Conv2d:
-        """The 1x1 conv to all taps of all channels."""
+        """The 1x1 convolution to all taps of all channels."""
         return cast(nn.Conv2d, self[3])
 
     @property
@@ -178,13 +131,13 @@ class ChannelBranch(nn.Sequential):
         if not self.is_as_built():
             return cast(Tensor, super().forward(input))  # type: ignore[no-untyped-call]
         squeeze, expand = self.squeeze, self.expand
-        # On maps of one pixel a 1x1 convolution is a matrix product, and as one it takes fewer steps to start.
+        # On maps of one pixel a 1x1 convolution is a matrix product, which launches fewer kernels.
         pooled = input.mean((-2, -1))
         squeezed = F.relu(F.linear(pooled, squeeze.weight.flatten(1), squeeze.bias), inplace=True)
         return cast(Tensor, self.norm(F.linear(squeezed, expand.weight.flatten(1), expand.bias)))
 
     def is_as_built(self) -> bool:
-        """Whether the children are those of the constructor, and nothing watches them."""
+        """Whether the children are those of the constructor, and have no hooks."""
         kinds = (nn.AdaptiveAvgPool2d, nn.Conv2d, nn.ReLU, nn.Conv2d, ChannelFilterNorm)
         if len(self) != len(kinds) or not all(map(has_default_forward, self, kinds)):
             return False
@@ -193,3 +146,44 @@ class ChannelBranch(nn.Sequential):
             convolution.kernel_size == (1, 1) and convolution.padding == (0, 0) and convolution.groups == 1
             for convolution in convolutions
         )
+
+
+def squeeze_width(channels: int, se_ratio: float) -> int:
+    """Returns the width of a squeeze: a fraction of the channels, and at least min(4, channels).
+
+    One or two units before a ReLU are often 0 for every image at the start, and then never learn. The authors'
+    checkpoints have no squeeze that is so narrow.
+    """
+    return max(int(channels * se_ratio), min(NARROWEST_SQUEEZE, channels))
+
+
+def narrow_squeeze_width(channels: int, se_ratio: float) -> int:
+    """Returns the width without that limit, as layers had it until manifests of format 5."""
+    return max(1, int(channels * se_ratio))
+
+
+def has_default_forward(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module runs ``kind.forward`` and nothing else.
+
+    It does not if the module is of another class (as torch's parametrizations make it), has a forward of its own, or
+    if there are hooks: its own, or for all modules.
+    """
+    return (
+        type(module) is kind
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and "forward" not in module.__dict__  # vars(module) is more than torch.compile of torch 2.6 can follow
+        and not any_global_hook()
+    )
+
+
+def any_global_hook() -> bool:
+    """Whether a hook is registered for all modules."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )

@@ -1,43 +1,19 @@
-"""DDF2d: the layer of the paper (the authors' DDFPack)."""
+"""DDF2d, the layer of the paper (the authors' DDFPack), and layers that add a 1x1 convolution behind it."""
 
 from __future__ import annotations
 
-import math
-from typing import Any, cast
+from collections import OrderedDict
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
 
-from ddf_convert.layers.base import ConvAttributes, Size, SlidingWindow2d, add_bias, batched
+from ddf_convert.layers.base import DynamicFilter2d, MixingConv, Size, check_filter_options, zero_bias
 from ddf_convert.layers.branches import ChannelBranch, SpatialBranch, has_default_forward
-from ddf_convert.layers.filter_norm import ChannelFilterNorm, SpatialFilterNorm
-from ddf_convert.ops import COMBINATIONS, ddf
+from ddf_convert.layers.filter_norm import SpatialFilterNorm
 
 
-def normalizes_inside(branch: nn.Sequential, input: Tensor) -> bool:
-    """Whether the operator may do the FilterNorm of a spatial branch: where that changes its speed and nothing else."""
-    return (
-        input.is_cuda
-        and has_default_forward(branch, SpatialBranch)
-        and len(branch) == 2
-        and has_default_forward(branch[1], SpatialFilterNorm)
-        and cast(SpatialFilterNorm, branch[1]).std is None
-    )
-
-
-def check_options(
-    layer: str, in_channels: int, heads: int = 1, se_ratio: float = 1.0, combine: str = COMBINATIONS[0]
-) -> None:
-    """Raises a ValueError, in the name of a layer, unless what its filters are made by fits."""
-    if in_channels < 1 or heads < 1 or in_channels % heads:
-        raise ValueError(f"{layer}: heads must divide in_channels, got {heads} heads and {in_channels} channels")
-    if combine not in COMBINATIONS:
-        raise ValueError(f"{layer}: combine must be one of {', '.join(COMBINATIONS)}, got {combine!r}")
-    if not 0 < se_ratio < math.inf:
-        raise ValueError(f"{layer}: se_ratio must be above 0 and finite, got {se_ratio}")
-
-
-class DDF2d(SlidingWindow2d):
+class DDF2d(DynamicFilter2d):
     """Filters every pixel of every channel with a K x K filter predicted from the input; channels are not mixed.
 
     Args:
@@ -49,16 +25,15 @@ class DDF2d(SlidingWindow2d):
         dilation: Distance between taps, in pixels.
         heads: G; the channels of a head share a spatial filter.
         se_ratio: Width of the channel branch's squeeze, as a fraction of C (sigma in the paper); at least min(4, C).
-        combine: "mul" or "add": how the two filters make one.
-        nonlinearity: What follows the layer, by the names of ``torch.nn.init.calculate_gain``; sets the filters' scale.
-        affine: Both FilterNorms learn a scale and a shift for each tap (the paper's: the channel branch's scale alone).
-            A layer with scales of 0 is a fixed depthwise convolution, its filter the channel branch's shift: that is
+        combine: "mul" or "add": how the two filters are combined.
+        nonlinearity: What follows the layer, a name that ``torch.nn.init.calculate_gain`` knows; sets the filters'
+            scale.
+        affine: Both FilterNorms learn a scale and a shift for each tap (the paper's: the channel branch's scale only).
+            A layer with scales of 0 is a fixed depthwise convolution, its filter the channel branch's shift: this is
             how a convolution's weights are taken over.
-        bias: Add a learned constant to each channel, as a convolution can.
+        bias: Add a learned constant to each channel.
         padding_mode: "zeros", "reflect", "replicate" or "circular", as for Conv2d.
         squeeze_channels: Width of the squeeze in channels, instead of ``se_ratio``.
-        device: Of the parameters.
-        dtype: Of the parameters.
 
     Attributes:
         spatial_branch: Predicts the spatial filters, (B, G*K*K, Ho, Wo).
@@ -71,7 +46,7 @@ class DDF2d(SlidingWindow2d):
     Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, section 3.
     """
 
-    bias: nn.Parameter | None
+    _repr_attributes: ClassVar[tuple[str, ...]] = ("heads", "se_ratio", "combine", "affine")
 
     def __init__(
         self,
@@ -91,46 +66,35 @@ class DDF2d(SlidingWindow2d):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
+        check_filter_options("DDF2d", in_channels, heads, se_ratio, combine)
         super().__init__(in_channels, kernel_size, stride, padding, dilation, padding_mode)
-        check_options("DDF2d", in_channels, heads, se_ratio, combine)
         self.heads = heads
         self.se_ratio = se_ratio
         self.combine = combine
         self.affine = affine
         self.spatial_branch = SpatialBranch(
-            in_channels, self.kernel_size[0], heads, self.stride[0], nonlinearity, affine, device=device, dtype=dtype
+            in_channels, self.kernel_size[0], heads, self.stride[0], nonlinearity, affine, device, dtype
         )
         self.channel_branch = ChannelBranch(
             in_channels, self.kernel_size[0], se_ratio, nonlinearity, affine, squeeze_channels, device, dtype
         )
-        self.bias = nn.Parameter(torch.zeros(in_channels, device=device, dtype=dtype)) if bias else None
-
-    def forward(self, input: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, Ho, Wo), Ho and Wo as for a convolution with the same arguments; or both without B."""
-        return batched("DDF2d", self._forward, input)
+        self.bias = zero_bias(in_channels, bias, device, dtype)
 
     def _forward(self, input: Tensor) -> Tensor:
         channel_filter = self.channel_branch(input)
         centers = self.centers(input)
-        input, padding = self.padded(input)
-        options: dict[str, Any] = {
-            "stride": self.stride[0],
-            "padding": padding,
-            "dilation": self.dilation[0],
-            "combine": self.combine,
-        }
-        if normalizes_inside(self.spatial_branch, input):
-            conv, norm = self.spatial_branch[0], cast(SpatialFilterNorm, self.spatial_branch[1])
-            output = ddf(input, channel_filter, conv(centers), norm_scale=norm.scale, **options)
+        norm_scale = None
+        if operator_can_normalize(self.spatial_branch, input):
+            spatial_filter, norm_scale = self.spatial_branch.conv(centers), self.spatial_branch.norm.scale
         else:
-            output = ddf(input, channel_filter, self.spatial_branch(centers), **options)
-        return add_bias(output, self.bias)
+            spatial_filter = self.spatial_branch(centers)
+        return self._apply_filters(input, channel_filter, spatial_filter, self.combine, norm_scale)
 
     def fix(self, filter: Tensor) -> None:
         """Makes the layer a depthwise convolution, whose filter no longer depends on the input.
 
-        The dynamic parts are there and learn: the scales of FilterNorm, which are 0, have gradients from the first
-        step; what stands before them, once they have moved.
+        The dynamic parts stay and can learn: FilterNorm's scales, which are 0, have gradients from the first step,
+        and the layers before them once the scales have moved.
 
         Args:
             filter: (C, K, K), any dtype.
@@ -138,41 +102,47 @@ class DDF2d(SlidingWindow2d):
         Raises:
             ValueError: The layer is not affine.
         """
-        cast(ChannelFilterNorm, self.channel_branch[4]).fix(filter)
-        cast(SpatialFilterNorm, self.spatial_branch[1]).fix(1.0 if self.combine == "mul" else 0.0)
-
-    def extra_repr(self) -> str:
-        """The arguments, as ``print`` shows them."""
-        return (
-            f"{self.window_repr()}, heads={self.heads}, se_ratio={self.se_ratio}, combine={self.combine!r},"
-            f" affine={self.affine}, bias={self.bias is not None}"
-        )
+        self.channel_branch.norm.fix(filter)
+        self.spatial_branch.norm.fix(1.0 if self.combine == "mul" else 0.0)
 
 
-class SeparableConv(ConvAttributes, nn.Sequential):
-    """A layer with windows, then a 1x1 convolution called ``mix``; answers for both what a ``Conv2d`` would."""
+def operator_can_normalize(branch: nn.Sequential, input: Tensor) -> bool:
+    """Whether the operator may do the FilterNorm of a spatial branch, which is faster on CUDA and changes no result."""
+    return (
+        input.is_cuda
+        and has_default_forward(branch, SpatialBranch)
+        and len(branch) == 2
+        and has_default_forward(branch[1], SpatialFilterNorm)
+        and cast(SpatialFilterNorm, branch[1]).std is None
+    )
 
-    mix: nn.Conv2d
+
+class SeparableConv(MixingConv, nn.Sequential):
+    """Base of a layer that keeps the channels apart, named ``name`` in the state dict, then a 1x1 convolution."""
+
+    def __init__(
+        self,
+        name: str,
+        layer: nn.Module,
+        in_channels: int,
+        out_channels: int,
+        groups: int,
+        bias: bool,
+        device: torch.device | str | None,
+        dtype: torch.dtype | None,
+    ) -> None:
+        mix = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=bias, device=device, dtype=dtype)
+        super().__init__(OrderedDict({name: layer, "mix": mix}))
+        self.groups = groups
 
     @property
-    def in_channels(self) -> int:
-        """C of the input."""
-        return self.mix.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        """C of the output."""
-        return self.mix.out_channels
+    def _filter_layer(self) -> Any:
+        return self[0]
 
     @property
     def bias(self) -> nn.Parameter | None:
-        """Of the 1x1 convolution, (C_out,), or None."""
+        """The 1x1 convolution's bias, (C_out,), or None."""
         return cast("nn.Parameter | None", self.mix.bias)
-
-    @property
-    def kernel_size(self) -> tuple[int, int]:
-        """(K, K) of the first layer, as also the sizes below."""
-        return cast("tuple[int, int]", self[0].kernel_size)
 
     @property
     def stride(self) -> tuple[int, int]:
@@ -185,13 +155,8 @@ class SeparableConv(ConvAttributes, nn.Sequential):
         return cast("tuple[int, int] | str", self[0].padding)
 
     @property
-    def dilation(self) -> tuple[int, int]:
-        """(rows, columns)."""
-        return cast("tuple[int, int]", self[0].dilation)
-
-    @property
     def padding_mode(self) -> str:
-        """As of Conv2d."""
+        """As for Conv2d."""
         return cast(str, self[0].padding_mode)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -200,7 +165,7 @@ class SeparableConv(ConvAttributes, nn.Sequential):
 
 
 class SeparableFilter2d(SeparableConv):
-    """A filter that works on every channel by itself, then a 1x1 convolution, in the place of a convolution.
+    """Any filter that keeps the channels apart, then a 1x1 convolution, instead of a convolution.
 
     It is for other filters what :class:`DDFConv2d` is for DDF.
 
@@ -208,10 +173,8 @@ class SeparableFilter2d(SeparableConv):
         filter: The first layer, which keeps the channels.
         in_channels: C of the input.
         out_channels: C of the output.
-        groups: Of the 1x1 convolution.
-        bias: Of the 1x1 convolution.
-        device: Of the 1x1 convolution's parameters.
-        dtype: Of the 1x1 convolution's parameters.
+        groups: Groups of the 1x1 convolution.
+        bias: Whether the 1x1 convolution has a bias.
 
     Attributes:
         filter: The first layer.
@@ -230,25 +193,20 @@ class SeparableFilter2d(SeparableConv):
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        super().__init__()
-        self.groups = groups
-        self.filter = filter
-        self.mix = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=bias, device=device, dtype=dtype)
+        super().__init__("filter", filter, in_channels, out_channels, groups, bias, device, dtype)
 
 
 class DDFConv2d(SeparableConv):
     """DDF, then a 1x1 convolution that mixes channels and sets the output width.
 
-    It is what the paper puts in the place of the 3x3 convolutions of a basic block (DDF-ResNet-18).
+    The paper replaces the 3x3 convolutions of a basic block by it (DDF-ResNet-18).
 
     Args:
         in_channels: C of the input.
         out_channels: C of the output.
         kernel_size: K of the DDF layer.
-        groups: Of the 1x1 convolution.
-        bias: Of the 1x1 convolution.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        groups: Groups of the 1x1 convolution.
+        bias: Whether the 1x1 convolution has a bias.
         **ddf_options: Any other argument of :class:`DDF2d`.
 
     Attributes:
@@ -272,7 +230,5 @@ class DDFConv2d(SeparableConv):
         dtype: Any = None,
         **ddf_options: Any,
     ) -> None:
-        super().__init__()
-        self.groups = groups
-        self.ddf = DDF2d(in_channels, kernel_size, device=device, dtype=dtype, **ddf_options)
-        self.mix = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=bias, device=device, dtype=dtype)
+        layer = DDF2d(in_channels, kernel_size, device=device, dtype=dtype, **ddf_options)
+        super().__init__("ddf", layer, in_channels, out_channels, groups, bias, device, dtype)

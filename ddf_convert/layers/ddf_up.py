@@ -1,4 +1,4 @@
-"""DDFUp2d: upsampling with decoupled dynamic filters (the authors' DDFUpPack)."""
+"""DDFUp2d, upsampling with decoupled dynamic filters (the authors' DDFUpPack), and a 1x1 convolution before it."""
 
 from __future__ import annotations
 
@@ -11,44 +11,51 @@ from torch import Tensor, nn
 
 from ddf_convert.layers.base import (
     ConvAttributes,
+    MixingConv,
     Size,
     add_bias,
     batched,
+    check_filter_options,
     check_padding_mode,
     one_size,
     statically_true,
+    zero_bias,
 )
 from ddf_convert.layers.branches import ChannelBranch, SpatialBranch
-from ddf_convert.layers.ddf import check_options, normalizes_inside
-from ddf_convert.layers.fused_branches import alike_spatial_branches, channel_filters, normalized, raw_spatial_filters
+from ddf_convert.layers.ddf import operator_can_normalize
+from ddf_convert.layers.fused_branches import (
+    fusable_spatial_branches,
+    fused_channel_filters,
+    fused_spatial_filters,
+    normalize_spatial_filters,
+)
 from ddf_convert.ops import ddf
 
 
 class DDFUp2d(ConvAttributes):
-    """Upsamples by an integer factor: every pixel of the output has a K x K filter of its own over the input.
+    """Upsamples by an integer factor: every pixel of the output has its own K x K filter over the input.
 
-    There are s*s branches, each of which predicts the filters of the pixels at one place in the s x s cells that the
-    input's pixels become. Channels are not mixed.
+    Each pixel of the input becomes a cell of s x s pixels, and each of s*s branches predicts the filters for one place
+    in the cells. Channels are not mixed.
 
     Args:
         in_channels: C, of the input and of the output.
         scale_factor: s, 2 or more. For large factors stack several layers: 16x is four layers of 2x.
         kernel_size: K, odd and at least 3, or (K, K).
-        guide_channels: C of the guide, a feature of the input's height and width that the spatial filters are predicted
-            from (joint upsampling); None predicts them from the input, through a depthwise K x K convolution.
+        guide_channels: C of the guide, a feature of the input's height and width from which the spatial filters are
+            predicted (joint upsampling); None predicts them from the input, through a depthwise K x K convolution.
         dilation: Distance between taps, in pixels of the input; one number, or two equal ones.
         heads: G; the channels of a head share a spatial filter.
         se_ratio: Width of the channel branches' squeeze, as a fraction of C (sigma in the paper); at least min(4, C).
-        combine: "mul" or "add": how the two filters make one.
-        nonlinearity: What follows the layer, by the names of ``torch.nn.init.calculate_gain``; sets the filters' scale.
+        combine: "mul" or "add": how the two filters are combined.
+        nonlinearity: What follows the layer, a name that ``torch.nn.init.calculate_gain`` knows; sets the filters'
+            scale.
         affine: Both FilterNorms learn a scale and a shift for each tap, so that :meth:`fix` can take over an
             interpolation, or a transposed convolution.
         bias: Add a learned constant to each channel.
         padding_mode: What taps outside the input read: "zeros" (the authors'), "replicate" (as interpolation does),
             "reflect" or "circular".
         squeeze_channels: Width of the squeeze in channels, instead of ``se_ratio``.
-        device: Of the parameters.
-        dtype: Of the parameters.
 
     Attributes:
         spatial_branch: s*s modules that predict spatial filters, (B, G*K*K, H, W).
@@ -82,7 +89,7 @@ class DDFUp2d(ConvAttributes):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        check_options("DDFUp2d", in_channels, heads, se_ratio, combine)
+        check_filter_options("DDFUp2d", in_channels, heads, se_ratio, combine)
         check_padding_mode("DDFUp2d", padding_mode)
         kernel_size = one_size("DDFUp2d", "kernel_size", kernel_size)
         dilation = one_size("DDFUp2d", "dilation", dilation)
@@ -104,23 +111,22 @@ class DDFUp2d(ConvAttributes):
         self.padding_mode = padding_mode
         where: dict[str, Any] = {"device": device, "dtype": dtype}
 
-        def spatial() -> nn.Module:
-            read = in_channels if guide_channels is None else guide_channels
-            branch = SpatialBranch(read, kernel_size, heads, 1, nonlinearity, affine, **where)
+        def spatial_branch() -> nn.Module:
             if guide_channels is not None:
-                return branch
+                return SpatialBranch(guide_channels, kernel_size, heads, 1, nonlinearity, affine, **where)
+            branch = SpatialBranch(in_channels, kernel_size, heads, 1, nonlinearity, affine, **where)
             depthwise = nn.Conv2d(
                 in_channels, in_channels, kernel_size, padding=kernel_size // 2, groups=in_channels, **where
             )
             return nn.Sequential(depthwise, branch)
 
         branches = range(self.scale_factor**2)
-        self.spatial_branch = nn.ModuleList(spatial() for _ in branches)
+        self.spatial_branch = nn.ModuleList(spatial_branch() for _ in branches)
         self.channel_branch = nn.ModuleList(
             ChannelBranch(in_channels, kernel_size, se_ratio, nonlinearity, affine, squeeze_channels, **where)
             for _ in branches
         )
-        self.bias = nn.Parameter(torch.zeros(in_channels, **where)) if bias else None
+        self.bias = zero_bias(in_channels, bias, device, dtype)
 
     def forward(self, input: Tensor, guide: Tensor | None = None, output_size: Sequence[int] | None = None) -> Tensor:
         """(B, C, H, W) -> (B, C, s*H, s*W); or all without B.
@@ -134,45 +140,49 @@ class DDFUp2d(ConvAttributes):
         Raises:
             ValueError: The guide is missing, is not wanted, or has another size than the input.
         """
-        one = None if guide is None else guide.unsqueeze(0) if input.dim() == 3 else guide
-        return batched("DDFUp2d", lambda images: self._forward(images, one, output_size), input)
+        if guide is not None and input.dim() == 3:
+            guide = guide.unsqueeze(0)
+        return batched(self, lambda images: self._forward(images, guide, output_size), input)
 
     def _forward(self, input: Tensor, guide: Tensor | None, output_size: Sequence[int] | None) -> Tensor:
         self._check_guide(input, guide)
-        read = input if guide is None else guide
-        channel_filter = channel_filters(list(self.channel_branch), input)
+        source = input if guide is None else guide
+        channel_filter = fused_channel_filters(list(self.channel_branch), input)
         padding = self.dilation[0] * (self.kernel_size[0] - 1) // 2
         if self.padding_mode != "zeros":
             input, padding = F.pad(input, (padding,) * 4, mode=self.padding_mode), 0
-        options: dict[str, Any] = {
-            "padding": padding,
-            "dilation": self.dilation[0],
-            "combine": self.combine,
-            "upscale_factor": self.scale_factor,
-        }
-        branches = alike_spatial_branches(self.spatial_branch, self.guide_channels is not None)
+        norm_scale = None
+        branches = fusable_spatial_branches(self.spatial_branch, self.guide_channels is not None)
         if not branches:
-            spatial_filter = torch.cat([branch(read) for branch in self.spatial_branch], 1)
-            output = ddf(input, channel_filter, spatial_filter, **options)
-        elif normalizes_inside(branches[0][1], read):
-            spatial_filter = raw_spatial_filters(branches, read)
-            scale = branches[0][1].norm.scale
-            output = ddf(input, channel_filter, spatial_filter, norm_scale=scale, **options)
+            spatial_filter = torch.cat([branch(source) for branch in self.spatial_branch], 1)
         else:
-            spatial_filter = normalized(branches, raw_spatial_filters(branches, read))
-            output = ddf(input, channel_filter, spatial_filter, **options)
+            spatial_filter = fused_spatial_filters(branches, source)
+            if operator_can_normalize(branches[0][1], source):
+                norm_scale = branches[0][1].norm.scale
+            else:
+                spatial_filter = normalize_spatial_filters(branches, spatial_filter)
+        output = ddf(
+            input,
+            channel_filter,
+            spatial_filter,
+            padding=padding,
+            dilation=self.dilation[0],
+            combine=self.combine,
+            upscale_factor=self.scale_factor,
+            norm_scale=norm_scale,
+        )
         output = add_bias(output, self.bias)
         if output_size is None:
             return output
-        if all(statically_true(wanted == made) for wanted, made in zip(output_size, output.shape[-2:], strict=True)):
+        if all(statically_true(wanted == size) for wanted, size in zip(output_size, output.shape[-2:], strict=True)):
             return output
         return F.interpolate(output, size=tuple(output_size), mode="nearest")
 
     def fix(self, filters: Tensor) -> None:
         """Makes the layer a fixed linear one, whose filters no longer depend on the input.
 
-        The dynamic parts are there and learn: the scales of FilterNorm, which are 0, have gradients from the first
-        step; what stands before them, once they have moved.
+        The dynamic parts stay and can learn: FilterNorm's scales, which are 0, have gradients from the first step,
+        and the layers before them once the scales have moved.
 
         Args:
             filters: (s*s, C, K, K), any dtype; filter ``dy * s + dx`` makes the pixels (s*y + dy, s*x + dx).
@@ -201,7 +211,7 @@ class DDFUp2d(ConvAttributes):
             )
 
     def extra_repr(self) -> str:
-        """The arguments, as ``print`` shows them."""
+        """Returns the arguments, as ``print`` shows them."""
         return (
             f"{self.in_channels}, scale_factor={self.scale_factor}, kernel_size={self.kernel_size[0]},"
             f" guide_channels={self.guide_channels}, dilation={self.dilation[0]}, heads={self.heads},"
@@ -210,21 +220,19 @@ class DDFUp2d(ConvAttributes):
         )
 
 
-class DDFUpConv2d(ConvAttributes):
+class DDFUpConv2d(MixingConv):
     """A 1x1 convolution that mixes channels at the input's size, then DDF-Up.
 
-    It takes the place of a transposed convolution, or of a convolution and the pixel shuffle behind it. The 1x1 comes
-    first, since there it has s*s times fewer pixels to work on, and DDF-Up fewer channels.
+    It replaces a transposed convolution, or a convolution and the pixel shuffle behind it. The 1x1 convolution comes
+    first, where it has s*s times fewer pixels to work on, and DDF-Up fewer channels.
 
     Args:
         in_channels: C of the input.
         out_channels: C of the output.
         scale_factor: s of the DDF-Up layer.
         kernel_size: K of the DDF-Up layer.
-        groups: Of the 1x1 convolution.
-        bias: Of the DDF-Up layer.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        groups: Groups of the 1x1 convolution.
+        bias: Whether the DDF-Up layer has a bias.
         **up_options: Any other argument of :class:`DDFUp2d`.
 
     Attributes:
@@ -235,7 +243,6 @@ class DDFUpConv2d(ConvAttributes):
         ValueError: An argument does not fit.
     """
 
-    mix: nn.Conv2d
     up: DDFUp2d
 
     def __init__(
@@ -256,29 +263,13 @@ class DDFUpConv2d(ConvAttributes):
         self.up = DDFUp2d(out_channels, scale_factor, kernel_size, bias=bias, **where, **up_options)
 
     @property
+    def _filter_layer(self) -> DDFUp2d:
+        return self.up
+
+    @property
     def bias(self) -> nn.Parameter | None:
-        """Of the DDF-Up layer, (C_out,), or None."""
+        """The DDF-Up layer's bias, (C_out,), or None."""
         return self.up.bias
-
-    @property
-    def kernel_size(self) -> tuple[int, int]:
-        """(K, K) of the DDF-Up layer."""
-        return self.up.kernel_size
-
-    @property
-    def dilation(self) -> tuple[int, int]:
-        """(rows, columns) of the DDF-Up layer."""
-        return self.up.dilation
-
-    @property
-    def in_channels(self) -> int:
-        """C of the input."""
-        return self.mix.in_channels
-
-    @property
-    def out_channels(self) -> int:
-        """C of the output."""
-        return self.mix.out_channels
 
     def forward(self, input: Tensor, output_size: Sequence[int] | None = None) -> Tensor:
         """(B, C_in, H, W) -> (B, C_out, s*H, s*W); or both without B.

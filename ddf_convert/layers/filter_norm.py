@@ -1,4 +1,4 @@
-"""FilterNorm: generated filters are standardised over their K*K taps, which keeps training stable.
+"""FilterNorm: predicted filters are standardized over their K*K taps, which keeps training stable.
 
 Source: section 3.2 of the paper.
 """
@@ -12,7 +12,7 @@ from ddf_convert.ops.filter_norm import filter_norm
 
 
 def filter_gain(nonlinearity: str, kernel_size: int) -> float:
-    """The base scale of normalized filters: ``calculate_gain(nonlinearity) / K``."""
+    """Returns the base scale of normalized filters: ``calculate_gain(nonlinearity) / K``."""
     return nn.init.calculate_gain(nonlinearity) / kernel_size  # type: ignore[arg-type]
 
 
@@ -28,16 +28,14 @@ def _fix(scale: Tensor, shift: Tensor, filter: Tensor | float) -> None:
 
 
 class SpatialFilterNorm(nn.Module):
-    """Normalizes each pixel's filter, head by head; the scale is the constant base scale, unless it is learned.
+    """Normalizes each pixel's filter, head by head, to a constant base scale or a learned scale.
 
     Args:
         kernel_size: K, odd and at least 3.
         nonlinearity: A name that ``torch.nn.init.calculate_gain`` knows.
         heads: G.
-        affine: Learn the scale, and an added shift: one of each for every tap of a head, the same for all pixels. They
-            start at the base scale and at 0, so that the layer starts as one without them.
-        device: Of the parameters.
-        dtype: Of the parameters.
+        affine: Learn a scale and an added shift for every tap of a head, the same for all pixels. They start at the
+            base scale and at 0.
 
     Attributes:
         scale: The base scale.
@@ -76,7 +74,7 @@ class SpatialFilterNorm(nn.Module):
             nn.init.zeros_(self.mean)
 
     def fix(self, filter: Tensor | float) -> None:
-        """Makes every filter this one, (G*K*K,) or a number for all taps, whatever comes in: the scale is 0.
+        """Makes every filter this one, (G*K*K,) or a number for all taps, whatever the input: the scale becomes 0.
 
         Raises:
             ValueError: Scale and shift are not learned.
@@ -93,23 +91,21 @@ class SpatialFilterNorm(nn.Module):
         return torch.addcmul(self.mean.view(-1, 1, 1), normalized, self.std.view(-1, 1, 1)).to(filters.dtype)
 
     def extra_repr(self) -> str:
-        """The arguments, as ``print`` shows them."""
+        """Returns the arguments, as ``print`` shows them."""
         return f"kernel_size={self.kernel_size}, scale={self.scale:.4g}, affine={self.std is not None}"
 
 
 class ChannelFilterNorm(nn.Module):
-    """Normalizes each channel's filter; the scale is learned, and a shift can be.
+    """Normalizes each channel's filter to a learned scale and, optionally, a learned shift.
 
     Args:
         channels: C.
         kernel_size: K, odd and at least 3.
         nonlinearity: A name that ``torch.nn.init.calculate_gain`` knows; it sets the base scale.
         shift: Learn an added shift ("mean" in the state dict), which starts at 0.
-        device: Of the parameters.
-        dtype: Of the parameters.
 
     Attributes:
-        std: (C*K*K,), the learned scale: a normal variable times the base scale at the start.
+        std: (C*K*K,), the learned scale, initialized from a normal distribution times the base scale.
         mean: (C*K*K,), the learned shift, or None.
 
     Raises:
@@ -144,7 +140,7 @@ class ChannelFilterNorm(nn.Module):
             nn.init.zeros_(self.mean)
 
     def fix(self, filter: Tensor | float) -> None:
-        """Makes every filter this one, (C, K, K) or a number for all taps, whatever comes in: the scale is 0.
+        """Makes every filter this one, (C, K, K) or a number for all taps, whatever the input: the scale becomes 0.
 
         Raises:
             ValueError: The shift is not learned.
@@ -165,5 +161,5 @@ class ChannelFilterNorm(nn.Module):
         return scaled.to(filters.dtype)
 
     def extra_repr(self) -> str:
-        """The arguments, as ``print`` shows them."""
+        """Returns the arguments, as ``print`` shows them."""
         return f"{self.channels}, kernel_size={self.kernel_size}, shift={self.mean is not None}"

@@ -1,8 +1,8 @@
-"""DDF-ResNets in timm's registry: ``timm.create_model("ddf_mul_resnet50")``, and so in timm's own scripts.
+"""DDF-ResNets in timm's registry: ``timm.create_model("ddf_mul_resnet50")``.
 
 ddf_mul_* combine the two filters by multiplication (the paper's equation 1), ddf_add_* by addition. As in the paper's
-tables, every 3x3 convolution of ResNet-18's stages becomes DDF (squeeze 0.5) and a 1x1 convolution, and that of every
-bottleneck of the deeper ones becomes DDF (squeeze 0.2) alone: its 1x1 convolutions mix the channels.
+tables, every 3x3 convolution of ResNet-18's stages becomes DDF (squeeze 0.5) and a 1x1 convolution. In the bottlenecks
+of the deeper ones it becomes DDF (squeeze 0.2) alone, since their own 1x1 convolutions mix the channels.
 
 Source: Zhou et al., "Decoupled Dynamic Filter Networks", CVPR 2021, section 4.1. State-dict names are the authors'.
 """
@@ -26,21 +26,21 @@ from ddf_convert.errors import UsageError
 Combine = Literal["mul", "add"]
 
 
-class _Depth(NamedTuple):
+class _Architecture(NamedTuple):
     block: type[nn.Module]
     layers: tuple[int, int, int, int]
     se_ratio: float
 
 
-_DEPTHS = {
-    18: _Depth(BasicBlock, (2, 2, 2, 2), 0.5),
-    50: _Depth(Bottleneck, (3, 4, 6, 3), 0.2),
-    101: _Depth(Bottleneck, (3, 4, 23, 3), 0.2),
-    152: _Depth(Bottleneck, (3, 8, 36, 3), 0.2),
+_ARCHITECTURES = {
+    18: _Architecture(BasicBlock, (2, 2, 2, 2), 0.5),
+    50: _Architecture(Bottleneck, (3, 4, 6, 3), 0.2),
+    101: _Architecture(Bottleneck, (3, 4, 23, 3), 0.2),
+    152: _Architecture(Bottleneck, (3, 8, 36, 3), 0.2),
 }
 _COMBINATIONS: tuple[Combine, ...] = ("mul", "add")
 
-_CONFIGURATION = {
+_CFG = {
     "url": "",
     "num_classes": 1000,
     "input_size": (3, 224, 224),
@@ -52,13 +52,13 @@ _CONFIGURATION = {
     "first_conv": "conv1",
     "classifier": "fc",
 }
-_NAMES = [f"ddf_{combine}_resnet{depth}" for combine in _COMBINATIONS for depth in _DEPTHS]
+_NAMES = [f"ddf_{combine}_resnet{depth}" for combine in _COMBINATIONS for depth in _ARCHITECTURES]
 
-default_cfgs = generate_default_cfgs({name: dict(_CONFIGURATION) for name in _NAMES})
+default_cfgs = generate_default_cfgs({name: dict(_CFG) for name in _NAMES})
 
 
 def _with_ddf(combine: Combine, se_ratio: float, **arguments: Any) -> nn.Module:
-    """A ResNet of timm's with every 3x3 convolution of its stages replaced."""
+    """Builds timm's ResNet with every 3x3 convolution of its stages replaced."""
     model: nn.Module = ResNet(**arguments)
     config = ConvertConfig(combine=combine, se_ratio=se_ratio)
     mix = arguments["block"] is BasicBlock
@@ -68,12 +68,12 @@ def _with_ddf(combine: Combine, se_ratio: float, **arguments: Any) -> nn.Module:
         if name.startswith("layer") and isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3)
     ]
     apply_replacements(model, replacements)
-    forget_origins(model)  # timm builds it so: there is nothing to record
+    forget_origins(model)  # timm builds it like this, so there is no conversion to record
     return model
 
 
 def _entrypoint(combine: Combine, depth: int) -> Callable[..., nn.Module]:
-    block, layers, se_ratio = _DEPTHS[depth]
+    block, layers, se_ratio = _ARCHITECTURES[depth]
 
     def create(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         if pretrained and not (kwargs.get("pretrained_cfg") or kwargs.get("pretrained_cfg_overlay")):
@@ -92,6 +92,6 @@ def _entrypoint(combine: Combine, depth: int) -> Callable[..., nn.Module]:
 
 
 for _combine in _COMBINATIONS:
-    for _depth in _DEPTHS:
+    for _depth in _ARCHITECTURES:
         _create = _entrypoint(_combine, _depth)
         globals()[_create.__name__] = register_model(_create)

@@ -1,4 +1,4 @@
-"""The state of a run on disk: whole whenever the run is killed, checked when it is read, the newest two kept."""
+"""The checkpoints of a run: whole whenever the run is killed, checked when they are read, the newest two kept."""
 
 from __future__ import annotations
 
@@ -7,47 +7,35 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+import zipfile
+from itertools import count
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
 
-from ddf_convert.artifacts.atomic import MANIFEST, FileRecord, atomic_folder, locate_files
+from ddf_convert.artifacts.atomic import check_writable, flush, os_error_text, remove_leftovers, temporary_path
 from ddf_convert.artifacts.checkpoint import why_unreadable
-from ddf_convert.errors import ArtifactError, DDFError, first_line
+from ddf_convert.errors import ArtifactError, DDFError, UsageError, error_chain, first_line
 from ddf_convert.utils.logging import warn
 
-FORMAT_VERSION = 1
 KEPT = 2
 _STATE = "state.pt"
 _NAME = re.compile(r"step-(\d+)")
-_LEFTOVER = ".saving-*"  # the names of ddf_convert.artifacts.atomic.temporary_path, and ours for what is being deleted
-
-
-class _Manifest(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    format_version: Literal[1] = 1
-    step: int
-    files: dict[str, FileRecord]
 
 
 class Checkpoints:
-    """The checkpoints of one run: folders ``step-00001234`` with the state and a manifest that says what it hashes to.
+    """The checkpoints of a run, ``step-00001234/state.pt``. One process writes; any may read at any time.
 
-    One process writes; any may read at any time.
-
-    Args:
-        folder: Where they are; it need not exist.
+    A file appears under its name when it is whole. torch.load does not compare the checksums that torch.save writes
+    for each tensor, so they are compared here.
     """
 
     def __init__(self, folder: str | os.PathLike[str]) -> None:
         self.folder = Path(folder)
 
     def write(self, state: dict[str, Any], step: int) -> None:
-        """Writes a checkpoint, and when it stands deletes all but it and the one before.
+        """Writes a checkpoint, then deletes all but it and the one before.
 
         Checkpoints of later steps are deleted too: a run that writes step 8 after step 9 was resumed before it.
 
@@ -61,22 +49,31 @@ class Checkpoints:
             DDFError: Writing failed, for instance because the disk is full; the checkpoints before are whole.
         """
         _check_plain(state, "state")
-        self._clear_leftovers()
-        with atomic_folder(self._at(step)) as stage:
-            try:
+        folder = self._folder_of(step)
+        check_writable(folder)
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for place in (self.folder, *self.folder.glob("step-*")):
+                remove_leftovers(place)
+            with temporary_path(self.folder, folder=True) as stage:
                 with (stage / _STATE).open("wb") as file:
                     torch.save(state, file)
-            except RuntimeError as error:  # torch's writer, after its file failed
-                raise DDFError(f"could not write {self._at(step)}: {_cause(error)}") from error
-            manifest = _Manifest(step=step, files={_STATE: FileRecord.of(stage / _STATE)})
-            (stage / MANIFEST).write_text(manifest.model_dump_json(indent=2) + "\n", encoding="utf-8")
+                flush(stage / _STATE)
+                if folder.is_dir():
+                    os.replace(stage / _STATE, folder / _STATE)
+                    flush(folder)
+                else:
+                    os.rename(stage, folder)
+                    flush(self.folder)
+        except (OSError, RuntimeError) as error:  # torch's writer raises a RuntimeError after its file failed
+            raise DDFError(f"could not write {folder}: {_system_reason(error)}") from error
         before = [other for other in self.steps() if other < step]
         for other in self.steps():
             if other != step and other not in before[-(KEPT - 1) :]:
                 self._delete(other)
 
     def latest(self) -> tuple[dict[str, Any], int] | None:
-        """The newest checkpoint that is whole, its tensors on the CPU, and its step; None where there are none.
+        """Returns the newest checkpoint that is whole, on the CPU, and its step; None where there are none.
 
         Newer ones that are damaged are named in a warning.
 
@@ -98,47 +95,50 @@ class Checkpoints:
         return None
 
     def steps(self) -> list[int]:
-        """The steps that have a checkpoint, whole or damaged, in ascending order."""
+        """Returns the steps that have a checkpoint, whole or damaged, in ascending order."""
         if not self.folder.is_dir():
             return []
         matches = [_NAME.fullmatch(entry.name) for entry in self.folder.iterdir() if entry.is_dir()]
         return sorted(int(match[1]) for match in matches if match)
 
-    def _at(self, step: int) -> Path:
+    def _folder_of(self, step: int) -> Path:
         return self.folder / f"step-{step:08}"
 
     def _read(self, step: int) -> dict[str, Any]:
-        folder = self._at(step)
+        file = self._folder_of(step) / _STATE
         try:
-            manifest = _Manifest.model_validate_json((folder / MANIFEST).read_bytes())
-        except FileNotFoundError as error:
-            raise ArtifactError(f"{folder} has no {MANIFEST}: it is incomplete") from error
-        except (OSError, ValidationError) as error:
-            raise ArtifactError(f"{folder / MANIFEST} is damaged, or of another version") from error
-        try:
-            files = locate_files(folder, manifest.files)
-        except ArtifactError as error:
-            raise ArtifactError(str(error).removesuffix("; save the model again")) from error
-        try:
-            state: dict[str, Any] = torch.load(files[_STATE], map_location="cpu", weights_only=True)
-        except MemoryError:
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise ArtifactError(f"{file} is damaged: {damaged} does not have its checksum")
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except (ArtifactError, MemoryError):
             raise
+        except FileNotFoundError as error:
+            raise ArtifactError(f"{file} is missing: the checkpoint is incomplete") from error
+        except zipfile.BadZipFile as error:
+            raise ArtifactError(f"{file} is damaged or incomplete: {first_line(error)}") from error
         except Exception as error:
-            raise ArtifactError(
-                f"{folder / _STATE} cannot be read: {why_unreadable(error) or 'it is damaged'}"
-            ) from None
+            raise ArtifactError(f"{file} cannot be read: {why_unreadable(error) or 'it is damaged'}") from None
         return state
 
     def _delete(self, step: int) -> None:
         # Under another name first: interrupted, it is a leftover, and not a damaged checkpoint.
         aside = self.folder / f".saving-{uuid.uuid4().hex}"
         with contextlib.suppress(OSError):  # the new checkpoint stands, and that is what matters
-            os.rename(self._at(step), aside)
+            os.rename(self._folder_of(step), aside)
             shutil.rmtree(aside)
 
-    def _clear_leftovers(self) -> None:
-        for leftover in [*self.folder.glob(_LEFTOVER), *self.folder.glob(f"step-*/{_LEFTOVER}")]:
-            shutil.rmtree(leftover, ignore_errors=True)
+
+def set_aside(path: Path, reason: str, consequence: str) -> None:
+    """Renames a damaged file or folder of a run to ``NAME.damaged-1``, or the next free number, and warns."""
+    names = (path.with_name(f"{path.name}.damaged-{number}") for number in count(1))
+    aside = next(name for name in names if not os.path.lexists(name))
+    try:
+        path.rename(aside)
+    except OSError as error:
+        raise UsageError(f"{path} is damaged ({reason}), and cannot be renamed: {error.strerror}") from error
+    warn(f"{path} is damaged ({reason}): it is kept as {aside.name}, and {consequence}")
 
 
 def _check_plain(value: Any, name: str) -> None:
@@ -153,15 +153,6 @@ def _check_plain(value: Any, name: str) -> None:
         raise TypeError(f"{name} is {type(value).__name__}: only tensors and plain values are read back")
 
 
-def _cause(error: BaseException) -> str:
-    """Why, in the words of the operating system if it said so."""
-    for link in _chain(error):
-        if isinstance(link, OSError) and link.strerror:
-            return link.strerror
-    return first_line(error)
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    while error is not None:
-        yield error
-        error = error.__cause__ or error.__context__
+def _system_reason(error: BaseException) -> str:
+    """Returns the operating system's words for what failed, if it is behind the error."""
+    return next((os_error_text(each) for each in error_chain(error) if isinstance(each, OSError)), first_line(error))

@@ -1,7 +1,6 @@
-"""Several processes as torchrun starts them: who is who, sums over all of them, and one that fails ends them all.
+"""Several processes as torchrun starts them: sums over all of them, and an error in one that ends all, reported once.
 
-Nothing here starts processes: ``torchrun --nproc-per-node 2 -m ddf_convert finetune ...`` does. One process is the case
-of a world of 1, with the same calls.
+A single process is a world of 1, with the same calls.
 """
 
 from __future__ import annotations
@@ -22,30 +21,20 @@ from torch import Tensor, nn
 from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.utils.device import choose
 
-_TIMEOUT_S = timedelta(seconds=5)  # for a word of the process that failed, when the connection to it is gone
+_TIMEOUT_S = timedelta(seconds=5)  # to wait for the name of the process that failed, when the connection is gone
 _FAILED = "failed"
 _UNREACHABLE = ("connection", "gloo", "nccl", "broken pipe", "timed out", "reset by peer", "socket")
 
 
 class PeerFailedError(DDFError):
-    """Another process of this run failed, and says itself why.
+    """Another process of this run failed, and reports why itself."""
 
-    Attributes:
-        told_elsewhere: That is to say.
-    """
-
-    told_elsewhere = True
+    reported_elsewhere = True
 
 
 @dataclass(frozen=True)
 class Processes:
-    """The processes of a run, as one of them sees them.
-
-    Attributes:
-        rank: Which one this is.
-        world: How many there are.
-        device: What this one calculates on.
-    """
+    """The processes of a run, as one of them sees them."""
 
     rank: int
     world: int
@@ -53,11 +42,11 @@ class Processes:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes files and talks to the user."""
+        """Whether this is the process that writes files and talks to the user."""
         return self.rank == 0
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over all processes, the same tensor in each; ``values`` stays as it is."""
+        """Returns the sum over all processes, the same tensor in each."""
         if self.world == 1:
             return values
         summed = values.detach().clone().to(self.device)
@@ -65,13 +54,13 @@ class Processes:
         return summed.to(values.device)
 
     def any(self, flag: bool) -> bool:
-        """Whether it is true in any process."""
+        """Returns whether a flag is true in any process."""
         if self.world == 1:
             return flag
         return bool(self.total(torch.tensor(float(flag))) > 0)
 
     def gathered(self, values: Tensor) -> list[Tensor]:
-        """The tensors of all processes, which have one shape, on the CPU, by rank."""
+        """Returns the tensors of all processes, which have one shape, on the CPU, by rank."""
         if self.world == 1:
             return [values.detach().cpu()]
         mine = values.detach().to(self.device).contiguous()
@@ -80,11 +69,11 @@ class Processes:
         return [each.cpu() for each in all_of_them]
 
     def wait(self) -> None:
-        """Until all processes have come here."""
+        """Waits until all processes are here."""
         self.any(False)
 
     def share_batch_norms(self, *models: nn.Module) -> None:
-        """Gives the running statistics of batch normalizations in all processes the mean over them."""
+        """Sets the running statistics of batch norms to their mean over the processes."""
         if self.world > 1:
             for model in models:
                 distribute_bn(model, self.world, reduce=True)
@@ -94,25 +83,18 @@ class Processes:
 def joined(device: str | None = None) -> Iterator[Processes]:
     """A context in which this process is one of those that torchrun started, or the only one.
 
-    A process group that exists already is used and left; else one is made, and left at the end.
-
-    Args:
-        device: "cpu", "cuda" or "cuda:N"; None is the GPU if there is one. Several processes take a GPU each.
-
-    Raises:
-        UsageError: There is no such device, or there are fewer GPUs than processes on this machine.
-        PeerFailedError: Another process failed.
+    A process group that exists already is used; else one is made, and destroyed at the end.
     """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if dist.is_initialized():
-        yield Processes(dist.get_rank(), dist.get_world_size(), _device(device, _local_rank()))
+        yield Processes(dist.get_rank(), dist.get_world_size(), _choose_device(device, _local_rank()))
         return
     if world == 1:
-        yield Processes(0, 1, _device(device, 0))
+        yield Processes(0, 1, _choose_device(device, 0))
         return
     rank = int(os.environ["RANK"])
     try:
-        where = _device(device, _local_rank(), several=True)
+        where = _choose_device(device, _local_rank(), several=True)
         if where.type == "cuda":
             torch.cuda.set_device(where)
             dist.init_process_group("nccl", device_id=where)
@@ -123,7 +105,7 @@ def joined(device: str | None = None) -> Iterator[Processes]:
     except PeerFailedError:
         raise
     except Exception as error:
-        if not _is_about_connections(error):
+        if not _is_lost_connection(error):
             _publish(rank)
             raise
         if _failed_elsewhere(rank):
@@ -135,14 +117,9 @@ def joined(device: str | None = None) -> Iterator[Processes]:
         ) from error
 
 
-def is_one_of_several() -> bool:
-    """Whether torchrun, or the like, started this process beside others."""
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1
-
-
-def first_to_say(message: str) -> bool:
-    """Whether this process is the first one to say this: what all of them find wrong is told once."""
-    if not is_one_of_several():
+def first_to_report(message: str) -> bool:
+    """Returns whether no other process has reported this: an error that all of them meet is printed once."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         return True
     store = _store()
     if store is None:
@@ -158,8 +135,7 @@ def _local_rank() -> int:
     return int(os.environ.get("LOCAL_RANK", "0"))
 
 
-def _device(name: str | None, local_rank: int, several: bool = False) -> torch.device:
-    """The device of this process."""
+def _choose_device(name: str | None, local_rank: int, several: bool = False) -> torch.device:
     if several and name is not None and name.startswith("cuda:"):
         raise UsageError(f"--device {name}: every process takes a GPU of its own; give cuda")
     gpus = torch.cuda.device_count()
@@ -170,11 +146,11 @@ def _device(name: str | None, local_rank: int, several: bool = False) -> torch.d
     return choose(name, local_rank, "trained on")
 
 
-# --- word of mouth: torchrun's own store outlives the process that fails ---
+# --- the store that torchrun keeps outlives the process that fails ---
 
 
 def _store() -> Any:
-    """A connection to it; None if there is none."""
+    """Returns a connection to torchrun's store; None if there is none."""
     try:
         return dist.TCPStore(  # type: ignore[attr-defined]
             os.environ["MASTER_ADDR"],
@@ -188,7 +164,7 @@ def _store() -> Any:
 
 
 def _key(name: str) -> str:
-    """Of this attempt: torchrun's store stays when it starts the processes again."""
+    """Returns a key of this attempt: torchrun keeps the store when it restarts the processes."""
     return f"ddf_convert/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
 
 
@@ -211,7 +187,7 @@ def _failed_elsewhere(rank: int) -> bool:
         return False
 
 
-def _is_about_connections(error: BaseException) -> bool:
+def _is_lost_connection(error: BaseException) -> bool:
     if isinstance(error, dist.DistError):
         return True
     return isinstance(error, RuntimeError) and any(word in str(error).lower() for word in _UNREACHABLE)

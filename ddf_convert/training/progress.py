@@ -1,4 +1,4 @@
-"""What a run tells while it goes on, on stderr: a moving line on a terminal, a line for every epoch elsewhere."""
+"""The progress of a run, on stderr: a bar on a terminal, a line for every epoch elsewhere."""
 
 from __future__ import annotations
 
@@ -12,52 +12,33 @@ from rich.progress import Progress as Bars
 
 
 class Progress:
-    """Says nothing; what every process but the first one has."""
+    """Shows nothing: for every process but the first one."""
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
 
     @contextlib.contextmanager
     def counting(self, what: str, total: int, done: int = 0) -> Iterator[None]:
-        """A context in which ``step`` counts.
-
-        Args:
-            what: Is being done.
-            total: How many steps there are.
-            done: How many are done already.
-        """
+        """Returns a context in which :meth:`step` counts from ``done`` to ``total``; they can be nested."""
         yield
 
     def step(self, figures: str = "") -> None:
-        """One step is done.
-
-        Args:
-            figures: What to show beside the bar until the next step.
-        """
+        """Counts a step, and shows figures beside the bar until the next one."""
 
 
-class Lines(Progress):
-    """Lines alone, for a file or a pipe.
-
-    Args:
-        console: Where to.
-    """
+class LineProgress(Progress):
+    """Prints lines alone, for a file or a pipe."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
 
     def say(self, line: str) -> None:
-        """A line that stays."""
+        """Prints a line that stays."""
         self._console.print(escape(line), soft_wrap=True)
 
 
-class Moving(Lines):
-    """A bar with figures and the time that is left, and the lines above it.
-
-    Args:
-        console: A terminal.
-        bars: Drawn there.
-    """
+class BarProgress(LineProgress):
+    """Draws a bar with figures and the time that is left, below the lines, on a terminal."""
 
     def __init__(self, console: Console, bars: Bars) -> None:
         super().__init__(console)
@@ -66,7 +47,7 @@ class Moving(Lines):
 
     @contextlib.contextmanager
     def counting(self, what: str, total: int, done: int = 0) -> Iterator[None]:
-        """A context in which ``step`` counts; one inside another has a bar of its own."""
+        """Returns a context in which :meth:`step` moves a bar of its own."""
         self._tasks.append(self._bars.add_task(escape(what), total=total, completed=done, figures=""))
         try:
             yield
@@ -74,23 +55,19 @@ class Moving(Lines):
             self._bars.remove_task(self._tasks.pop())
 
     def step(self, figures: str = "") -> None:
-        """One step is done."""
+        """Counts a step, and shows figures beside the bar until the next one."""
         self._bars.update(self._tasks[-1], advance=1, figures=escape(figures))
 
 
 @contextlib.contextmanager
-def telling(talks: bool) -> Iterator[Progress]:
-    """A context that gives the progress of this process.
-
-    Args:
-        talks: Whether it is the one that does.
-    """
-    if not talks:
+def progress_of(is_main: bool) -> Iterator[Progress]:
+    """A context that gives the progress of this process, which is shown by the first one alone."""
+    if not is_main:
         yield Progress()
         return
     console = Console(stderr=True, highlight=False, emoji=False)
     if not console.is_terminal:
-        yield Lines(console)
+        yield LineProgress(console)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -102,4 +79,4 @@ def telling(talks: bool) -> Iterator[Progress]:
         TimeRemainingColumn(),
     )
     with Bars(*columns, console=console, transient=True) as bars:
-        yield Moving(console, bars)
+        yield BarProgress(console, bars)

@@ -3,74 +3,129 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import timm
 import torch
+from pydantic import ValidationError
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from ddf_convert import recipes
 from ddf_convert.artifacts import artifact
-from ddf_convert.artifacts.atomic import MANIFEST
+from ddf_convert.artifacts.atomic import MANIFEST, FileRecord
 from ddf_convert.artifacts.source import ConvertedFolder, open_model
-from ddf_convert.errors import DDFError, UsageError, first_line
+from ddf_convert.errors import DDFError, UsageError, first_line, in_one_line
 from ddf_convert.recipes import Initialized, Recipe
 from ddf_convert.recipes.parameters import trainable_names
-from ddf_convert.recipes.schema import Stage
+from ddf_convert.training import fingerprint, resume
 from ddf_convert.training.dataloader import ImageSettings, evaluation_loader, image_settings, make_transform
 from ddf_convert.training.dataset import ImageDataset, MissingSplitError, OnBroken, Split, open_images, random_split
 from ddf_convert.training.diagnostics import memory_explained
 from ddf_convert.training.distributed import Processes
-from ddf_convert.training.run_dir import BEST, is_run
+from ddf_convert.training.finetuner import TrainingData, order_of
+from ddf_convert.training.fingerprint import Entry
+from ddf_convert.training.run_dir import BEST, RunRecord, is_run
 from ddf_convert.training.sampler import seed_for, seeded
-from ddf_convert.training.stage import Data, order_of
+from ddf_convert.training.trainer import TrainingOptions
+from ddf_convert.version import __version__
 
-
-def initialize(
-    recipe: Recipe,
-    model: nn.Module,
-    original: nn.Module,
-    data: str | None = None,
-    input_size: tuple[int, int, int] | None = None,
-    device: torch.device | None = None,
-    say: Callable[[str], None] = lambda words: None,
-) -> Initialized:
-    """As ``recipe.initialize``, with images from where the command line says.
-
-    Args:
-        recipe: The recipe.
-        model: The converted model; it is on the CPU at the end.
-        original: The model before conversion; likewise.
-        data: As for ``open_images``; only a recipe that calibrates looks at it.
-        input_size: (C, H, W) of the images; None is what the model expects.
-        device: Where to calibrate.
-        say: Told what is being done.
-
-    Raises:
-        UsageError: There are no such images, or as for ``recipe.initialize``.
-    """
-    settings = recipe.initialize_with
-    if settings.method != "calibrate" or data is None:
-        return recipe.initialize(model, original, say=say)
-    images = open_images(data, "train", labeled=False)
-    count = min(len(images), settings.num_images)
-    chosen = images.subset(
-        [index * len(images) // count for index in range(count)]
-    )  # from all over: classes are sorted
-    where = device or torch.device("cpu")
-    loader = evaluation_loader(chosen, image_settings(original, input_size), settings.batch_size, device=where)
-    try:
-        return recipe.initialize(model.to(where), original.to(where), loader, say=say)
-    finally:
-        model.cpu()
-        original.cpu()
-
-
-_DEFAULT = "finetune"
+_DEFAULT_RECIPE = "finetune"
 Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class FinetuneRequest:
+    """What to fine-tune, with what, and where to."""
+
+    folder: Path  # a converted model
+    data: str  # to train with; see ddf_convert.training.dataset
+    output: Path  # folder of the run
+    validation: str | None = None  # None: the validation part of data, or a tenth of it
+    recipe: str | None = None  # a name or a file; None: the one used to convert, or finetune
+    changes: dict[str, Any] = field(default_factory=dict)  # of every stage, see Recipe.changed
+    resume: bool = False
+    model: str | None = None  # package.module:callable that builds the user's own model before conversion
+    teacher_checkpoint: Path | None = None  # weights of the original model; None: those in folder
+    classes: int | None = None  # of a new classifier
+    input_size: tuple[int, int, int] | None = None  # (C, H, W); None: the model's
+    device: str | None = None  # cpu, cuda or cuda:N; None: the GPU if there is one
+    on_broken: OnBroken = "stop"
+    options: TrainingOptions = field(default_factory=TrainingOptions)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What a run trains with; models are on the device."""
+
+    recipe: Recipe
+    model: nn.Module  # on the device
+    teacher: nn.Module | None  # the original model, on the device, if the recipe learns from it
+    data: TrainingData
+
+
+def prepare(request: FinetuneRequest, processes: Processes, say: Say) -> Prepared:
+    """Opens everything that a run needs, and finds out what does not fit."""
+    options = request.options
+    recipe = change_recipe(choose_recipe(request.recipe, request.folder), request.changes, processes.device)
+    source = ConvertedFolder(request.folder, request.model)
+    model = source.load().float()
+    if request.classes is not None:
+        replace_head(model, request.classes, options.seed)
+    settings = image_settings(model, request.input_size)
+    model = _to_device(model, processes, options)
+    classes = count_classes(model, settings)
+    teacher = _open_teacher(request, recipe, source, processes)
+    check_outputs(recipe, classes, count_classes(teacher, settings, "the original") if teacher else None)
+    data = open_data(request, recipe, settings, classes, say)
+    check_stages(recipe, model, data, processes, options.seed)
+    if processes.device.type == "cpu" and any(stage.amp == "float16" for stage in recipe.stages):
+        say("float16 is for GPUs: on the CPU this recipe trains in float32")
+    return Prepared(recipe, model, teacher, data)
+
+
+def describe(request: FinetuneRequest, prepared: Prepared, processes: Processes) -> tuple[RunRecord, list[Entry]]:
+    """Returns what a run is asked for, all that decides its result, and what its images are."""
+    recipe, model, data, options = prepared.recipe, prepared.model, prepared.data, request.options
+    manifest = artifact.read_manifest(request.folder)
+    teacher = manifest.original if request.teacher_checkpoint is None else FileRecord.of(request.teacher_checkpoint)
+    entries = fingerprint.of_images(data.training, "training") + fingerprint.of_images(data.validation, "validation")
+    settings = {
+        "versions": {"ddf_convert": __version__, "torch": torch.__version__, "timm": timm.__version__},
+        "folder": str(request.folder),
+        "weights": manifest.weights.sha256,
+        resume.ARCHITECTURE: resume.architecture(model),
+        "model": request.model,
+        "teacher": None if request.teacher_checkpoint is None else str(request.teacher_checkpoint),
+        "teacher_weights": teacher.sha256 if teacher is not None and recipe.needs_teacher else None,
+        "data": request.data,
+        "images": len(data.training),
+        "validation": request.validation,
+        "validation_images": len(data.validation),
+        resume.DATA: fingerprint.digest(entries),
+        "labelled": data.validation.has_labels,
+        "classes": data.classes,
+        resume.CLASS_NAMES: None if data.training.classes is None else list(data.training.classes),
+        "input_size": list(data.settings.input_size),
+        "preparation": json.loads(json.dumps(asdict(data.settings))),
+        "on_broken": request.on_broken,
+        "seed": options.seed,
+        "world": processes.world,
+        "device": str(processes.device),
+        "workers": options.workers,
+        "channels_last": options.channels_last,
+        "compile": options.compiled,
+        resume.ENVIRONMENT: resume.environment(processes.device, processes.world),
+    }
+    return RunRecord(recipe, settings), entries
+
+
+# --- models ---
 
 
 def open_trained(
@@ -82,19 +137,8 @@ def open_trained(
 ) -> tuple[str, nn.Module, ConvertedFolder | None]:
     """Opens the best model of a run, a converted folder, or any model that ``open_model`` opens.
 
-    Args:
-        name: What the user named.
-        callable: ``package.module:callable`` that builds the user's own model before conversion.
-        checkpoint: Weights of a model that is not in a folder.
-        pretrained: Download timm's weights for such a model.
-        arguments: Further arguments of ``timm.create_model`` for such a model.
-
-    Returns:
-        The name to show, the model in evaluation mode, and its folder if it is in one.
-
-    Raises:
-        UsageError: There is no such model, or an option does not apply to it.
-        DDFError: The weights could not be downloaded.
+    Returns the name to show, the model in evaluation mode, and its folder if it is in one. ``callable`` builds the
+    user's own model before conversion; ``checkpoint`` and ``arguments`` are for models that are not in a folder.
     """
     folder = Path(name)
     if is_run(folder):
@@ -118,15 +162,10 @@ def open_trained(
     return opened.name, opened.model, None
 
 
-def choose_recipe(asked: str | os.PathLike[str] | None, folder: Path) -> Recipe:
-    """The recipe asked for; without, the one that the model was converted with, if it trains; else ``finetune``.
-
-    Raises:
-        UsageError: There is no such recipe, or it has no stages.
-        ArtifactError: The folder is not an artifact.
-    """
-    if asked is not None:
-        recipe = recipes.load(asked)
+def choose_recipe(name: str | os.PathLike[str] | None, folder: Path) -> Recipe:
+    """Returns the recipe asked for, else the one that the model was converted with if it trains, else ``finetune``."""
+    if name is not None:
+        recipe = recipes.load(name)
         if not recipe.stages:
             raise UsageError(
                 f"recipe {recipe.name} ends with the initialization, and has nothing to train: it is for"
@@ -136,15 +175,26 @@ def choose_recipe(asked: str | os.PathLike[str] | None, folder: Path) -> Recipe:
     noted = artifact.read_manifest(folder).conversion.recipe
     if noted and noted.get("stages"):
         return Recipe.model_validate(noted)
-    return recipes.load(_DEFAULT)
+    return recipes.load(_DEFAULT_RECIPE)
+
+
+def change_recipe(recipe: Recipe, changes: Mapping[str, Any], device: torch.device) -> Recipe:
+    """Returns a recipe with changes in every stage; those that are None change nothing."""
+    given = {name: value for name, value in changes.items() if value is not None}
+    if given.get("amp") == "float16" and device.type == "cpu":
+        raise UsageError("--amp float16 is for GPUs: give bfloat16, or none")
+    if given.get("amp") == "none":
+        del given["amp"]
+        stages = tuple(stage.model_copy(update={"amp": None}) for stage in recipe.stages)
+        recipe = recipe.model_copy(update={"stages": stages})
+    try:
+        return recipe.changed(**given)
+    except ValidationError as error:
+        raise UsageError(f"recipe {recipe.name}, changed by options: {in_one_line(error)}") from error
 
 
 def replace_head(model: nn.Module, classes: int, seed: int) -> None:
-    """Gives a model a new classifier, by its own ``reset_classifier``.
-
-    Raises:
-        UsageError: It has none.
-    """
+    """Gives a model a new classifier by its own ``reset_classifier``."""
     reset = getattr(model, "reset_classifier", None)
     if not callable(reset):
         raise UsageError(
@@ -155,13 +205,8 @@ def replace_head(model: nn.Module, classes: int, seed: int) -> None:
         reset(classes)
 
 
-def outputs(model: nn.Module, settings: ImageSettings, what: str = "the model") -> int | None:
-    """How many classes a model tells apart, from a look at one empty image; None if its output is something else.
-
-    Raises:
-        UsageError: It does not take such an image.
-        DDFError: Memory ran out.
-    """
+def count_classes(model: nn.Module, settings: ImageSettings, what: str = "the model") -> int | None:
+    """Returns the number of a model's classes, from a run on an empty image; None if its output is something else."""
     first = next(model.parameters(), None)
     image = torch.zeros(1, *settings.input_size, device=first.device if first is not None else None)
     model.eval()
@@ -178,61 +223,117 @@ def outputs(model: nn.Module, settings: ImageSettings, what: str = "the model") 
     return output.shape[1] if isinstance(output, Tensor) and output.ndim == 2 else None
 
 
-def open_data(
-    data: str,
-    validation: str | None,
+def _open_teacher(
+    request: FinetuneRequest, recipe: Recipe, source: ConvertedFolder, processes: Processes
+) -> nn.Module | None:
+    if not recipe.needs_teacher:
+        if request.teacher_checkpoint is not None:
+            raise UsageError(f"--teacher-checkpoint: recipe {recipe.name} does not learn from the original model")
+        return None
+    teacher = source.load_original(request.teacher_checkpoint)
+    if teacher is None:
+        raise UsageError(
+            f"recipe {recipe.name} learns from the original model, whose weights {request.folder} does not keep:"
+            " convert with --recipe distill (or the like), or give them with --teacher-checkpoint FILE"
+        )
+    return _to_device(teacher.float(), processes, request.options).requires_grad_(False)
+
+
+def _to_device(model: nn.Module, processes: Processes, options: TrainingOptions) -> nn.Module:
+    moved: nn.Module = model.to(processes.device).to(memory_format=options.memory_format)
+    return moved
+
+
+def initialize(
     recipe: Recipe,
-    settings: ImageSettings,
-    classes: int | None,
-    on_broken: OnBroken,
-    seed: int,
-    say: Say,
-) -> Data:
-    """Images to train with and to evaluate on, which fit the model and each other.
+    model: nn.Module,
+    original: nn.Module,
+    data: str | None = None,
+    input_size: tuple[int, int, int] | None = None,
+    device: torch.device | None = None,
+    say: Say = lambda words: None,
+) -> Initialized:
+    """Initializes a converted model as ``recipe.initialize`` does, with images named on the command line."""
+    settings = recipe.initialize_with
+    if settings.method != "calibrate" or data is None:
+        return recipe.initialize(model, original, say=say)
+    images = open_images(data, "train", labeled=False)
+    count = min(len(images), settings.num_images)
+    chosen = images.subset([index * len(images) // count for index in range(count)])  # spaced: classes are sorted
+    where = device or torch.device("cpu")
+    loader = evaluation_loader(chosen, image_settings(original, input_size), settings.batch_size, device=where)
+    try:
+        return recipe.initialize(model.to(where), original.to(where), loader, say=say)
+    finally:
+        model.cpu()
+        original.cpu()
+
+
+# --- data ---
+
+
+def open_data(
+    request: FinetuneRequest, recipe: Recipe, settings: ImageSettings, classes: int | None, say: Say
+) -> TrainingData:
+    """Opens images to train with and to evaluate on, which fit the model and each other.
 
     Labels are required if the recipe needs them. If it does not, those that are there and fit the model are used to
     evaluate.
-
-    Args:
-        data: As the user wrote it.
-        validation: Other data to evaluate on; None is the validation part of ``data``, or a tenth held out.
-        recipe: What is done with them.
-        settings: Of images.
-        classes: Of the model; None if it is no classifier.
-        on_broken: What to do with images that cannot be read.
-        seed: Of what is held out.
-        say: Told what was found.
-
-    Raises:
-        UsageError: There are no such data, labels are missing, or they are not those of the model.
     """
-    labelled = recipe.needs_labels
-    training = _images(data, "train", labelled, classes, on_broken)
-    if validation is not None:
-        looked_at = _images(validation, "validation", labelled, classes, on_broken, whole=True)
-        _check_classes_agree(training, looked_at, validation)
-        where = validation
+    name, labelled, on_broken = request.data, recipe.needs_labels, request.on_broken
+    training = _open_part(name, "train", labelled, classes, on_broken)
+    if request.validation is not None:
+        validation = _open_part(request.validation, "validation", labelled, classes, on_broken, undivided=True)
+        _check_classes_agree(training, validation, request.validation)
+        where = request.validation
     else:
         try:
-            looked_at = _images(data, "validation", labelled, classes, on_broken)
-            where = f"its validation part, {len(looked_at)}"
+            validation = _open_part(name, "validation", labelled, classes, on_broken)
+            where = f"its validation part, {len(validation)}"
         except MissingSplitError:
-            training, looked_at = random_split(training, seed=seed)
-            where = f"{len(looked_at)} of its images, held out"
+            training, validation = random_split(training, seed=request.options.seed)
+            where = f"{len(validation)} of its images, held out"
     if not training.has_labels:
         labels = "without labels"
     else:
         labels = f"in {len(training.classes)} classes" if training.classes else "with labels"
-    say(f"{data}: {len(training)} images {labels} to train with; to evaluate on: {where}")
-    return Data(training, looked_at, settings, classes)
+    say(f"{name}: {len(training)} images {labels} to train with; to evaluate on: {where}")
+    return TrainingData(training, validation, settings, classes)
 
 
-def check_stages(recipe: Recipe, model: nn.Module, data: Data, processes: Processes, seed: int) -> None:
-    """Finds what would go wrong in a later stage before the first one has begun.
+def _open_part(
+    data: str, split: Split, needed: bool, classes: int | None, on_broken: OnBroken, undivided: bool = False
+) -> ImageDataset:
+    if not needed:
+        with contextlib.suppress(UsageError):
+            found = open_images(data, split, True, on_broken, undivided)
+            if found.classes is not None and len(found.classes) == classes:
+                return found
+        return open_images(data, split, False, on_broken, undivided)
+    found = open_images(data, split, True, on_broken, undivided)
+    if found.classes is not None and classes is not None and len(found.classes) != classes:
+        raise UsageError(
+            f"{data} has {len(found.classes)} classes and the model {classes}: --num-classes {len(found.classes)} gives"
+            " it a new classifier"
+        )
+    return found
 
-    Raises:
-        UsageError: It says what, in which stage, and what to do.
-    """
+
+def _check_classes_agree(training: ImageDataset, validation: ImageDataset, name: str) -> None:
+    if training.classes and validation.classes and training.classes != validation.classes:
+        mine, theirs = (set(each.classes or ()) for each in (training, validation))
+        odd = sorted(mine ^ theirs)[:1]
+        raise UsageError(
+            f"{name}: its classes are not those of --data"
+            + (f": {odd[0]} is in one of them only" if odd else ", or in another order")
+        )
+
+
+# --- checks ---
+
+
+def check_stages(recipe: Recipe, model: nn.Module, data: TrainingData, processes: Processes, seed: int) -> None:
+    """Checks all stages before the first one begins."""
     norms = any(isinstance(module, _BatchNorm) for module in model.modules())
     for stage in recipe.stages:
         order_of(stage, len(data.training), processes, seed)
@@ -250,11 +351,7 @@ def check_stages(recipe: Recipe, model: nn.Module, data: Data, processes: Proces
 
 
 def check_outputs(recipe: Recipe, classes: int | None, teacher_classes: int | None) -> None:
-    """Whether the outputs of the model and the original are what the losses look at.
-
-    Raises:
-        UsageError: They are not.
-    """
+    """Checks that the outputs of the model and the original are what the losses need."""
     for stage in recipe.stages:
         losses = stage.losses
         if classes is None and (losses.needs_labels or losses.logits):
@@ -267,37 +364,3 @@ def check_outputs(recipe: Recipe, classes: int | None, teacher_classes: int | No
                 f"stage {stage.name!r} learns the original's class probabilities, of {teacher_classes} classes, and the"
                 f" model has {classes}: take a recipe with logits: 0, or leave --num-classes out"
             )
-
-
-def announce_precision(stages: tuple[Stage, ...], device: torch.device, say: Say) -> None:
-    """Tells of a dtype that the device is not for."""
-    if device.type == "cpu" and any(stage.amp == "float16" for stage in stages):
-        say("float16 is for GPUs: on the CPU this recipe trains in float32")
-
-
-def _images(
-    data: str, split: Split, needed: bool, classes: int | None, on_broken: OnBroken, whole: bool = False
-) -> ImageDataset:
-    if not needed:
-        with contextlib.suppress(UsageError):
-            found = open_images(data, split, True, on_broken, whole)
-            if found.classes is not None and len(found.classes) == classes:
-                return found
-        return open_images(data, split, False, on_broken, whole)
-    found = open_images(data, split, True, on_broken, whole)
-    if found.classes is not None and classes is not None and len(found.classes) != classes:
-        raise UsageError(
-            f"{data} has {len(found.classes)} classes and the model {classes}: --num-classes {len(found.classes)} gives"
-            " it a new classifier"
-        )
-    return found
-
-
-def _check_classes_agree(training: ImageDataset, validation: ImageDataset, name: str) -> None:
-    if training.classes and validation.classes and training.classes != validation.classes:
-        mine, theirs = (set(each.classes or ()) for each in (training, validation))
-        odd = sorted(mine ^ theirs)[:1]
-        raise UsageError(
-            f"{name}: its classes are not those of --data"
-            + (f": {odd[0]} is in one of them only" if odd else ", or in another order")
-        )

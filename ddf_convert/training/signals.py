@@ -9,45 +9,34 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-# torchrun hands the Ctrl-C of a terminal on to processes that the terminal has told already: that is one, not two.
-_ONE_AND_THE_SAME = 1.0  # seconds
+# torchrun passes the Ctrl-C of a terminal on to processes that got it from the terminal already: one, not two.
+_SAME_SIGNAL_S = 1.0
 
 
-class Interrupted(Exception):  # noqa: N818  it is no error: the run ends early, as it was told to
+class Interrupted(Exception):  # noqa: N818  no error: the run ends early because it was asked to
     """All processes have agreed to stop here."""
 
 
 class Interruption:
-    """Whether the run was asked to stop.
-
-    Args:
-        clock: In seconds.
-
-    Attributes:
-        asked: Whether it was.
-    """
+    """Records, in ``requested``, whether a signal asked the run to stop; ``clock`` is in seconds."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self.asked = False
+        self.requested = False
         self._clock = clock
         self._since = 0.0
 
     def note(self, number: int, _frame: FrameType | None = None) -> None:
-        """A handler of signals.
-
-        Raises:
-            KeyboardInterrupt: It is another Ctrl-C, of somebody who will not wait.
-        """
+        """Handles a signal; raises a KeyboardInterrupt at a second Ctrl-C, of somebody who will not wait."""
         now = self._clock()
-        if not self.asked:
-            self.asked, self._since = True, now
-        elif number == signal.SIGINT and now - self._since > _ONE_AND_THE_SAME:
+        if not self.requested:
+            self.requested, self._since = True, now
+        elif number == signal.SIGINT and now - self._since > _SAME_SIGNAL_S:
             raise KeyboardInterrupt
 
 
 @contextmanager
 def signals_noted() -> Iterator[Interruption]:
-    """A context in which SIGTERM and SIGINT are noted; only the main thread is told of any."""
+    """A context in which SIGTERM and SIGINT are recorded; only the main thread gets any."""
     interruption = Interruption()
     if threading.current_thread() is not threading.main_thread():
         yield interruption

@@ -62,8 +62,8 @@ def describe(device: torch.device) -> dict[str, Any]:
             "driver": _driver(),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "numba_cuda": _version("numba-cuda"),
-            "triton": _version("triton"),
+            "numba_cuda": package_version("numba-cuda"),
+            "triton": package_version("triton"),
         }
     return machine
 
@@ -93,7 +93,8 @@ def _driver() -> str | None:
     return lines[0].strip() if lines else None
 
 
-def _version(package: str) -> str | None:
+def package_version(package: str) -> str | None:
+    """Returns the version of an installed package; None if it is missing."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""Photos as a model sees them: read, cropped and normalized, and back again to be shown."""
+"""Reads photos and prepares them for a model: cropped and normalized, and back again to be shown."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ddf_convert.utils.images import open_image, to_rgb
 
 
 def read_photo(file: Path) -> PIL.Image.Image:
-    """An image file of any kind that PIL reads, in RGB, turned as its EXIF orientation says.
+    """Reads an image file of any kind that PIL knows, in RGB, turned as its EXIF orientation says.
 
     Raises:
         UsageError: It is missing, or is no image.
@@ -24,13 +24,12 @@ def read_photo(file: Path) -> PIL.Image.Image:
 
 
 def settings_of(model: nn.Module, input_size: tuple[int, int, int] | None = None, plain: bool = False) -> ImageSettings:
-    """What a model's images are made into: what timm knows of it.
+    """Returns how images are prepared for a model, from what timm knows of it.
 
     Args:
-        model: Any.
-        input_size: (C, H, W) in the place of the model's.
-        plain: Values from 0 to 1, with no mean and deviation, and nothing cut off but what does not fit the size's
-            proportions: for models that were trained so.
+        model: Any module.
+        input_size: (C, H, W), instead of the model's own.
+        plain: Values from 0 to 1, not normalized, and cropped only to the aspect ratio: for models trained so.
 
     Raises:
         UsageError: It takes neither 1 nor 3 channels.
@@ -41,12 +40,12 @@ def settings_of(model: nn.Module, input_size: tuple[int, int, int] | None = None
 
 
 def as_batch(photos: Sequence[PIL.Image.Image], settings: ImageSettings) -> Tensor:
-    """(B, C, H, W) float32, as the model takes it."""
+    """Returns photos as the model takes them: (B, C, H, W) float32."""
     transform = make_transform(settings)
     return torch.stack([transform(photo) for photo in photos])
 
 
 def shown(image: Tensor, settings: ImageSettings) -> Tensor:
-    """What the model was shown, for people: (C, H, W), normalized -> (H, W, 3) from 0 to 1."""
+    """Undoes the normalization: (C, H, W) -> (H, W, 3) from 0 to 1, for people to see."""
     mean, std = (torch.tensor(values).view(-1, 1, 1) for values in (settings.mean, settings.std))
     return (image.cpu() * std + mean).clamp(0, 1).expand(3, -1, -1).movedim(0, -1)

@@ -1,4 +1,4 @@
-"""Filters as a picture. matplotlib is an extra: it is imported when something is drawn."""
+"""Draws filters with matplotlib, which is an extra: it is imported when something is drawn."""
 
 from __future__ import annotations
 
@@ -11,26 +11,24 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from ddf_convert.utils.figures import encode_figure, new_figure
-from ddf_convert.visualize.capture import LayerFilters
-from ddf_convert.visualize.components import Components, components
-from ddf_convert.visualize.maps import change, strength
+from ddf_convert.visualize.layer_filters import Components, LayerFilters, change, components, strength
 
 _DPI = 120
 _PANEL = 2.7  # inches
-_MOST_BARS_NAMED = 40
-_GAP = "#c4c4c4"
-_FINE = 8
-_CHANNELS = 36  # filters that are shown of the channels
-_DRAWN, _OTHER = "#d62728", "#c9c9c9"
-_SIGNED, _CHANGE, _STRENGTH = "RdBu_r", "inferno", "viridis"
-_OPAQUE = 0.72  # of heat over the photo
-_TINTS = (("red", "#c62828"), ("green", "#2e7d32"), ("blue", "#1565c0"))
+_MAX_LABELED_BARS = 40
+_MAX_CHANNEL_FILTERS = 36
+_PIXELS_PER_TAP = 8  # of channel filters, so that gaps can be narrower than a tap
+_GAP_COLOR = "#c4c4c4"
+_DRAWN_BAR, _OTHER_BAR = "#d62728", "#c9c9c9"
+_SIGNED, _CHANGE, _STRENGTH = "RdBu_r", "inferno", "viridis"  # color maps
+_HEATMAP_ALPHA = 0.72  # over the photo
+_COMPONENT_COLORS = ("#c62828", "#2e7d32", "#1565c0")
 
 Tap = tuple[int, int]
 
 
 def spread(layers: Sequence[LayerFilters], most: int = 6) -> list[LayerFilters]:
-    """So many layers, from the first to the last, evenly in between."""
+    """Returns up to ``most`` layers, evenly spread from the first to the last."""
     if len(layers) <= most:
         return list(layers)
     return [layers[round(place * (len(layers) - 1) / max(1, most - 1))] for place in range(most)]
@@ -47,22 +45,21 @@ def picture(
     taps: Sequence[Tap] = (),
     heading: str = "",
 ) -> Any:
-    """A figure: the photo and how dynamic every layer is; below, a row for each chosen layer.
+    """Draws the photo and how dynamic every layer is and, below, a row for each chosen layer.
 
-    A row shows where filters differ and how (principal components as colors), how much they differ from the mean
-    filter, how strong they are, the K x K maps of the taps, and some of the channel filters. ``docs/visualize.md`` says
-    how to read them.
+    A row shows the principal components of the spatial filters as colors, the change from the mean filter, the
+    strength, the K x K maps of the taps, and some of the channel filters. ``docs/visualize.md`` says how to read them.
 
     Args:
-        layers: All of the model, from :func:`~ddf_convert.visualize.filters`.
-        photo: (H, W, 3), from 0 to 1, what the model was shown; None leaves it out.
-        chosen: Those to draw; None is six of them, evenly spread.
-        image: Which of the batch.
-        head: Which of each layer's, from 0.
-        branch: Of DDF-Up layers, which branch's taps to draw, from 0: number ``dy * s + dx`` makes the output's pixels
-            (s * y + dy, s * x + dx).
-        taps: (row, column) of taps to draw large, in the place of all; from 0.
-        heading: Stands above all.
+        layers: All layers of the model, from :func:`~ddf_convert.visualize.filters`.
+        photo: (H, W, 3), from 0 to 1, the model's input; None leaves it out.
+        chosen: Layers to draw; None is six of them, evenly spread.
+        image: Index in the batch.
+        head: Index of the head of each layer.
+        branch: Index of the branch of DDF-Up layers whose taps are drawn: branch ``dy * s + dx`` makes the output's
+            pixels (s * y + dy, s * x + dx).
+        taps: (row, column) of taps to draw large, instead of all; from 0.
+        heading: Title of the figure.
 
     Returns:
         A matplotlib figure.
@@ -76,22 +73,23 @@ def picture(
     drawn = spread(layers) if chosen is None else list(chosen)
     for layer in drawn:
         _check(layer, image, head, branch, taps)
-    proportion = _proportion(photo, drawn)
-    row, top = _PANEL * min(max(proportion, 0.6), 1.6) + 0.65, 3.3
+    height, width = photo.shape[:2] if photo is not None else drawn[0].size if drawn else (1, 1)
+    aspect = height / width
+    row, top = _PANEL * min(max(aspect, 0.6), 1.6) + 0.65, 3.3
     panels = 4 + max(1, len(taps))
-    width, height = _PANEL * panels * 1.16 + 0.9, top + row * len(drawn)
-    figure = new_figure(width, height, layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05))
+    size = (_PANEL * panels * 1.16 + 0.9, top + row * len(drawn))
+    figure = new_figure(*size, layout=ConstrainedLayoutEngine(w_pad=0.06, h_pad=0.05))
     if heading:
         figure.suptitle(heading, fontsize=13, fontweight="bold")
-    parts = figure.subfigures(1 + len(drawn), 1, height_ratios=[top, *[row] * len(drawn)], squeeze=False)[:, 0]
-    _overview(parts[0], layers, drawn, photo)
-    for part, layer in zip(parts[1:], drawn, strict=True):
-        _row(part, layer, photo, image, (head, branch), taps, proportion)
+    subfigures = figure.subfigures(1 + len(drawn), 1, height_ratios=[top, *[row] * len(drawn)], squeeze=False)[:, 0]
+    _draw_overview(subfigures[0], layers, drawn, photo)
+    for subfigure, layer in zip(subfigures[1:], drawn, strict=True):
+        _draw_layer(subfigure, layer, photo, image, head, branch, taps, aspect)
     return figure
 
 
 def encoded(figure: Any, kind: str = "png") -> bytes:
-    """The content of a file: "png", "pdf" or "svg"."""
+    """Returns a figure as the content of a file: "png", "pdf" or "svg"."""
     return encode_figure(figure, kind, dpi=_DPI)
 
 
@@ -108,24 +106,19 @@ def _check(layer: LayerFilters, image: int, head: int, branch: int, taps: Sequen
             raise ValueError(f"{layer.title} has {size}x{size} taps, counted from 0: there is no tap {tap}")
 
 
-def _proportion(photo: Tensor | None, drawn: Sequence[LayerFilters]) -> float:
-    """Height over width of what is looked at."""
-    height, width = photo.shape[:2] if photo is not None else drawn[0].size if drawn else (1, 1)
-    return height / width
-
-
-def _overview(part: Any, layers: Sequence[LayerFilters], drawn: Sequence[LayerFilters], photo: Tensor | None) -> None:
-    shown = part.subplots(1, 2, width_ratios=[1, 3.6], squeeze=False)[0]
-    shown[0].set_axis_off()
+def _draw_overview(
+    subfigure: Any, layers: Sequence[LayerFilters], drawn: Sequence[LayerFilters], photo: Tensor | None
+) -> None:
+    photo_axis, axis = subfigure.subplots(1, 2, width_ratios=[1, 3.6], squeeze=False)[0]
+    photo_axis.set_axis_off()
     if photo is not None:
-        shown[0].imshow(photo.numpy())
-        shown[0].set_title("what the model sees", fontsize=10)
-    axis = shown[1]
+        photo_axis.imshow(photo.numpy())
+        photo_axis.set_title("what the model sees", fontsize=10)
     values = [100 * layer.dynamics.total for layer in layers]
-    strong = {id(layer) for layer in drawn}
-    axis.bar(range(len(layers)), values, color=[_DRAWN if id(layer) in strong else _OTHER for layer in layers])
-    named = [at for at, layer in enumerate(layers) if len(layers) <= _MOST_BARS_NAMED or id(layer) in strong]
-    axis.set_xticks(named, [layers[at].title for at in named])
+    is_drawn = [any(layer is each for each in drawn) for layer in layers]
+    axis.bar(range(len(layers)), values, color=[_DRAWN_BAR if each else _OTHER_BAR for each in is_drawn])
+    labeled = [at for at in range(len(layers)) if len(layers) <= _MAX_LABELED_BARS or is_drawn[at]]
+    axis.set_xticks(labeled, [layers[at].title for at in labeled])
     if len(layers) > 8:
         axis.tick_params(axis="x", rotation=40)
         for label in axis.get_xticklabels():
@@ -146,52 +139,53 @@ def _overview(part: Any, layers: Sequence[LayerFilters], drawn: Sequence[LayerFi
     axis.spines[["top", "right"]].set_visible(False)
 
 
-def _row(
-    part: Any,
+def _draw_layer(
+    subfigure: Any,
     layer: LayerFilters,
     photo: Tensor | None,
     image: int,
-    which: tuple[int, int],
+    head: int,
+    branch: int,
     taps: Sequence[Tap],
-    proportion: float,
+    aspect: float,
 ) -> None:
-    (head, branch), step = which, layer.scale_factor
-    part.suptitle(_words(layer, head), x=0.008, ha="left", fontsize=11, fontweight="bold")
-    columns = 3 + max(1, len(taps))  # beside the colors and what they stand for
-    grid = part.add_gridspec(3, 2 + columns, width_ratios=[1.12, 0.2, *[1.2] * columns])
-    axes = [part.add_subplot(grid[:, column]) for column in (0, *range(2, 2 + columns))]
-    found = components(layer, image, head)
-    _shape(axes[0], [part.add_subplot(grid[place, 1]) for place in range(3)], found, proportion, step)
-    gray = None if photo is None else (photo @ torch.tensor([0.299, 0.587, 0.114])).numpy()
-    maps = layer.spatial[image, head, ..., branch // step :: step, branch % step :: step].numpy()
-    of = f", branch {branch}" if step > 1 else ""
+    step, size = layer.scale_factor, layer.kernel_size
+    subfigure.suptitle(_layer_title(layer, head), x=0.008, ha="left", fontsize=11, fontweight="bold")
+    columns = 3 + max(1, len(taps))  # beside the principal components and their filters
+    grid = subfigure.add_gridspec(3, 2 + columns, width_ratios=[1.12, 0.2, *[1.2] * columns])
+    axes = [subfigure.add_subplot(grid[:, column]) for column in (0, *range(2, 2 + columns))]
+    pca = components(layer, image, head)
+    _draw_components(axes[0], [subfigure.add_subplot(grid[row, 1]) for row in range(3)], pca, aspect, step)
+    of_branch = f", branch {branch}" if step > 1 else ""
     titles = ["change from the mean filter, %", "strength (1: the mean)"]
-    titles += [f"spatial filter, tap {y},{x}{of}" for y, x in taps]
+    titles += [f"spatial filter, tap {y},{x}{of_branch}" for y, x in taps]
     if not taps:
-        titles.append(f"spatial filters, {layer.kernel_size}x{layer.kernel_size} taps{of}")
-    if found.changes:
-        changed, strong = change(layer, image, head).square(), strength(layer, image, head)
-        _heat(part, axes[1], titles[0], 100 * _cells(changed, step).sqrt(), gray, _CHANGE)
-        _heat(part, axes[2], titles[1], _cells(strong, step), gray, _STRENGTH)
-        drawn = [maps[y, x] for y, x in taps] or [_mosaic(maps.reshape(-1, *maps.shape[2:]), layer.kernel_size)]
+        titles.append(f"spatial filters, {size}x{size} taps{of_branch}")
+    if pca.changes:
+        gray = None if photo is None else (photo @ torch.tensor([0.299, 0.587, 0.114])).numpy()
+        change_rms = _cell_means(change(layer, image, head).square(), step).sqrt()
+        _draw_heatmap(subfigure, axes[1], titles[0], 100 * change_rms, gray, _CHANGE)
+        _draw_heatmap(subfigure, axes[2], titles[1], _cell_means(strength(layer, image, head), step), gray, _STRENGTH)
+        maps = layer.spatial[image, head, ..., branch // step :: step, branch % step :: step].numpy()
+        low, high = _color_range(maps)
+        drawn = [maps[y, x] for y, x in taps] or [_mosaic(maps.reshape(-1, *maps.shape[2:]), size)]
         for axis, title, map in zip(axes[3:], titles[2:], drawn, strict=False):
-            low, high = _range(maps)
             shown = axis.imshow(map, cmap=_SIGNED, vmin=low, vmax=high, interpolation="nearest")
-            axis.set_aspect(proportion * maps.shape[-1] / maps.shape[-2])
-            _finish(part, axis, shown, title)
+            axis.set_aspect(aspect * maps.shape[-1] / maps.shape[-2])
+            _finish(subfigure, axis, shown, title)
     else:
         for axis, title in zip(axes[1:], titles, strict=False):
             axis.set_title(title, fontsize=10)
-            _same(axis, proportion)
-    _channels(part, axes[-1], layer, image, head)
+            _draw_constant(axis, aspect)
+    _draw_channel_filters(subfigure, axes[-1], layer, image, head)
 
 
-def _cells(map: Tensor, step: int) -> Tensor:
-    """The mean over each cell of s x s pixels: those of a DDF-Up layer's branches."""
+def _cell_means(map: Tensor, step: int) -> Tensor:
+    """The mean over each cell of s x s pixels, one for each branch of a DDF-Up layer."""
     return torch.nn.functional.avg_pool2d(map[None, None], step)[0, 0]
 
 
-def _words(layer: LayerFilters, head: int) -> str:
+def _layer_title(layer: LayerFilters, head: int) -> str:
     dynamics, size = layer.dynamics, layer.kernel_size
     kind = f"{layer.kind}, {layer.channels} channels, {size}x{size}, {layer.size[0]}x{layer.size[1]} pixels"
     heads = f", head {head} of {layer.heads}" if layer.heads > 1 else ""
@@ -199,94 +193,101 @@ def _words(layer: LayerFilters, head: int) -> str:
 
 
 def percent(value: float) -> str:
-    """A share: ``0.0312 -> "3.1 %"``."""
+    """Formats a share: ``0.0312 -> "3.1 %"``."""
     if value == 0:
         return "0 %"
     return f"{100 * value:.1f} %" if value >= 0.0005 else "under 0.1 %"
 
 
-def _shape(axis: Any, icons: Sequence[Any], found: Components, proportion: float, step: int) -> None:
-    """Principal components as colors, and what the colors stand for; the branches of DDF-Up side by side."""
+def _draw_components(axis: Any, icons: Sequence[Any], pca: Components, aspect: float, step: int) -> None:
+    """Principal components as colors, and their filters as icons; the branches of DDF-Up side by side."""
     axis.set_title(f"shape of the filter, {step}x{step} branches" if step > 1 else "shape of the filter", fontsize=10)
-    if not found.changes:
-        _same(axis, proportion)
+    if not pca.changes:
+        _draw_constant(axis, aspect)
         for icon in icons:
             icon.set_axis_off()
         return
-    whole = found.colors().numpy()
-    tiles = np.stack([whole[dy::step, dx::step] for dy in range(step) for dx in range(step)])
+    colors = pca.colors().numpy()
+    tiles = np.stack([colors[dy::step, dx::step] for dy in range(step) for dx in range(step)])
     axis.imshow(np.nan_to_num(_mosaic(tiles, step), nan=1.0), interpolation="nearest")
-    axis.set_aspect(proportion * tiles.shape[2] / tiles.shape[1])
+    axis.set_aspect(aspect * tiles.shape[2] / tiles.shape[1])
     axis.set(xticks=[], yticks=[])
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-    for icon, filter, share, (_, tint) in zip(icons, found.filters, found.shares, _TINTS, strict=True):
+    _hide_spines(axis)
+    for icon, filter, share, color in zip(icons, pca.filters, pca.shares, _COMPONENT_COLORS, strict=True):
         most = float(filter.abs().max())
         icon.imshow(filter.numpy(), cmap=_SIGNED, vmin=-most, vmax=most, interpolation="nearest")
         icon.set(xticks=[], yticks=[])
-        icon.set_title(f"{100 * share:.0f} %", fontsize=8, color=tint, pad=2)
+        icon.set_title(f"{100 * share:.0f} %", fontsize=8, color=color, pad=2)
         for spine in icon.spines.values():
-            spine.set(color=tint, linewidth=2)
+            spine.set(color=color, linewidth=2)
 
 
-def _heat(part: Any, axis: Any, title: str, values: Tensor, gray: NDArray[Any] | None, colors: str) -> None:
+def _draw_heatmap(
+    subfigure: Any, axis: Any, title: str, values: Tensor, gray: NDArray[Any] | None, color_map: str
+) -> None:
+    """Values over the photo in gray, if there is one."""
     height, width = gray.shape if gray is not None else values.shape
     extent = (0, width, height, 0)
     if gray is not None:
         axis.imshow(gray, cmap="gray", vmin=0, vmax=1, extent=extent)
     low, high = np.percentile(values.numpy(), (1, 99))
-    drawn = axis.imshow(
+    shown = axis.imshow(
         values.numpy(),
-        cmap=colors,
+        cmap=color_map,
         vmin=low,
         vmax=max(high, low + 1e-12),
-        alpha=_OPAQUE if gray is not None else 1.0,
+        alpha=_HEATMAP_ALPHA if gray is not None else 1.0,
         extent=extent,
         interpolation="nearest",
     )
-    _finish(part, axis, drawn, title)
+    _finish(subfigure, axis, shown, title)
 
 
-def _channels(part: Any, axis: Any, layer: LayerFilters, image: int, head: int) -> None:
-    """Filters of some channels of a head; of a DDF-Up layer, those of the s x s branches side by side in one cell."""
+def _draw_channel_filters(subfigure: Any, axis: Any, layer: LayerFilters, image: int, head: int) -> None:
+    """Filters of some channels of a head; those of the branches of DDF-Up side by side in one cell."""
     filters = layer.channel[image].unflatten(1, (layer.heads, -1))[:, head]  # (N, C / G, K, K)
     step, count = layer.scale_factor, filters.shape[1]
-    number = min(count, max(4, _CHANNELS // step**2))
-    places = torch.linspace(0, count - 1, number).round().long()
-    chosen = filters[:, places].transpose(0, 1).numpy()  # (n, N, K, K)
+    number = min(count, max(4, _MAX_CHANNEL_FILTERS // step**2))
+    channels = torch.linspace(0, count - 1, number).round().long()
+    chosen = filters[:, channels].transpose(0, 1).numpy()  # (n, N, K, K)
     most = max(float(np.percentile(np.abs(chosen), 99)), 1e-12)
-    fine = chosen.repeat(_FINE, -1).repeat(_FINE, -2)  # so that what is in between is narrower than a tap
-    cells = np.stack([_mosaic(cell, step, gap=1) for cell in fine])
-    axis.set_facecolor(_GAP)
-    whole = _mosaic(cells, int(np.ceil(number**0.5)), gap=3)
-    drawn = axis.imshow(whole, cmap=_SIGNED, vmin=-most, vmax=most, interpolation="nearest")
-    shown = f"{number} of {count} channels" if number < count else f"{count} channels"
-    _finish(part, axis, drawn, f"channel filters, {shown}")
+    enlarged = chosen.repeat(_PIXELS_PER_TAP, -1).repeat(_PIXELS_PER_TAP, -2)
+    cells = np.stack([_mosaic(cell, step, gap=1) for cell in enlarged])
+    axis.set_facecolor(_GAP_COLOR)
+    mosaic = _mosaic(cells, int(np.ceil(number**0.5)), gap=3)
+    shown = axis.imshow(mosaic, cmap=_SIGNED, vmin=-most, vmax=most, interpolation="nearest")
+    of_all = f"{number} of {count} channels" if number < count else f"{count} channels"
+    _finish(subfigure, axis, shown, f"channel filters, {of_all}")
 
 
-def _finish(part: Any, axis: Any, drawn: Any, title: str) -> None:
+def _finish(subfigure: Any, axis: Any, shown: Any, title: str) -> None:
+    """Adds the title and the scale of colors."""
     axis.set(xticks=[], yticks=[])
     axis.set_title(title, fontsize=10)
-    for spine in axis.spines.values():
-        spine.set_visible(False)
-    bar = part.colorbar(drawn, ax=axis, fraction=0.05, pad=0.02)
+    _hide_spines(axis)
+    bar = subfigure.colorbar(shown, ax=axis, fraction=0.05, pad=0.02)
     bar.ax.tick_params(labelsize=8)
     bar.outline.set_visible(False)
-    if drawn.get_alpha() is not None:
+    if shown.get_alpha() is not None:
         bar.solids.set_alpha(1)
 
 
-def _same(axis: Any, proportion: float) -> None:
+def _draw_constant(axis: Any, aspect: float) -> None:
+    """Says that there is nothing to draw, in place of a map."""
     axis.set(xticks=[], yticks=[], xlim=(0, 1), ylim=(0, 1))
-    axis.set_aspect(proportion)
+    axis.set_aspect(aspect)
     axis.set_facecolor("#f2f2f2")
-    for spine in axis.spines.values():
-        spine.set_visible(False)
+    _hide_spines(axis)
     axis.text(0.5, 0.5, "the same\neverywhere", ha="center", va="center", color="dimgray", fontsize=10)
 
 
-def _range(values: NDArray[Any]) -> tuple[float, float]:
-    """Of a signed scale of colors: around 0, or around the mean of values that are all of one sign."""
+def _hide_spines(axis: Any) -> None:
+    for spine in axis.spines.values():
+        spine.set_visible(False)
+
+
+def _color_range(values: NDArray[Any]) -> tuple[float, float]:
+    """Limits of a signed color map: around 0, or around the mean of values of one sign."""
     low, high = (float(value) for value in np.percentile(values, (1, 99)))
     center = 0.0 if low < 0 < high else float(values.mean())
     reach = max(high - center, center - low, 1e-6 * abs(center), 1e-12)
@@ -294,13 +295,13 @@ def _range(values: NDArray[Any]) -> tuple[float, float]:
 
 
 def _mosaic(tiles: NDArray[Any], columns: int, gap: int | None = None) -> NDArray[Any]:
-    """Tiles (n, h, w, ...) in rows, with nothing in between."""
+    """Tiles (n, h, w, ...) in rows, with NaN in the gaps."""
     count, height, width = tiles.shape[:3]
-    between = max(1, round(max(height, width) * 0.04)) if gap is None else gap
+    gap = max(1, round(max(height, width) * 0.04)) if gap is None else gap
     rows = -(-count // columns)
-    size = (rows * (height + between) - between, columns * (width + between) - between)
-    whole = np.full((*size, *tiles.shape[3:]), np.nan)
-    for number, tile in enumerate(tiles):
-        y, x = (number // columns) * (height + between), (number % columns) * (width + between)
-        whole[y : y + height, x : x + width] = tile
-    return whole
+    size = (rows * (height + gap) - gap, columns * (width + gap) - gap)
+    mosaic = np.full((*size, *tiles.shape[3:]), np.nan)
+    for index, tile in enumerate(tiles):
+        y, x = (index // columns) * (height + gap), (index % columns) * (width + gap)
+        mosaic[y : y + height, x : x + width] = tile
+    return mosaic

@@ -1,4 +1,4 @@
-"""From the command's options to numbers and a picture."""
+"""Measures and draws the filters of a model on images: what the command ``visualize`` runs."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ import torch
 from torch import Tensor, nn
 
 from ddf_convert.errors import DDFError, UsageError, first_line
-from ddf_convert.layers import DDFUp2d
 from ddf_convert.training.diagnostics import memory_explained
 from ddf_convert.training.setup import open_trained
 from ddf_convert.utils.device import choose
 from ddf_convert.utils.figures import require_matplotlib
 from ddf_convert.utils.patterns import matching_names, pattern_hint
 from ddf_convert.visualize import photos
-from ddf_convert.visualize.capture import LayerFilters, Place, ddf_layers, filters
+from ddf_convert.visualize.capture import DDFLayer, filters, find_ddf_layers
+from ddf_convert.visualize.layer_filters import LayerFilters
 from ddf_convert.visualize.picture import Tap, encoded, picture, spread
 
 KINDS = ("png", "pdf", "svg")
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to look at.
+class VisualizeRequest:
+    """Model, images, and the layers and filters to draw.
 
     Attributes:
         name: A run, a converted folder, or any model that ``ddf_convert.artifacts.source.open_model`` opens.
-        images: Files; the first one is drawn, the numbers are of all.
-        layers: Names, globs or ``re:`` patterns of the layers to draw; empty is some, evenly spread.
-        head: Which of each layer's.
-        branch: Of DDF-Up layers, whose taps are drawn.
-        taps: To draw large.
-        checkpoint: Weights of a model that is not in a folder.
-        arguments: Of ``timm.create_model``, for such a model.
+        images: Files; the first one is drawn, all are measured.
+        layers: Names, globs or ``re:`` patterns of the layers to draw; if empty, six of them, evenly spread.
+        head: Index of the head of each layer.
+        branch: Index of the branch of DDF-Up layers.
+        taps: (row, column) of taps to draw large.
+        checkpoint: Weights for a model that is not in a folder.
+        arguments: Arguments of ``timm.create_model`` for such a model.
         model: ``package.module:callable`` that builds the user's own model before conversion.
         input_size: (C, H, W) of the images; None is the model's.
-        plain: Images as values from 0 to 1.
+        plain: Use images as values from 0 to 1, not normalized.
         device: "cpu", "cuda" or "cuda:N"; None is the GPU if there is one.
     """
 
@@ -58,18 +58,18 @@ class Request:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """What was found.
+class VisualizeResult:
+    """The filters of a model's layers, and what the picture needs.
 
     Attributes:
         name: Of the model.
         images: Files.
-        photo: (H, W, 3) from 0 to 1, the first image as the model was shown it.
+        photo: (H, W, 3) from 0 to 1, the first image as the model saw it.
         input_size: (C, H, W) of the images.
-        layers: All of the model.
-        drawn: Those for the picture.
-        request: What was asked.
-        notes: What the user should know.
+        layers: All layers of the model.
+        drawn: The layers for the picture.
+        request: The request.
+        notes: Hints for the user.
     """
 
     name: str
@@ -78,34 +78,28 @@ class Seen:
     input_size: tuple[int, int, int]
     layers: list[LayerFilters]
     drawn: list[LayerFilters]
-    request: Request
+    request: VisualizeRequest
     notes: list[str]
 
     def ranked(self) -> list[LayerFilters]:
-        """The layers, the most dynamic first."""
+        """Returns the layers, the most dynamic first."""
         return sorted(self.layers, key=lambda layer: -layer.dynamics.total)
 
     def picture(self, kind: str = "png") -> bytes:
-        """Everything as the content of a file.
-
-        Raises:
-            ImportError: matplotlib is missing.
-        """
-        heading = f"{self.name}: the filters for {self.images[0].name}"
-        request = self.request
+        """Draws everything and returns the content of a file; raises an ImportError if matplotlib is missing."""
         figure = picture(
             self.layers,
             self.photo,
             self.drawn,
-            head=request.head,
-            branch=request.branch,
-            taps=request.taps,
-            heading=heading,
+            head=self.request.head,
+            branch=self.request.branch,
+            taps=self.request.taps,
+            heading=f"{self.name}: the filters for {self.images[0].name}",
         )
         return encoded(figure, kind)
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON, the most dynamic layer first."""
+        """Returns everything for JSON, the most dynamic layer first."""
         drawn = {id(layer) for layer in self.drawn}
         return {
             "model": self.name,
@@ -133,14 +127,7 @@ class Seen:
 
 
 def check_output(file: Path) -> str:
-    """Fails early where nothing could be drawn.
-
-    Returns:
-        The kind of file, by its suffix.
-
-    Raises:
-        UsageError: matplotlib is missing, or no such kind is drawn.
-    """
+    """Returns the kind of a picture file; raises a UsageError if it cannot be drawn, before any work is done."""
     kind = file.suffix.lower().removeprefix(".")
     if kind not in KINDS:
         raise UsageError(f"--output {file}: pictures are {', '.join(KINDS)}; give a name that ends in .png")
@@ -148,7 +135,7 @@ def check_output(file: Path) -> str:
     return kind
 
 
-def look(request: Request) -> Seen:
+def run(request: VisualizeRequest) -> VisualizeResult:
     """Runs a model on the images, one by one, and measures its filters.
 
     Raises:
@@ -157,33 +144,33 @@ def look(request: Request) -> Seen:
     """
     device = choose(request.device, use="used")
     pictures = [photos.read_photo(file) for file in request.images]
-    name, model, notes = _opened(request)
-    places = ddf_layers(model)
-    if not places:
+    name, model, notes = _open_model(request)
+    layers = find_ddf_layers(model)
+    if not layers:
         raise UsageError(f"{name} has no DDF layers: `ddf-convert convert {name} -o DIR` gives a model that has")
-    wanted = _select(places, request.layers)
-    _check(wanted, request)
+    selected = _select(layers, request.layers)
+    _check_indices(selected, request)
     settings = photos.settings_of(model, request.input_size, request.plain)
     batch = photos.as_batch(pictures, settings)
-    found = _joined([_run(model.to(device), image, name) for image in batch.split(1)])
-    names = {place.name for place in wanted}
-    drawn = [layer for layer in found if layer.name in names]
+    measured = _concatenated([_filters_of(model.to(device), image, name) for image in batch.split(1)])
+    names = {layer.name for layer in selected}
+    drawn = [layer for layer in measured if layer.name in names]
     if not drawn:
         raise UsageError(f"--layer: {name} calls none of {', '.join(sorted(names))} in a forward pass")
-    return Seen(
+    return VisualizeResult(
         name=name,
         images=request.images,
         photo=photos.shown(batch[0], settings),
         input_size=settings.input_size,
-        layers=found,
+        layers=measured,
         drawn=drawn if request.layers else spread(drawn),
         request=request,
-        notes=[*notes, *_remarks(found)],
+        notes=[*notes, *_notes(measured)],
     )
 
 
-def _opened(request: Request) -> tuple[str, nn.Module, list[str]]:
-    """The name to show, the model in evaluation mode, and what there is to say of its weights."""
+def _open_model(request: VisualizeRequest) -> tuple[str, nn.Module, list[str]]:
+    """Returns the name to show, the model, and notes on its weights."""
     torch.manual_seed(0)  # random weights are the same every time
     name, model, folder = open_trained(request.name, request.model, request.checkpoint, arguments=request.arguments)
     random = folder is None and request.checkpoint is None and ":" not in request.name
@@ -191,8 +178,8 @@ def _opened(request: Request) -> tuple[str, nn.Module, list[str]]:
     return name, model, notes
 
 
-def _select(places: Sequence[Place], patterns: Sequence[str]) -> list[Place]:
-    names = [place.name for place in places]
+def _select(layers: Sequence[DDFLayer], patterns: Sequence[str]) -> list[DDFLayer]:
+    names = [layer.name for layer in layers]
     chosen: set[str] = set()
     for pattern in patterns:
         selected = matching_names("--layer", pattern, names)
@@ -200,28 +187,28 @@ def _select(places: Sequence[Place], patterns: Sequence[str]) -> list[Place]:
             hint = pattern_hint(pattern, names) or f"; there is {names[0]}, for one"
             raise UsageError(f"--layer: {pattern!r} matches no DDF layer{hint}")
         chosen |= selected
-    return [place for place in places if not patterns or place.name in chosen]
+    return [layer for layer in layers if not patterns or layer.name in chosen]
 
 
-def _check(places: Sequence[Place], request: Request) -> None:
-    """Whether every layer that is drawn has the head, the branch and the taps."""
-    for place in places:
-        heads, size = place.layer.heads, place.layer.kernel_size[0]
+def _check_indices(layers: Sequence[DDFLayer], request: VisualizeRequest) -> None:
+    """Raises a UsageError unless every layer that is drawn has the head, the branch and the taps."""
+    for each in layers:
+        heads, size = each.layer.heads, each.layer.kernel_size[0]
         if request.head >= heads:
             counted = f"{heads} heads, counted from 0" if heads > 1 else "1 head, number 0"
-            raise UsageError(f"--head {request.head}: {place.name} has {counted}; --layer chooses others")
-        branches = place.layer.scale_factor**2 if isinstance(place.layer, DDFUp2d) else 0
-        if branches and request.branch >= branches:
-            raise UsageError(f"--branch {request.branch}: {place.name} has {branches} branches, counted from 0")
+            raise UsageError(f"--head {request.head}: {each.name} has {counted}; --layer chooses others")
+        branches = each.scale_factor**2
+        if branches > 1 and request.branch >= branches:
+            raise UsageError(f"--branch {request.branch}: {each.name} has {branches} branches, counted from 0")
         for row, column in request.taps:
             if max(row, column) >= size:
                 raise UsageError(
-                    f"--tap {row},{column}: the filters of {place.name} are {size}x{size}, with taps from 0,0 to"
+                    f"--tap {row},{column}: the filters of {each.name} are {size}x{size}, with taps from 0,0 to"
                     f" {size - 1},{size - 1}; --layer chooses others"
                 )
 
 
-def _run(model: nn.Module, image: Tensor, name: str) -> list[LayerFilters]:
+def _filters_of(model: nn.Module, image: Tensor, name: str) -> list[LayerFilters]:
     try:
         with memory_explained(1):
             return filters(model, image)
@@ -234,8 +221,8 @@ def _run(model: nn.Module, image: Tensor, name: str) -> list[LayerFilters]:
         ) from error
 
 
-def _joined(runs: Sequence[list[LayerFilters]]) -> list[LayerFilters]:
-    """The filters of several images as those of a batch."""
+def _concatenated(runs: Sequence[list[LayerFilters]]) -> list[LayerFilters]:
+    """Joins the filters of several images to those of a batch."""
     if any([layer.title for layer in run] != [layer.title for layer in runs[0]] for run in runs):
         raise UsageError("the model does not call the same DDF layers for every image: look at them one by one")
     return [
@@ -248,16 +235,12 @@ def _joined(runs: Sequence[list[LayerFilters]]) -> list[LayerFilters]:
     ]
 
 
-def _remarks(layers: Sequence[LayerFilters]) -> list[str]:
-    """What the numbers mean, where they are 0."""
-    untouched = [layer for layer in layers if layer.untouched]
-    same = [layer for layer in layers if layer.dynamics.pixels == 0 and not layer.untouched]
+def _notes(layers: Sequence[LayerFilters]) -> list[str]:
+    """Explains numbers that are 0."""
     notes = []
-    for found, words in (
-        (untouched, "the spatial filters are the same everywhere: nothing dynamic was learned yet"),
-        (same, "the spatial filters are the same everywhere"),
-    ):
-        if found:
-            where = "all" if len(found) == len(layers) else f"{len(found)} of {len(layers)}"
-            notes.append(f"in {where} layers {words}")
+    for untouched, reason in ((True, ": nothing dynamic was learned yet"), (False, "")):
+        count = sum(layer.untouched == untouched and (untouched or layer.dynamics.pixels == 0) for layer in layers)
+        if count:
+            where = "all" if count == len(layers) else f"{count} of {len(layers)}"
+            notes.append(f"in {where} layers the spatial filters are the same everywhere{reason}")
     return notes

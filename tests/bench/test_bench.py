@@ -15,11 +15,10 @@ import torch
 from support.paths import BENCHMARKS
 
 from ddf_convert import cli, ops
-from ddf_convert.bench import bandwidth, device, layer, measure, memory, op, peers, plot, up
+from ddf_convert.bench import layer, measure, op, plot, up
 from ddf_convert.bench import model as models
 from ddf_convert.cost import timing
 from ddf_convert.errors import UsageError
-from ddf_convert.report import units
 
 CPU = torch.device("cpu")
 TINY_OP = ("--device", "cpu", "--channels", 4, "--batch", 1, "--seconds", 0.001)
@@ -75,21 +74,15 @@ def test_help_fits_the_terminal(run, command):
 MISTAKES = [
     (("op", "--kernel-size", 4), "--kernel-size 4: must be odd"),
     (("op", "--dtype", "float23"), "'float32', 'float64', 'float16', 'bfloat16'"),
-    (("op", "--layout", "diagonal"), "'contiguous', 'channels_last'"),
     (("op", "--batch", 0), "--batch"),
-    (("op", "--resolution", 0), "--resolution"),
-    (("op", "--seconds", 0), "--seconds"),
     (("op", "--device", "gpu"), "--device gpu: no such device; give cpu, cuda or cuda:N"),
     (("op", "--device", "meta"), "--device meta: only cpu and cuda are measured"),
     (("op", "--json", "nowhere/figures.json"), "--json nowhere/figures.json: there is no folder nowhere"),
-    (("op", "--json", "."), "--json .: is a folder; give a file"),
     (("op", "--plot", "nowhere/figures.png"), "--plot nowhere/figures.png: there is no folder nowhere"),
     (("op", "--plot", "figures.svg"), "--plot figures.svg: plots are PNG; give a name that ends in .png"),
     (("up", "--scale-factor", 3), "--scale-factor 3: must be even, and at least 2"),
-    (("up", "--kernel-size", 2), "--kernel-size 2: must be odd"),
     (("layer", "--heads", 3), "--heads 3: must divide the 256 channels"),
     (("layer", "--se-ratio", 0), "--se-ratio 0.0: must be above 0"),
-    (("layer", "--combine", "sub"), "'mul', 'add'"),
     (("model", "resnet51"), "did you mean"),
     (("model", "resnet18", "--dtype", "float16"), "'float32', 'bfloat16'"),
     (("model", "resnet18", "--input-size", 3, 0, 8), "--input-size 3 0 8: every number must be at least 1"),
@@ -102,7 +95,7 @@ def test_mistakes_are_told_before_anything_is_measured(run, monkeypatch, argumen
     def measured(*arguments: object, **options: object) -> None:
         raise AssertionError("something was measured")
 
-    for module in (measure, bandwidth, models):
+    for module in (measure, models):
         monkeypatch.setattr(module, "median_ms", measured)
     ran = run(*arguments)
     assert ran.code == 2
@@ -146,7 +139,17 @@ def test_op_prints_json_alone(run):
 def test_figures_of_older_runs_are_read_alike():
     """What quotes the file of figures finds the same keys in a new one."""
     old = json.loads((BENCHMARKS / "results" / "cpu_op.json").read_text())
-    settings = op.Settings((5,), 4, 1, 3, "float32", ("contiguous",), CPU, 0.001, compiled=False)
+    settings = op.OpSettings(
+        resolutions=(5,),
+        channels=4,
+        batch=1,
+        kernel_size=3,
+        dtype="float32",
+        layouts=("contiguous",),
+        device=CPU,
+        seconds=0.001,
+        compiled=False,
+    )
     new = json.loads(json.dumps(op.run(settings)))
     assert set(old) <= set(new)
     assert set(old["machine"]) <= set(new["machine"])
@@ -180,8 +183,18 @@ def test_tables_fit_and_files_are_written(run, folder, arguments):
 
 def test_the_forms_of_upsampling_agree():
     """The branches apart are the fused layer; what unfolds is bilinear once its filters are."""
-    settings = up.Settings((5,), 4, 2, 1, 3, "float64", "channels_last", CPU, 0.001)
-    named = dict(up.layers(settings))
+    settings = up.UpSettings(
+        resolutions=(5,),
+        channels=4,
+        scale_factor=2,
+        batch=1,
+        kernel_size=3,
+        dtype="float64",
+        layout="channels_last",
+        device=CPU,
+        seconds=0.001,
+    )
+    named = {each.name: each.function for each in settings.implementations()}
     input = torch.randn(2, 4, 5, 6, dtype=torch.float64)
     fused, apart = named[up.UP](input), named[up.SEPARATE](input)
     torch.testing.assert_close(fused, apart)
@@ -292,7 +305,7 @@ class Clock:
         monkeypatch.setattr(torch.cuda, "Event", Event)
         monkeypatch.setattr(torch.cuda, "_sleep", sleep)
         monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
-        monkeypatch.setattr(torch.cuda, "device", lambda device: memory.contextlib.nullcontext())
+        monkeypatch.setattr(torch.cuda, "device", lambda device: measure.contextlib.nullcontext())
         monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: clock.now))
 
 
@@ -328,9 +341,9 @@ def test_medians_on_the_cpu():
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux counts the pages")
 def test_peak_memory_of_a_call():
-    with memory.kept_when_freed():
+    with measure.keep_freed_memory():
         torch.ones(2**24).sum()  # what it frees is there to be taken, and must not hide the need of the next
-        assert memory.peak_mib(lambda: torch.ones(2**24).sum(), CPU) == pytest.approx(64, rel=0.1)
+        assert measure.peak_mib(lambda: torch.ones(2**24).sum(), CPU) == pytest.approx(64, rel=0.1)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
@@ -344,10 +357,10 @@ def test_freed_memory_is_kept():
         return int(resource.getrusage(resource.RUSAGE_SELF).ru_minflt) - before
 
     pages = 2**26 // 4096
-    with memory.kept_when_freed():
+    with measure.keep_freed_memory():
         faults()
         assert faults() < 6 * pages / 2  # the heap may find it another place once or twice
-    assert memory.peak_mib(lambda: None, CPU) == pytest.approx(0, abs=8)
+    assert measure.peak_mib(lambda: None, CPU) == pytest.approx(0, abs=8)
 
 
 def test_bytes_that_must_be_moved():
@@ -356,16 +369,16 @@ def test_bytes_that_must_be_moved():
     output = torch.empty(2, 8, 5, 6)
     maps, filters, outputs = 4 * 2 * 8 * 120, 4 * (2 * 8 * 9 + 2 * 9 * 30), 4 * 2 * 8 * 30
     forward = maps + filters + outputs
-    assert bandwidth.forward_bytes(input, channel, spatial, output) == forward
+    assert measure.forward_bytes(input, channel, spatial, output) == forward
     grad_input = outputs + filters + maps
     grad_filters = maps + outputs + 2 * filters
-    both = bandwidth.forward_backward_bytes(input, channel, spatial, output)
+    both = measure.forward_backward_bytes(input, channel, spatial, output)
     assert both == forward + grad_input + grad_filters
 
 
 def test_a_copys_bandwidth(monkeypatch):
-    monkeypatch.setattr(bandwidth, "median_ms", lambda call, device, seconds: 2.0)
-    assert bandwidth.copy_bandwidth(CPU, 0.01, size=4000) == 8000 / 2e-3
+    monkeypatch.setattr(measure, "median_ms", lambda call, device, seconds: 2.0)
+    assert measure.copy_bandwidth(CPU, 0.01, size=4000) == 8000 / 2e-3
 
 
 def test_precision_is_put_back():
@@ -375,7 +388,7 @@ def test_precision_is_put_back():
         return cudnn.benchmark, cudnn.allow_tf32, matmul.allow_tf32
 
     before = state()
-    with device.convolution_settings(tf32=not before[2]):
+    with measure.convolution_settings(tf32=not before[2]):
         assert state() == (True, not before[2], not before[2])
     assert state() == before
 
@@ -383,41 +396,40 @@ def test_precision_is_put_back():
 @pytest.mark.parametrize("column", ["DDF op", "unfold", "slices", "slices compiled"])
 def test_the_forms_of_the_operator_agree(monkeypatch, column):
     monkeypatch.setattr(torch, "compile", lambda function, dynamic: function)  # it would need a C++ compiler
-    work = peers.Workload(6, 4, 2, 5, "float64", "channels_last", CPU)
+    work = op.OpWorkload(6, 4, 2, 5, "float64", "channels_last", CPU)
     torch.manual_seed(0)
-    (tensors,) = peers.operands(work)
-    found = {made.name: made for made in peers.columns(work, compiled=True)}
+    tensors = work.inputs()
+    found = {each.name: each for each in work.implementations(compiled=True)}
     expected = ops.ddf(*tensors, padding=2)
     assert tensors[0].is_contiguous(memory_format=torch.channels_last)
     assert torch.allclose(found[column].function(*tensors), expected)
 
 
 def test_modules_have_the_workloads_dtype_and_layout():
-    work = peers.Workload(6, 4, 2, 3, "bfloat16", "channels_last", CPU)
-    for column in peers.columns(work, compiled=False):
+    work = op.OpWorkload(6, 4, 2, 3, "bfloat16", "channels_last", CPU)
+    for column in work.implementations(compiled=False):
         if isinstance(column.function, torch.nn.Module):
             assert {parameter.dtype for parameter in column.function.parameters()} == {torch.bfloat16}
-            assert column.function(*peers.operands(work)[0][: column.takes]).shape == (2, 4, 6, 6)
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (None, "-"),
-        (0, "0"),
-        (0.0123456, "0.0123"),
-        (1.5, "1.50"),
-        (99.96, "100"),
-        (12345.6, "12,346"),
-        (2e-5, "2.0e-05"),
-    ],
-)
-def test_figures_are_written_with_three_digits(value, shown):
-    assert units.figure(value) == shown
+            assert column.function(*work.inputs()[: column.inputs]).shape == (2, 4, 6, 6)
 
 
 def test_settings_made_in_python_are_checked_too():
     with pytest.raises(UsageError, match="--heads 2: must divide the 3 channels"):
-        layer.Settings(3, 6, 3, 1, 1, 2, 0.2, "mul", 1, "float32", "contiguous", CPU, 0.1, False)
+        layer.LayerSettings(
+            channels=3,
+            size=6,
+            kernel_size=3,
+            stride=1,
+            dilation=1,
+            heads=2,
+            se_ratio=0.2,
+            combine="mul",
+            batch=1,
+            dtype="float32",
+            layout="contiguous",
+            device=CPU,
+            seconds=0.1,
+            tf32=False,
+        )
     with pytest.raises(UsageError, match="plots are PNG"):
         plot.check_plot(Path("figures.pdf"))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from ddf_convert.models import DDFUpNet, JointConvUpNet
-from ddf_convert.models.ddf_upnet import SAMPLINGS, SCALE_FACTORS, interpolation_filters, likeness_pyramid
+from ddf_convert.models.ddf_upnet import SAMPLINGS, SCALE_FACTORS, interpolation_filters, similarity_pyramid
 from ddf_convert.models.depth_holes import fill_holes, moments
 
 NETWORKS = (DDFUpNet, JointConvUpNet)
@@ -187,13 +187,13 @@ def test_shapes_that_do_not_fit():
         JointConvUpNet(squeeze=0)
 
 
-def test_likeness_of_color():
+def test_color_similarity():
     rgb = torch.zeros(1, 3, 4, 4)
     rgb[..., 2:] = 1.0
-    like = likeness_pyramid(rgb, 1, "mean")[0].view(4, 9, 2, 2)
-    assert like[0, 4, 0, 0] == 1  # itself
-    assert like[0, 5, 0, 0] < 1e-6  # across the edge
-    assert like[1, 3, 0, 0] == 1  # the border, repeated
+    similarity = similarity_pyramid(rgb, 1, "mean")[0].view(4, 9, 2, 2)
+    assert similarity[0, 4, 0, 0] == 1  # itself
+    assert similarity[0, 5, 0, 0] < 1e-6  # across the edge
+    assert similarity[1, 3, 0, 0] == 1  # the border, repeated
 
 
 def test_interpolation_sums_to_one():

@@ -18,7 +18,7 @@ ENTRIES = {"ddf_convert/bench/doctor.py", "ddf_convert/models/launch.py"}  # imp
 BELONGS_TO = {
     "typer": {"cli", "commands"},
     "rich": {"cli", "commands", "report", "bench", "training"},
-    "matplotlib": {"bench", "depth", "training", "utils", "visualize"},
+    "matplotlib": {"bench", "training", "utils", "visualize"},
     "yaml": {"recipes"},
     "h5py": {"depth"},
     "onnx": {"export"},

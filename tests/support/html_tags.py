@@ -1,5 +1,6 @@
 """Reads an HTML page, and checks that its tags nest."""
 
+import re
 from html.parser import HTMLParser
 
 
@@ -29,3 +30,12 @@ class Tags(HTMLParser):
 
     def handle_data(self, data: str) -> None:
         self.text += data
+
+
+def read_page_that_stands_alone(html: str) -> Tags:
+    """Reads a page, and checks that it needs no other file and runs nothing."""
+    page = Tags(html)
+    assert not {"script", "link", "img", "iframe", "object"} & page.tags
+    assert not {"src", "href", "onclick", "onload"} & {name for name, _ in page.attributes}
+    assert not re.search(r"http|url\(|@import", html)
+    return page

@@ -18,11 +18,12 @@ import safetensors.torch
 import torch
 from PIL import Image
 
-import ddf_convert as ddf
 from ddf_convert import cli, recipes
+from ddf_convert.artifacts import artifact
 from ddf_convert.commands import console
 from ddf_convert.training import api, logs
-from ddf_convert.training.stage import Options
+from ddf_convert.training.setup import FinetuneRequest
+from ddf_convert.training.trainer import TrainingOptions
 
 SIZE = (3, 16, 16)
 CLASSES = 3
@@ -205,7 +206,7 @@ def prepare(folder: Path) -> Path:
         original = getattr(module, name)()
         model = recipe.convert(original, torch.zeros(1, *SIZE))
         recipe.initialize(model, original)
-        ddf.artifacts.artifact.save(model, folder / name, original=original)
+        artifact.save(model, folder / name, original=original)
     return folder
 
 
@@ -225,11 +226,11 @@ def without_pictures(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def request(
     output: str, model: str = "plain", data: str = "data", recipe: str = "test.yaml", **more: Any
-) -> api.Request:
+) -> FinetuneRequest:
     """What ``finetune`` is asked, in a prepared folder."""
     own = more.pop("own", model)
-    options = {name: more.pop(name) for name in list(more) if name in Options.__dataclass_fields__}
-    return api.Request(
+    options = {name: more.pop(name) for name in list(more) if name in TrainingOptions.__dataclass_fields__}
+    return FinetuneRequest(
         Path(model),
         data,
         Path(output),
@@ -237,12 +238,12 @@ def request(
         model=f"tinyruns:{own}",
         input_size=SIZE,
         device="cpu",
-        options=Options(**options),
+        options=TrainingOptions(**options),
         **more,
     )
 
 
-def finetune(output: str, **more: Any) -> api.Outcome:
+def finetune(output: str, **more: Any) -> api.FinetuneOutcome:
     """A run in this process."""
     outcome = api.finetune(request(output, **more))
     assert outcome is not None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import resource
@@ -10,6 +9,7 @@ import shutil
 import signal
 import sys
 import time
+import uuid
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -20,7 +20,6 @@ import pytest
 import torch
 from torch import nn
 
-from ddf_convert.artifacts import atomic as folders
 from ddf_convert.errors import ArtifactError, DDFError
 from ddf_convert.training.checkpoints import Checkpoints
 
@@ -118,37 +117,19 @@ def _flip(checkpoint: Path) -> None:
     (checkpoint / "state.pt").write_bytes(content)
 
 
-def _edit(**changes: Any) -> Callable[[Path], None]:
-    def edit(checkpoint: Path) -> None:
-        manifest = json.loads((checkpoint / "manifest.json").read_text())
-        (checkpoint / "manifest.json").write_text(json.dumps(manifest | changes))
-
-    return edit
-
-
 def _foreign(checkpoint: Path) -> None:
-    """A file that is what the manifest says, and holds what is not read without running code."""
-    _replaced(checkpoint, {"model": nn.Linear(1, 1)})
+    """A file that holds what is not read without running code."""
+    torch.save({"model": nn.Linear(1, 1)}, checkpoint / "state.pt")
 
 
 def _protocol_4(checkpoint: Path) -> None:
-    _replaced(checkpoint, {"model": 1}, pickle_protocol=4)
-
-
-def _replaced(checkpoint: Path, state: dict[str, Any], **options: Any) -> None:
-    torch.save(state, checkpoint / "state.pt", **options)
-    record = folders.FileRecord.of(checkpoint / "state.pt")
-    _edit(files={"state.pt": record.model_dump()})(checkpoint)
+    torch.save({"model": 1}, checkpoint / "state.pt", pickle_protocol=4)
 
 
 DAMAGES: list[tuple[str, Callable[[Path], None], str]] = [
-    ("truncated", _truncate, r"state\.pt has [\d,]+ bytes where the manifest says [\d,]+: it is incomplete"),
-    ("a bit", _flip, r"state\.pt is damaged: its SHA-256 is not that of the manifest"),
+    ("truncated", _truncate, r"state\.pt is damaged or incomplete"),
+    ("a bit", _flip, r"state\.pt is damaged: \S+ does not have its checksum"),
     ("no state", lambda checkpoint: (checkpoint / "state.pt").unlink(), r"state\.pt is missing"),
-    ("no manifest", lambda checkpoint: (checkpoint / "manifest.json").unlink(), r"has no manifest\.json"),
-    ("half a manifest", lambda checkpoint: (checkpoint / "manifest.json").write_text('{"step"'), "is damaged, or of"),
-    ("another version", _edit(format_version=2), "of another version"),
-    ("no files", _edit(files={}), r"state\.pt cannot be read"),
     ("foreign", _foreign, r"state\.pt cannot be read: it holds code \(torch\.nn\.modules\.linear\.Linear\)"),
     ("protocol 4", _protocol_4, r"state\.pt cannot be read: a pickle that is not of protocol 2"),
 ]
@@ -182,8 +163,9 @@ def test_damage_is_told_of_and_the_one_before_is_used(two, damage, words, caplog
 
 def test_leftovers_are_cleared(two):
     for place in (two.folder, two.folder / "step-00000002"):
-        (place / ".saving-0123").mkdir()
-        (place / ".saving-0123" / "state.pt").write_bytes(b"half")
+        leftover = place / f".saving-{uuid.uuid4().hex}"
+        leftover.mkdir()
+        (leftover / "state.pt").write_bytes(b"half")
     assert two.steps() == [1, 2]
     found = two.latest()  # while another process writes, so it clears nothing
     assert found is not None
@@ -257,14 +239,14 @@ def _write_for_ever(checkpoints: Checkpoints) -> None:
         checkpoints.write(state_of(step, size=200_000), step)
 
 
-@pytest.mark.parametrize("round", range(4))
+@pytest.mark.parametrize("round", range(2))
 def test_killed_at_any_moment(two, round, caplog):
     writer = FORK.Process(target=_write_for_ever, args=(two,))
     writer.start()
     try:
         while two.steps()[-1] < 4 and writer.is_alive():
             time.sleep(0.001)
-        time.sleep(0.013 * round)
+        time.sleep(0.026 * round)
     finally:
         assert writer.pid is not None
         os.kill(writer.pid, signal.SIGKILL)

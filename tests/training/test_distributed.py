@@ -18,7 +18,7 @@ import ddf_convert as ddf
 from ddf_convert.training import distributed
 from ddf_convert.training.dataloader import evaluation_loader, image_settings
 from ddf_convert.training.dataset import open_images
-from ddf_convert.training.distributed import Processes, first_to_say
+from ddf_convert.training.distributed import Processes, first_to_report
 from ddf_convert.training.evaluation import EvaluationSettings, evaluate
 
 ALONE = Processes(0, 1, torch.device("cpu"))
@@ -90,17 +90,17 @@ def test_an_error_in_one_process_ends_both_and_is_told_once(place: Path) -> None
 
 
 def test_what_all_find_wrong_is_told_by_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert first_to_say("alone")
-    assert first_to_say("alone")
+    assert first_to_report("alone")
+    assert first_to_report("alone")
     store = torch.distributed.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
     for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "localhost"), ("MASTER_PORT", str(store.port))):
         monkeypatch.setenv(name, value)
-    assert [first_to_say(words) for words in ("a", "b", "a", "b")] == [True, True, False, False]
+    assert [first_to_report(words) for words in ("a", "b", "a", "b")] == [True, True, False, False]
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")  # another attempt, with the same store
-    assert first_to_say("a")
+    assert first_to_report("a")
     monkeypatch.setattr(distributed, "_TIMEOUT_S", timedelta(seconds=0.1))
     monkeypatch.setenv("MASTER_PORT", "1")  # without a store it is better told twice than never
-    assert first_to_say("a")
+    assert first_to_report("a")
 
 
 def test_one_process_needs_no_group() -> None:

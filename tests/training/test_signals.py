@@ -142,7 +142,7 @@ def test_a_second_ctrl_c_stops_at_once_unless_it_is_the_first_one_again() -> Non
     now = 0.0
     interruption = Interruption(clock=lambda: now)
     interruption.note(signal.SIGINT)
-    assert interruption.asked
+    assert interruption.requested
     now = 0.5  # torchrun's copy
     interruption.note(signal.SIGINT)
     now = 5.0
@@ -155,13 +155,13 @@ def test_handlers_are_put_back_and_only_the_main_thread_has_them() -> None:
     before = signal.getsignal(signal.SIGTERM)
     with signals_noted() as interruption:
         signal.raise_signal(signal.SIGTERM)
-        assert interruption.asked
+        assert interruption.requested
     assert signal.getsignal(signal.SIGTERM) is before
     seen = []
 
     def elsewhere() -> None:
         with signals_noted() as other:
-            seen.append(other.asked)
+            seen.append(other.requested)
 
     thread = threading.Thread(target=elsewhere)
     thread.start()

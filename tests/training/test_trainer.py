@@ -15,18 +15,18 @@ from torch import nn
 
 import ddf_convert as ddf
 from ddf_convert import recipes
+from ddf_convert.artifacts import artifact
 from ddf_convert.errors import DDFError
 from ddf_convert.recipes.losses import Objective
 from ddf_convert.recipes.schema import Losses
-from ddf_convert.training import diagnostics, evaluation, trainer
-from ddf_convert.training import stage as stages
+from ddf_convert.training import diagnostics, evaluation, finetuner, stage
 from ddf_convert.training.checkpoints import Checkpoints
 from ddf_convert.training.dataloader import evaluation_loader, image_settings
 from ddf_convert.training.dataset import open_images
 from ddf_convert.training.distributed import Processes
 from ddf_convert.training.evaluation import evaluate
 from ddf_convert.training.logs import read
-from ddf_convert.training.progress import Lines, Progress, telling
+from ddf_convert.training.progress import LineProgress, Progress, progress_of
 
 ALONE = Processes(0, 1, torch.device("cpu"))
 # One stage of labels alone, in which nothing is random but the order.
@@ -141,7 +141,7 @@ def test_a_run_folder_has_everything(place: Path) -> None:
     assert {row.stage for row in rows} == {"features", "labels"}
     assert outcome.last == rows[-1]
     for name in ("best", "last"):
-        assert ddf.artifacts.artifact.load_original(folder / name, __import__("tinyruns").plain()) is not None
+        assert artifact.load_original(folder / name, __import__("tinyruns").plain()) is not None
 
 
 def test_the_better_evaluation_is_kept(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -150,10 +150,10 @@ def test_the_better_evaluation_is_kept(place: Path, monkeypatch: pytest.MonkeyPa
         return lambda *_: evaluation.Evaluation(10, 1.0, next(rest), None, None, None, {}, 1.0)
 
     arguments: dict[str, Any] = {"own": "calm", "recipe": "calm.yaml"}
-    monkeypatch.setattr(trainer, "evaluate", scripted(0.5, 0.7, 0.6))
+    monkeypatch.setattr(finetuner, "evaluate", scripted(0.5, 0.7, 0.6))
     outcome = finetune("best", **arguments, changes={"epochs": 2})
     assert [row and row.step for row in (outcome.before, outcome.best, outcome.last)] == [0, 6, 12]
-    monkeypatch.setattr(trainer, "evaluate", scripted(0.5, 0.5))
+    monkeypatch.setattr(finetuner, "evaluate", scripted(0.5, 0.5))
     outcome = finetune("same", **arguments)
     assert outcome.best == outcome.before  # no better is not better
     assert equal(weights("same/best"), weights("plain"))
@@ -247,7 +247,7 @@ def test_what_goes_wrong_is_said_with_the_place_and_what_to_do(place: Path, own:
 def test_float16_scales_the_loss_and_leaves_out_steps_that_overflow(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(stages, "amp_of", lambda stage, device: torch.float16)  # as if the CPU were a GPU
+    monkeypatch.setattr(stage, "amp_dtype", lambda stage, device: torch.float16)  # as if the CPU were a GPU
     assert distance(calm("scaled-loss"), weights("plain")) > 1e-2
     stuck = calm("stuck", own="no_gradient")  # from its third step on
     found = Checkpoints("stuck/checkpoints").latest()
@@ -299,17 +299,17 @@ def test_progress_moves_on_a_terminal_and_is_lines_elsewhere(
                 progress.step()
             progress.say("epoch 1: [top-1] 50%")
 
-    with telling(True) as progress:
-        assert type(progress) is Lines
+    with progress_of(True) as progress:
+        assert type(progress) is LineProgress
         training(progress)
     assert capsys.readouterr().err == "epoch 1: [top-1] 50%\n"
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "120")
-    with telling(True) as progress:
+    with progress_of(True) as progress:
         training(progress)
     shown = capsys.readouterr().err
     assert "stage [one]" in shown
     assert "epoch 1: [top-1] 50%" in shown
-    with telling(False) as progress:
+    with progress_of(False) as progress:
         training(progress)
     assert capsys.readouterr() == ("", "")

@@ -1,4 +1,4 @@
-"""One photo and one small depth map, from files to the content of files."""
+"""Upsamples one small depth map with a photo, from files to the content of files."""
 
 from __future__ import annotations
 
@@ -8,83 +8,66 @@ from typing import Any
 
 from torch import Tensor
 
-from ddf_convert.depth import checkpoint, picture
+from ddf_convert.depth import checkpoint
 from ddf_convert.depth.inference import interpolate, upsample
 from ddf_convert.depth.maps import Unit, encode_depth, read_depth, read_photo, unit_of
 from ddf_convert.depth.metrics import errors
+from ddf_convert.depth.picture import draw
 from ddf_convert.errors import UsageError
 from ddf_convert.utils.device import choose
+from ddf_convert.utils.figures import encode_figure
 from ddf_convert.utils.images import exif_orientation_note
 
+_DPI = 130
 _NAMES = {"ddf": "DDF-Up-Net", "conv": "joint convolutions"}
 
 
 @dataclass(frozen=True)
-class Request:
-    """What to upsample.
-
-    Attributes:
-        photo: File.
-        depth: File of the small depth map.
-        checkpoint: Folder of a trained network.
-        output: File that will be written; its suffix says as what.
-        factor: That the user expects; None is the network's.
-        truth: File of the true large depth map, or None.
-        unit: Of the depth files' numbers; None is millimetres in PNG, else metres.
-        allow_8bit: Take depth in PNG of 8 bits.
-        device: "cpu", "cuda" or "cuda:N"; None is the GPU if there is one.
-    """
+class PredictRequest:
+    """What to upsample."""
 
     photo: Path
-    depth: Path
-    checkpoint: Path
-    output: Path
-    factor: int | None = None
-    truth: Path | None = None
-    unit: str | None = None
-    allow_8bit: bool = False
-    device: str | None = None
+    depth: Path  # the small depth map
+    checkpoint: Path  # folder of a trained network
+    output: Path  # its suffix gives the format
+    factor: int | None = None  # that the user expects; None: the network's
+    truth: Path | None = None  # the true large depth map
+    unit: str | None = None  # of the depth files' numbers; None: millimetres in PNG, else metres
+    allow_8bit: bool = False  # take depth in PNG of 8 bits
+    device: str | None = None  # cpu, cuda or cuda:N; None: the GPU if there is one
 
 
 @dataclass(frozen=True)
-class Row:
-    """Of the table that is shown.
-
-    Attributes:
-        name: Of the depth map.
-        width: In pixels.
-        height: In pixels.
-        range: Least and largest measurement.
-        rmse: Against the truth, in the unit of the numbers; None if it was not measured.
-    """
+class DepthMapSummary:
+    """A depth map as a row of a table."""
 
     name: str
     width: int
     height: int
-    range: tuple[float, float]
-    rmse: float | None = None
+    range: tuple[float, float]  # smallest and largest measurement
+    rmse: float | None = None  # against the truth, in the unit of the numbers; None if not measured
 
 
 @dataclass(frozen=True)
 class Upsampled:
-    """What came out.
+    """The result for one photo.
 
     Attributes:
         photo: (3, H, W) uint8.
-        maps: Small depth map, bicubic interpolation and the network's, by name.
+        maps: Small depth map, bicubic interpolation and the network's output, by name.
         truth: (1, H, W), or None.
-        rows: Of the table.
-        unit: Of the numbers in the maps.
+        rows: A summary of each map.
+        unit: Unit of the numbers in the maps.
         written: Unit of the numbers in the file.
-        factor: Of the network.
-        content: Of the file.
-        notes: What the user should know.
+        factor: The network's factor.
+        content: Content of the file to write.
+        notes: Notes for the user.
     """
 
     photo: Tensor
     maps: dict[str, Tensor]
     truth: Tensor | None
-    rows: list[Row]
+    rows: list[DepthMapSummary]
     unit: Unit
     written: Unit
     factor: int
@@ -93,19 +76,16 @@ class Upsampled:
 
     @property
     def measured(self) -> bool:
-        """Whether there was a truth."""
+        """Whether a truth was given."""
         return self.truth is not None
 
     def picture(self) -> bytes:
-        """Everything side by side, as PNG.
-
-        Raises:
-            ImportError: matplotlib is missing.
-        """
-        return picture.png(picture.draw(self.photo, list(self.maps.items()), self.truth, self.unit))
+        """Returns everything side by side, as PNG."""
+        figure = draw(self.photo, list(self.maps.items()), self.truth, self.unit)
+        return encode_figure(figure, dpi=_DPI, metadata={"Software": None})
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON; errors are in ``rmse_unit``."""
+        """Returns the result as JSON; errors are in ``rmse_unit``."""
         return {
             "factor": self.factor,
             "unit": self.written.name,
@@ -124,12 +104,8 @@ class Upsampled:
         }
 
 
-def upsample_files(request: Request) -> Upsampled:
-    """Upsamples, and writes nothing.
-
-    Raises:
-        UsageError: A file cannot be read, sizes do not fit, or the network has another factor.
-    """
+def upsample_files(request: PredictRequest) -> Upsampled:
+    """Upsamples a depth map, and writes nothing."""
     device = choose(request.device, use="used")
     manifest = checkpoint.read_manifest(request.checkpoint)
     factor = manifest.scale_factor
@@ -140,7 +116,7 @@ def upsample_files(request: Request) -> Upsampled:
         )
     photo, depth = read_photo(request.photo), read_depth(request.depth, request.allow_8bit)
     unit = unit_of(request.depth, request.unit)
-    truth = None if request.truth is None else _truth(request, photo, unit)
+    truth = None if request.truth is None else _read_truth(request, photo, unit)
     model, _ = checkpoint.load(request.checkpoint)
     try:
         found, padded = upsample(model.to(device), photo, depth)
@@ -156,13 +132,13 @@ def upsample_files(request: Request) -> Upsampled:
         )
     name = _NAMES[manifest.upsampler]
     maps = {f"input, {depth.shape[-1]}x{depth.shape[-2]}": depth, "bicubic": bicubic, name: found}
-    rows = [_row("input", depth), _row("bicubic", bicubic, truth), _row(name, found, truth)]
+    rows = [_summarize("input", depth), _summarize("bicubic", bicubic, truth), _summarize(name, found, truth)]
     if truth is not None:
-        rows.append(_row("truth", truth))
+        rows.append(_summarize("truth", truth))
     return Upsampled(photo, maps, truth, rows, unit, written, factor, content, notes)
 
 
-def _truth(request: Request, photo: Tensor, unit: Unit) -> Tensor:
+def _read_truth(request: PredictRequest, photo: Tensor, unit: Unit) -> Tensor:
     assert request.truth is not None
     truth = read_depth(request.truth, request.allow_8bit)
     if truth.shape[-2:] != photo.shape[-2:]:
@@ -179,7 +155,7 @@ def _truth(request: Request, photo: Tensor, unit: Unit) -> Tensor:
     return truth
 
 
-def _row(name: str, depth: Tensor, truth: Tensor | None = None) -> Row:
+def _summarize(name: str, depth: Tensor, truth: Tensor | None = None) -> DepthMapSummary:
     measured = depth[depth > 0]
     rmse = None if truth is None else errors(depth, truth).rmse
-    return Row(name, depth.shape[-1], depth.shape[-2], (float(measured.min()), float(measured.max())), rmse)
+    return DepthMapSummary(name, depth.shape[-1], depth.shape[-2], (float(measured.min()), float(measured.max())), rmse)

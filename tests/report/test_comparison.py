@@ -1,4 +1,4 @@
-"""Two models side by side."""
+"""Plans, and two models side by side, as data."""
 
 from __future__ import annotations
 
@@ -10,13 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 from rich.console import Console
-from support.html_tags import Tags
+from support.html_tags import Tags, read_page_that_stands_alone
+from support.report_plans import ODD
 from timm import create_model
 from torch import nn
 
 import ddf_convert as ddf
 from ddf_convert.cost.count import measure
-from ddf_convert.report import Comparison, compare
+from ddf_convert.report import Comparison, compare, report
+from ddf_convert.report.data import count_kinds
 
 IMAGE = torch.randn(1, 3, 64, 64)
 
@@ -86,10 +88,7 @@ def test_the_page_stands_alone_and_is_written_whole(resnet: Comparison, tmp_path
     resnet.to_html(str(tmp_path / "page.html"))
     assert [file.name for file in tmp_path.iterdir()] == ["page.html"]
     html = (tmp_path / "page.html").read_text(encoding="utf-8")
-    found = Tags(html)
-    assert not {"script", "link", "img", "iframe", "object"} & found.tags
-    assert not {"src", "href", "onclick", "onload"} & {name for name, _ in found.attributes}
-    assert "http" not in html
+    found = read_page_that_stands_alone(html)
     for layer in resnet.layers:
         assert layer.name in found.text
     assert "16 of 20 convolutions replaced" in found.text
@@ -185,3 +184,29 @@ def test_nonsense(before: object, after: object, example: object, words: str) ->
 def test_rich_is_imported_when_something_is_printed_and_not_before() -> None:
     code = "import sys, ddf_convert.report; sys.exit('rich' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_report_is_json_whose_sites_add_up_to_its_totals() -> None:
+    found = json.loads(json.dumps(report(ODD, "asked")))
+    assert found["model"] == "asked"
+    assert found["input_size"] == [3, 224, 224]
+    assert found["config"]["se_ratio"] == 0.2
+    assert set(found["versions"]) == {"ddf_convert", "torch", "timm", "python"}
+    assert [site["name"] for site in found["sites"]] == list(ODD.names())
+    assert {"name", "kind", "action", "reason", "before", "after"} <= set(found["sites"][0])
+    for number in ("params", "macs", "activation_bytes"):
+        saved = sum(site["before"][number] - site["after"][number] for site in found["sites"])
+        assert found["before"][number] - found["after"][number] == saved > 0
+    assert report(ODD)["model"] == "odd"
+
+
+def test_every_convolution_is_in_exactly_one_group() -> None:
+    shown = Comparison.of(ODD)
+    groups = [shown.changed, shown.left_alone, shown.others]
+    assert [layer.name for layer in groups[0]] == [site.name for site in ODD.replaced]
+    assert [[layer.name for layer in group] for group in groups[1:]] == [
+        ["stem", "depthwise", "conv2d"],
+        ["one", "two", "wide", "done"],
+    ]
+    assert sorted(layer.name for group in groups for layer in group) == sorted(ODD.names())
+    assert count_kinds(groups[2]) == "2 of 1x1, 1 of 1x7, 1 DDF"
