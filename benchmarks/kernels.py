@@ -11,7 +11,6 @@ or uses local memory.
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import fnmatch
@@ -33,15 +32,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
 
-import torch
+from common import markdown
+from common.results import script_parser
+from gpu.cases import Case, MapGeometry, kernels_of
 from rich.console import Console
 from rich.table import Table
 
 from ddf_convert.bench.measure import DTYPES, LAYOUTS
-from ddf_convert.cuda import dispatch
 from ddf_convert.cuda.codegen.ptx import Capability, compile_ptx
 from ddf_convert.cuda.kernel_spec import FilterNormSpec, GenericSpec, GradFiltersSpec, KernelSpec, Q, WindowSpec
-from ddf_convert.reference.checks import Geometry, output_size
 
 ARCHITECTURES = ((7, 5), (8, 0), (9, 0), (10, 0))
 # Of one multiprocessor: threads, registers, bytes of shared memory, blocks (CUDA C++ Programming Guide, appendix on
@@ -56,7 +55,7 @@ RESERVED = 1024  # bytes of shared memory that each block takes besides its own,
 
 
 class Usage(NamedTuple):
-    """What ptxas says of a kernel."""
+    """A kernel's registers of a thread, and bytes of memory, by ptxas."""
 
     registers: int
     stack: int
@@ -65,7 +64,7 @@ class Usage(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """One kernel for one architecture; usage is None where there is no ptxas."""
+    """A kernel for one architecture; usage is None without ptxas."""
 
     variant: KernelSpec
     capability: Capability
@@ -73,40 +72,15 @@ class Compiled(NamedTuple):
     usage: Usage | None
 
 
-@contextlib.contextmanager
-def recorded() -> Iterator[dict[KernelSpec, None]]:
-    """Calls are dispatched and nothing is run; yields the kernels that they take, once each and in order."""
-    found: dict[KernelSpec, None] = {}
-
-    def note(variant: KernelSpec, *rest: Any) -> None:
-        found.setdefault(variant)
-
-    with mock.patch.object(dispatch, "_run", note):
-        yield found
-
-
 def variants(
     dtypes: Sequence[str] = tuple(DTYPES), sizes: Sequence[int] = (3, 5, 7), strides: Sequence[int] = (1, 2)
 ) -> list[KernelSpec]:
-    """The kernels that layers with 256 channels on 56x56 maps take, and those that take anything."""
-    channels, side = 256, 56
-    with recorded() as found:
-        for dtype, layout, size, stride in itertools.product(dtypes, LAYOUTS.values(), sizes, strides):
-            padding = size // 2
-            rows = output_size(side, size, stride, padding, 1)
-            input, channel, spatial, grad = (
-                torch.empty(shape, dtype=DTYPES[dtype]).to(memory_format=form)
-                for shape, form in (
-                    ((1, channels, side, side), layout),
-                    ((1, channels, size, size), torch.contiguous_format),
-                    ((1, size**2, rows, rows), layout),
-                    ((1, channels, rows, rows), layout),
-                )
-            )
-            geometry = Geometry(stride, padding)
-            dispatch.forward(input, channel, spatial, geometry)
-            dispatch.forward(input, channel, spatial, geometry, norm_scale=1.0)
-            dispatch.backward(grad, input, channel, spatial, geometry, (True, True, True))
+    """Returns the kernels of layers with 256 channels on 56x56 maps, and the generic ones."""
+    cases = (
+        Case(size, dtype, layout, MapGeometry(56, 56, stride), channels=256, heads=1, combine="mul")
+        for dtype, layout, size, stride in itertools.product(dtypes, LAYOUTS, sizes, strides)
+    )
+    found = kernels_of(cases, normalized=True)
     for dtype in dtypes:
         for function in ("forward", "grad_input", "grad_channel", "grad_spatial"):
             found.setdefault(GenericSpec(dtype, False, function))
@@ -116,15 +90,15 @@ def variants(
 
 
 def label(variant: KernelSpec) -> str:
-    """The variant's name, and whether it normalizes."""
+    """Returns the variant's name, with an ending if it normalizes."""
     return f"{variant.name}_normalized" if isinstance(variant, WindowSpec) and variant.normalize else variant.name
 
 
 @functools.cache
 def tool(name: str) -> str | None:
-    """A tool of CUDA's toolkit, on the PATH or in the package triton: the first that is no older than NVVM.
+    """Returns the path of a tool of CUDA's toolkit, from the PATH or the package triton; None if there is none.
 
-    ptxas takes no PTX newer than itself, and triton has two of them.
+    It is the first that is no older than NVVM: ptxas takes no PTX newer than itself, and triton has two of them.
     """
     triton = importlib.util.find_spec("triton")
     folder = str(Path(triton.origin).parent / "backends" / "nvidia" / "bin") if triton and triton.origin else ""
@@ -134,25 +108,21 @@ def tool(name: str) -> str | None:
 
 
 def release(tool: str) -> tuple[int, ...]:
-    """Of CUDA, that a tool belongs to."""
+    """Returns the release of CUDA that a tool belongs to."""
     text = subprocess.run([tool, "--version"], capture_output=True, text=True, check=True).stdout
     return tuple(map(int, re.findall(r"V(\d+)\.(\d+)", text)[0]))
 
 
 def nvvm() -> tuple[int, ...]:
-    """The release of CUDA whose PTX Numba-CUDA makes."""
+    """Returns the release of CUDA whose PTX Numba-CUDA makes."""
     for package in ("nvidia-nvvm", "nvidia-cuda-nvcc-cu12"):
         with contextlib.suppress(metadata.PackageNotFoundError):
             return tuple(map(int, metadata.version(package).split(".")[:2]))
-    return ()  # of a toolkit that was installed by hand, as ptxas then was
+    return ()  # a toolkit that was installed by hand, with its ptxas
 
 
 def assemble(ptx: str, capability: Capability, output: Path | None = None) -> Usage:
-    """Registers and memory of a kernel, by ptxas.
-
-    Raises:
-        RuntimeError: ptxas refuses the PTX.
-    """
+    """Assembles a kernel; returns its registers and memory."""
     ptxas = tool("ptxas")
     assert ptxas is not None
     with tempfile.TemporaryDirectory() as folder:
@@ -177,7 +147,7 @@ def assemble(ptx: str, capability: Capability, output: Path | None = None) -> Us
 
 
 def blocks_each(compiled: Compiled) -> int:
-    """Blocks that one multiprocessor can hold."""
+    """Returns the blocks that one multiprocessor can hold."""
     assert compiled.usage is not None
     threads, registers, shared, blocks = MULTIPROCESSOR[compiled.capability]
     per_warp = -(-compiled.usage.registers * 32 // 256) * 256
@@ -192,10 +162,9 @@ def blocks_each(compiled: Compiled) -> int:
 
 
 def compile_each(variant: KernelSpec, capabilities: Sequence[Capability]) -> dict[Capability, str]:
-    """PTX for several architectures.
+    """Returns PTX for several architectures.
 
-    Numba's part, which takes most of the time, is done once for those that get the same: that is what differs from
-    calling ``compile_ptx`` for each.
+    Unlike ``compile_ptx`` for each, Numba's part, which takes most of the time, is done once for all that share it.
     """
     from numba.cuda import compiler
 
@@ -238,7 +207,7 @@ CLASSES = {
 
 
 def loop_instructions(ptx: str, capability: Capability) -> collections.Counter[str]:
-    """Machine instructions of the shortest loop that holds most of the arithmetic, by opcode."""
+    """Counts the machine instructions of the shortest loop with most of the arithmetic, by opcode."""
     nvdisasm = tool("nvdisasm")
     if nvdisasm is None or tool("ptxas") is None:
         raise SystemExit("--sass needs ptxas and nvdisasm: of CUDA's toolkit, or pip install triton")
@@ -268,7 +237,7 @@ def _arithmetic(count: collections.Counter[str]) -> int:
 
 
 def elements(variant: KernelSpec) -> int:
-    """Of the map, that a thread works on in one turn of the loop."""
+    """Returns the elements of the map that a thread works on in one turn of the loop."""
     if isinstance(variant, WindowSpec):
         return Q * variant.rows * variant.columns * variant.stencil.step_out**2
     return variant.steps * variant.lanes if isinstance(variant, GradFiltersSpec) else 1
@@ -306,11 +275,6 @@ def usage_table(results: list[Compiled]) -> Iterator[tuple[str, ...]]:
         yield (label(variant), str(usages[0].shared), *cells, str(spilled))
 
 
-def markdown(rows: list[tuple[str, ...]]) -> str:
-    head, *body = ["| " + " | ".join(row) + " |" for row in rows]
-    return "\n".join([head, "|---" * len(rows[0]) + "|", *body]) + "\n"
-
-
 def versions() -> str:
     words = [f"{name} {metadata.version(name)}" for name in ("numba-cuda", "numba")]
     ptxas = tool("ptxas")
@@ -321,7 +285,7 @@ def versions() -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     known = [f"{major}{minor}" for major, minor in ARCHITECTURES]
     parser.add_argument("--arch", nargs="+", choices=known, default=known, help="default: all")
     parser.add_argument("--dtype", nargs="+", choices=list(DTYPES), default=list(DTYPES))
@@ -340,7 +304,9 @@ def main() -> int:
         title = f"Instructions for each element of the map, sm_{options.arch[0]}"
     else:
         tasks = [(variant, capabilities) for variant in chosen]
-        with ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn"), initializer=_quiet) as pool:
+        with ProcessPoolExecutor(
+            options.jobs, multiprocessing.get_context("spawn"), initializer=logging.disable
+        ) as pool:
             results = [each for found in pool.map(compiled, tasks) for each in found]
         rows = list(usage_table(results))
         spilled = any(each.usage.spilled or each.usage.stack for each in results if each.usage)
@@ -350,14 +316,11 @@ def main() -> int:
         table.add_row(*row)
     Console(width=None if sys.stdout.isatty() else 200).print(table)
     if options.output:
-        options.output.write_text(f"# {title}\n\nCompiled with {versions()}; not run.\n\n{markdown(rows)}")
+        text = "\n".join(markdown.table(rows[0], rows[1:]))
+        options.output.write_text(f"# {title}\n\nCompiled with {versions()}; not run.\n\n{text}")
     if spilled:
         print("some kernels spill registers or use local memory", file=sys.stderr)
     return 1 if spilled else 0
-
-
-def _quiet() -> None:
-    logging.disable(logging.WARNING)
 
 
 if __name__ == "__main__":

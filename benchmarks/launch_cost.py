@@ -12,13 +12,17 @@ Needs a C compiler (cc), numba-cuda and Linux.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import subprocess
 import sys
 import tempfile
+import timeit
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
+
+from common.results import script_parser
 
 _INSIDE = "DDF_CONVERT_STAND_IN_DRIVER"
 _DRIVER = r"""
@@ -41,7 +45,7 @@ int cuGetProcAddress_v2(const char *symbol, void **address, int version, unsigne
 
 
 def run_with_stand_in() -> int:
-    """Builds the stand-in and starts this script again, where it is found in the driver's place."""
+    """Compiles the stand-in and starts this script again, so that it is loaded instead of the driver."""
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "driver.c"
         source.write_text(_DRIVER)
@@ -51,10 +55,7 @@ def run_with_stand_in() -> int:
 
 
 def measure() -> dict[str, float]:
-    """Microseconds, the least of several runs of thousands of calls."""
-    import timeit
-    from collections.abc import Callable
-
+    """Returns microseconds, the least of several runs of thousands of calls."""
     import torch
 
     from ddf_convert.cuda import dispatch
@@ -64,18 +65,22 @@ def measure() -> dict[str, float]:
     driver = launch.driver()
     _, module = driver.cuModuleLoadData(b"\0")
     _, function = driver.cuModuleGetFunction(module, b"kernel")
-    formats: dict[object, object] = {}
+    formats: dict[Any, Any] = {}
+    launched: list[tuple[Any, ...]] = []
 
-    def run(variant, device, blocks, arguments):  # type: ignore[no-untyped-def]  # as launch.run, without torch.cuda
+    def run(variant: Any, device: int, blocks: int, arguments: tuple[Any, ...]) -> None:
+        """Does what ``launch.run`` does, without torch.cuda."""
         format = formats.get(variant)
         if format is None:
             format = formats[variant] = launch.parameter_format(variant)
         values = [each.data_ptr() if isinstance(each, torch.Tensor) else each for each in arguments]
+        if not launched:
+            launched.append((function, format, blocks, variant.threads, 0, values))
         launch.launch(function, format, blocks, variant.threads, 0, values)
 
     dispatch._run = run
 
-    def operator(input, channel_filter, spatial_filter, *options):  # type: ignore[no-untyped-def]
+    def operator(input: Any, channel_filter: Any, spatial_filter: Any, *options: Any) -> Any:
         geometry = Geometry(*options)
         check_arguments(input, channel_filter, spatial_filter, geometry)
         return dispatch.forward(input, channel_filter, spatial_filter, geometry)
@@ -96,9 +101,7 @@ def measure() -> dict[str, float]:
     return {
         "empty operator": microseconds(lambda: torch.ops.launch_cost.empty(*tensors, *options)),
         "forward": microseconds(lambda: torch.ops.launch_cost.forward(*tensors, *options)),
-        "of that, the launch": microseconds(
-            lambda: launch.launch(function, next(iter(formats.values())), 7, 128, 0, [0] * 4 + [1.0] + [0] * 11)
-        ),
+        "of that, the launch": microseconds(lambda: launch.launch(*launched[0])),
         "all gradients (two launches)": microseconds(
             lambda: dispatch.backward(tensors[0], *tensors, Geometry(*options), needs)
         ),
@@ -106,7 +109,7 @@ def measure() -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--json", type=Path, help="file to write the figures to")
     options = parser.parse_args()
     if _INSIDE not in os.environ:

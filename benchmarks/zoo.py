@@ -7,16 +7,19 @@ No weights, no downloads.
     python benchmarks/zoo.py --only 'resnet*' --library timm
     python benchmarks/zoo.py --real                   real numbers too, for the smallest architecture of each file
 
-Every architecture is checked as `zoo_parts/shapes.py` says, and gets a line in benchmarks/results/zoo.jsonl, whatever
-happens to the process that checks it. A run goes on where the last one stopped: a line counts as long as neither
-ddf_convert (but for kernels and tables), nor these checks, nor the versions of the libraries have changed. --failed
-keeps all lines, and repeats the failures alone. Exit code: 0, 1 if anything failed, 2 for a mistake in the options.
+Every architecture is checked as `architectures/checks.py` says, and gets a line in benchmarks/results/zoo.jsonl,
+whatever happens to the process that checks it. A run goes on where the last one stopped: a line counts as long as
+neither ddf_convert (but for kernels and tables), nor the checks, nor the versions of the libraries have changed.
+--failed keeps all lines, and repeats the failures alone. Exit code: 0, 1 if anything failed, 2 for a mistake in the
+options.
 """
 
 from __future__ import annotations
 
 import argparse
 import fnmatch
+import hashlib
+import logging
 import os
 import sys
 import time
@@ -26,28 +29,30 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import architectures
+from architectures.catalog import LIBRARIES, Architecture, catalog
+from architectures.checks import check_real, check_shapes, fail, line_of
+from architectures.page import causes, headline, page, table
+from common.pool import LostError, call_each
+from common.results import RESULTS, ResumableLines, script_parser
 from rich.console import Console
-from zoo_parts.catalogue import LIBRARIES, Architecture, catalogue
-from zoo_parts.page import causes, headline, page, table
-from zoo_parts.pool import LostError, each
-from zoo_parts.real import check_real
-from zoo_parts.record import fail, line_of
-from zoo_parts.shapes import check_shapes
-from zoo_parts.store import Store, source_key
 
+import ddf_convert
 from ddf_convert.artifacts.atomic import write_file
 
-RESULTS = Path(__file__).parent / "results" / "zoo.jsonl"
+NOT_CHECKED = ("bench", "cli.py", "commands", "cpu", "cuda", "report")  # parts of ddf_convert that change no line
 
 
 def main() -> int:
     options = _options()
-    everything = catalogue()
+    everything = catalog()
     chosen = choose(everything, options.only, options.library, options.per_file)
     if not chosen:
         print("no architecture is called that", file=sys.stderr)
         return 2
-    store = Store(options.results, source_key(), stale=options.failed, fresh=options.fresh)
+    if options.fresh:
+        options.results.unlink(missing_ok=True)
+    store = CheckResults(options.results, source_key(), stale=options.failed)
     start = time.monotonic()
     run(check_shapes, chosen, store, options)
     if options.real:
@@ -67,10 +72,47 @@ def main() -> int:
     return 1 if any("failures" in line for line in [*lines, *real]) else 0
 
 
+class CheckResults(ResumableLines):
+    """A line for each check of each architecture, with the key of the sources that it comes from.
+
+    Args:
+        file: Where the lines are kept.
+        key: The sources' key now.
+        stale: Keep the lines of other sources too.
+    """
+
+    def __init__(self, file: Path, key: str, stale: bool = False) -> None:
+        super().__init__(
+            file,
+            key=lambda line: (line["check"], line["library"], line["name"]),
+            valid=lambda line: stale or line["key"] == key,
+        )
+        self._source_key = key
+
+    def add(self, line: dict[str, Any]) -> None:
+        super().add({**line, "key": self._source_key})
+
+    def of(self, check: str) -> list[dict[str, Any]]:
+        """Returns every line of one check, sorted by file."""
+        found = [line for line in self.lines.values() if line["check"] == check]
+        return sorted(found, key=lambda line: (line["library"], line["file"], line["name"]))
+
+
+def source_key() -> str:
+    """Returns a hash of everything that a line depends on: ddf_convert, the checks, the libraries' versions."""
+    digest = hashlib.sha256()
+    for folder in (Path(ddf_convert.__file__).parent, Path(architectures.__file__).parent):
+        for file in sorted(folder.rglob("*.py")):
+            if file.relative_to(folder).parts[0] not in NOT_CHECKED:
+                digest.update(file.read_bytes())
+    digest.update(" ".join(version(name) for name in ("torch", *LIBRARIES)).encode())
+    return digest.hexdigest()[:12]
+
+
 def choose(
     everything: Iterable[Architecture], only: str = "*", library: str | None = None, per_file: int | None = None
 ) -> list[Architecture]:
-    """The architectures that the options ask for; of each file the first ones, spread over its list."""
+    """Returns the architectures that the options name; with ``per_file``, some of each file, spread over its list."""
     found = [
         architecture
         for architecture in everything
@@ -84,7 +126,7 @@ def choose(
 
 
 def smallest(chosen: Sequence[Architecture], lines: Iterable[dict[str, Any]]) -> list[Architecture]:
-    """The architecture of fewest parameters of each file, among those that have something to replace."""
+    """Returns the architecture with the fewest parameters of each file, among those with something to replace."""
     params = {(line["library"], line["name"]): line["params"] for line in lines if line.get("everything")}
     able = [architecture for architecture in chosen if (architecture.library, architecture.name) in params]
     files = groupby(able, key=lambda architecture: architecture.file)
@@ -94,14 +136,15 @@ def smallest(chosen: Sequence[Architecture], lines: Iterable[dict[str, Any]]) ->
 def run(
     check: Callable[[Architecture], dict[str, Any]],
     architectures: Iterable[Architecture],
-    store: Store,
+    store: CheckResults,
     options: argparse.Namespace,
 ) -> None:
-    """Checks what has no line yet; says each failure when it happens."""
+    """Checks what has no line yet, and prints each failure when it happens."""
     kind = check.__name__.removeprefix("check_")
     known = {(line["library"], line["name"]) for line in store.of(kind) if not (options.failed and "failures" in line)}
     tasks = [a for a in architectures if (a.library, a.name) not in known]
-    for count, (architecture, result) in enumerate(each(check, tasks, options.jobs, options.timeout), start=1):
+    results = call_each(check, tasks, options.jobs, options.timeout, setup=logging.disable)
+    for count, (architecture, result) in enumerate(results, start=1):
         line = result
         if isinstance(result, LostError):
             with line_of(architecture, kind) as line:
@@ -112,7 +155,7 @@ def run(
 
 
 def _options() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = script_parser(__doc__)
     parser.add_argument("--only", default="*", metavar="GLOB", help="names of architectures, such as 'resnet*'")
     parser.add_argument("--library", choices=LIBRARIES, help="only those of this library")
     parser.add_argument("--per-file", type=int, metavar="N", help="only N architectures of each file of a library")
@@ -121,7 +164,9 @@ def _options() -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=600, metavar="S", help="seconds for one architecture (600)")
     parser.add_argument("--fresh", action="store_true", help="forget all earlier results")
     parser.add_argument("--failed", action="store_true", help="repeat what failed, and keep every other result")
-    parser.add_argument("--results", type=Path, default=RESULTS, metavar="FILE", help="where the lines are kept")
+    parser.add_argument(
+        "--results", type=Path, default=RESULTS / "zoo.jsonl", metavar="FILE", help="where the lines are kept"
+    )
     options = parser.parse_args()
     for name in ("per_file", "jobs", "timeout"):
         value = getattr(options, name)

@@ -16,12 +16,12 @@ import ddf_convert as ddf
 
 
 class RecipeTrainer(Trainer):
-    """Asks the recipe for its losses and its parameter groups; the rest is the Trainer's."""
+    """A Trainer with the recipe's losses and parameter groups."""
 
     def __init__(self, recipe, stage, original, **options):
         super().__init__(**options)
         self.recipe, self.stage = recipe, stage
-        # For several processes, wrap in create_optimizer's place: objective.trainable_module is what the loss calls.
+        # For several processes, wrap objective.trainable_module, which the loss calls, instead of the model.
         self.objective = recipe.losses(self.model, stage, teacher=original).to(self.args.device)
 
     def compute_loss(self, model, inputs, return_outputs=False, **_):
@@ -38,8 +38,8 @@ class RecipeTrainer(Trainer):
         return self.optimizer
 
 
-def collated(samples):
-    """A batch by the names that the Trainer passes on."""
+def collate(samples):
+    """Makes a batch with the names that the Trainer passes on."""
     images, labels = zip(*samples, strict=True)
     return {"images": torch.stack(images), "labels": torch.tensor(labels)}
 
@@ -69,7 +69,7 @@ def main(arguments: list[str] | None = None) -> torch.nn.Module:
             original,
             model=model,
             train_dataset=dataset,
-            data_collator=collated,
+            data_collator=collate,
             args=TrainingArguments(
                 output_dir=f"{args.output}-checkpoints",
                 max_steps=stage.steps,

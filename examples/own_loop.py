@@ -2,10 +2,11 @@
 
     python examples/own_loop.py --data FOLDER --model resnet18 --pretrained
 
-FOLDER holds train/CLASS/*.jpg. Labels are not looked at: the recipe `distill` learns from the original model.
+FOLDER holds train/CLASS/*.jpg. Labels are not used: the recipe `distill` learns from the original model.
 """
 
 import argparse
+from itertools import chain, islice, repeat
 
 import timm
 import torch
@@ -27,39 +28,28 @@ def main(arguments: list[str] | None = None) -> torch.nn.Module:
 
     original = timm.create_model(args.model, pretrained=args.pretrained).eval()
     dataset = timm.data.create_dataset("", root=args.data, split="train", is_training=True)
-    loader = timm.data.create_loader(
-        dataset,
-        (3, args.size, args.size),
-        args.batch_size,
-        is_training=True,
-        use_prefetcher=False,
-        num_workers=0,
-        device=torch.device("cpu"),
-    )
+    dataset.transform = timm.data.create_transform(args.size, is_training=True)
+    loader = torch.utils.data.DataLoader(dataset, args.batch_size, shuffle=True, drop_last=True)
 
     recipe = ddf.recipes.load("distill").changed(steps=args.steps, batch_size=args.batch_size)
     model = recipe.convert(original, torch.randn(1, 3, args.size, args.size))
-    done = recipe.initialize(model, original, loader, num_images=32)
-    for layer in done.layers:
+    report = recipe.initialize(model, original, loader, num_images=32)
+    for layer in report.layers:
         print(f"{layer.name}: relative error {layer.output_error:.2f}, fitted {layer.fitted_error:.2f}")
 
     for stage in recipe.stages:
         groups = recipe.parameter_groups(model, stage, images_per_step=args.batch_size)  # freezes what does not learn
         optimizer = timm.optim.create_optimizer_v2(groups, opt=stage.optimizer.opt, lr=stage.optimizer.lr)
         objective = recipe.losses(model, stage, teacher=original).train()
-        step = 0
-        while step < stage.steps:
-            for images, _ in loader:
-                result = objective(images)
-                optimizer.zero_grad()
-                result["loss"].backward()
-                dispatch_clip_grad(model.parameters(), stage.clip.value, stage.clip.mode)
-                optimizer.step()
-                step += 1
-                if step % 10 == 0 or step == stage.steps:
-                    print(f"{stage.name}, step {step}: loss {result['loss'].item():.4f}")
-                if step == stage.steps:
-                    break
+        endless = chain.from_iterable(repeat(loader))
+        for step, (images, _) in enumerate(islice(endless, stage.steps), start=1):
+            loss = objective(images)["loss"]
+            optimizer.zero_grad()
+            loss.backward()
+            dispatch_clip_grad(model.parameters(), stage.clip.value, stage.clip.mode)
+            optimizer.step()
+            if step % 10 == 0 or step == stage.steps:
+                print(f"{stage.name}, step {step}: loss {loss.item():.4f}")
 
     ddf.save(model.eval(), args.output)
     print(f"saved to {args.output}")

@@ -28,7 +28,7 @@ class Residual(nn.Module):
 
 
 class Net(nn.Module):
-    """What you have already. Nothing in it knows of ddf_convert."""
+    """A network of your own: nothing in it knows of ddf_convert."""
 
     def __init__(self, classes: int = 10) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ def main(arguments: list[str] | None = None) -> nn.Module:
     plan = ddf.plan(net, image)
     print(plan, end="\n\n")
 
-    # Read: every decision is data. Edit: say what you want otherwise.
+    # Read: every decision is data. Edit: override one.
     for site in plan.replaced:
         saved = 1 - site.after.macs / site.before.macs
         print(f"{site.name}: {100 * saved:.0f} % fewer MACs, because {site.reason}")
@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> nn.Module:
     print()
     print(difference)
 
-    # Save, and restore into a fresh instance: a program that knows Net needs nothing else.
+    # Save, and restore into a fresh instance: a program with the class Net needs nothing else.
     ddf.save(converted, args.output)
     again = ddf.restore(Net(), args.output).eval()
     with torch.no_grad():

@@ -22,7 +22,7 @@ hold becomes a converted folder again with --collect:
 
     python examples/timm_script.py --collect output/train/fine/model_best.pth.tar --output resnet50-fine resnet50-ddf
 
-What it does not do: losses against the original model, and stages. Those are `ddf-convert finetune`'s.
+It has no losses against the original model and no stages: `ddf-convert finetune` has them.
 """
 
 import argparse
@@ -36,7 +36,7 @@ import ddf_convert as ddf
 from ddf_convert.artifacts import artifact
 from ddf_convert.models import launch
 
-_OF_TIMM = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # where weights are; ours are known
+WEIGHT_OPTIONS = ("pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "cache_dir")  # the folder has the weights
 
 
 def register(folder: str) -> None:
@@ -46,8 +46,8 @@ def register(folder: str) -> None:
         sys.exit(f"error: {folder} holds a model of your own: only timm's models have timm's options")
 
     def converted(num_classes: int | None = None, **options) -> torch.nn.Module:
-        # Options such as drop_rate are the original's; the classifier is changed when the weights are in it.
-        options = {name: value for name, value in options.items() if name not in _OF_TIMM}
+        # The original takes options such as drop_rate; the classifier is changed after the weights are loaded.
+        options = {name: value for name, value in options.items() if name not in WEIGHT_OPTIONS}
         model = ddf.restore(timm.create_model(source.name, **{**source.kwargs, **options}), folder)
         if num_classes not in (None, model.num_classes):
             model.reset_classifier(num_classes)

@@ -1,9 +1,10 @@
-r"""A small U-Net of your own: segmentation with DDF and DDF-Up in the place of its convolutions and interpolations.
+r"""A small U-Net of your own: segmentation with DDF and DDF-Up instead of convolutions and interpolations.
 
     python examples/unet_segmentation.py
 
-It draws its own images, so that nothing is downloaded, and takes a minute or two on a CPU. Into the folder of --output
-go the converted model, an image, and predictions.png. To look at the filters afterwards, in the folder of this file:
+It draws its own images, so that nothing is downloaded, and takes a minute or two on a CPU. It writes the converted
+model, an image, and predictions.png to the folder of --output. To look at the filters afterwards, in the folder of this
+file:
 
     python unet_segmentation.py
     ddf-convert visualize shapes/model shapes/image.png --model unet_segmentation:UNet --plain --input-size 3 64 64 \
@@ -26,8 +27,8 @@ import ddf_convert as ddf
 CLASSES = ("background", "disc", "square", "triangle")
 COLORS = ((0.93, 0.93, 0.93), (0.84, 0.15, 0.16), (0.12, 0.47, 0.71), (0.17, 0.63, 0.17))
 
-# Labels of pixels are not class scores of images, so that the loss of the task is the loop's own; what the new layers
-# learn of the old ones is the recipe's.
+# The loop computes the loss of the task, since labels of pixels are no class scores of images; the recipe computes what
+# the new layers learn from the old ones.
 RECIPE = ddf.recipes.Recipe.model_validate(
     {
         "name": "segmentation",
@@ -80,9 +81,9 @@ def block(inputs: int, outputs: int) -> nn.Sequential:
 
 
 def shapes(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Images (count, 3, size, size) from 0 to 1, and the class of each pixel (count, size, size).
+    """Draws images (count, 3, size, size) from 0 to 1, with the class of each pixel (count, size, size).
 
-    Discs are plain, squares have stripes and triangles dots, of any color, at any angle, one before the other.
+    Discs are plain, squares have stripes and triangles dots, of any color and at any angle.
     """
 
     def uniform(*shape: int, low: float = 0.0, high: float = 1.0) -> Tensor:
@@ -111,7 +112,7 @@ def shapes(count: int, size: int, random: torch.Generator) -> tuple[Tensor, Tens
 
 
 def intersection_over_union(model: nn.Module, images: Tensor, classes: Tensor) -> float:
-    """Mean over the classes."""
+    """Returns the mean over the classes."""
     model.eval()
     with torch.no_grad():
         found = torch.cat([model(part).argmax(1) for part in images.split(16)])
@@ -122,16 +123,10 @@ def intersection_over_union(model: nn.Module, images: Tensor, classes: Tensor) -
 def train(
     model: nn.Module, optimizer: torch.optim.Optimizer, steps: int, size: int, random: torch.Generator, loss_of
 ) -> None:
-    """New images in every step; a cosine schedule with a short warmup."""
+    """Trains on new images in every step, with a cosine schedule and a short warmup."""
+    warmup = {"warmup_epochs": 0.2, "warmup_lr": 1e-4, "warmup_prefix": False}
     scheduler, _ = create_scheduler_v2(
-        optimizer,
-        "cosine",
-        num_epochs=1,
-        step_on_epochs=False,
-        updates_per_epoch=steps,
-        warmup_epochs=0.2,
-        warmup_lr=1e-4,
-        warmup_prefix=False,
+        optimizer, "cosine", num_epochs=1, step_on_epochs=False, updates_per_epoch=steps, **warmup
     )
     for step in range(steps):
         images, classes = shapes(8, size, random)
@@ -146,7 +141,7 @@ def train(
 
 
 def draw(file: Path, images: Tensor, rows: list[tuple[str, Tensor]]) -> None:
-    """Images, and the classes that each model sees in them."""
+    """Draws images and the classes that each model sees in them."""
     from matplotlib.figure import Figure
     from matplotlib.patches import Patch
 
@@ -180,14 +175,11 @@ def main(arguments: list[str] | None = None) -> nn.Module:
     print("the original learns")
     original = UNet().train()
     optimizer = torch.optim.AdamW(original.parameters(), 8e-3, weight_decay=0.01)
-    train(
-        original,
-        optimizer,
-        args.steps,
-        args.size,
-        random,
-        lambda images, classes: F.cross_entropy(original(images), classes),
-    )
+
+    def task_loss(images: Tensor, classes: Tensor) -> Tensor:
+        return F.cross_entropy(original(images), classes)
+
+    train(original, optimizer, args.steps, args.size, random, task_loss)
     scores = {"original": intersection_over_union(original, test_images, test_classes)}
 
     example = test_images[:1]

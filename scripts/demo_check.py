@@ -1,7 +1,7 @@
-"""Second half of ``make demo``: loads the converted ResNet-50 in a process of its own and compares.
+"""Second half of ``make demo``: loads the converted ResNet-50 in another process and compares.
 
-``python scripts/demo_check.py DIR`` builds the same model again from the same seed, converts it in memory, and expects
-the loaded one to give equal outputs. Then it times both on this machine.
+``python scripts/demo_check.py DIR`` converts the same model in memory, from the same seed, and expects equal outputs of
+the loaded one. Then it times the original and the converted model.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def main(folder: str) -> None:
 
 
 def milliseconds(model: nn.Module, image: Tensor, repeats: int = 10) -> float:
-    """The fastest of several forward passes: what else the machine does only adds to the others."""
+    """Returns the fastest of several forward passes: other work of the machine only adds to the others."""
     times = []
     with torch.inference_mode():
         for _ in range(repeats):

@@ -1,11 +1,9 @@
-"""Measuring: the commands ``bench op``, ``layer`` and ``model``, what they measure with, and gpu_check rehearsed."""
+"""Measuring: the commands ``bench op``, ``layer`` and ``model``, what they measure with."""
 
 from __future__ import annotations
 
 import importlib
 import json
-import math
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,7 +14,7 @@ import pytest
 import torch
 from support.paths import BENCHMARKS
 
-from ddf_convert import cli, cuda, ops
+from ddf_convert import cli, ops
 from ddf_convert.bench import layer, measure, op, plot, up
 from ddf_convert.bench import model as models
 from ddf_convert.cost import timing
@@ -414,177 +412,3 @@ def test_settings_made_in_python_are_checked_too():
         )
     with pytest.raises(UsageError, match="plots are PNG"):
         plot.check_plot(Path("figures.pdf"))
-
-
-# --- gpu_check -------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def parts(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Imports a module of benchmarks/ by name."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    return importlib.import_module
-
-
-def rehearse(*arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, str(BENCHMARKS / "gpu_check.py"), "--dry-run", "--output-dir", ".", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
-
-
-@pytest.mark.long
-def test_gpu_check_rehearsed(folder):
-    ran = rehearse()
-    assert ran.returncode == 0, ran.stdout + ran.stderr
-    report = json.loads((folder / "gpu_dry-run.json").read_text())
-    assert {part["status"] for part in report["parts"].values()} == {"passed"}
-    assert list(report["parts"]) == [
-        *(
-            "machine",
-            "compilation",
-            "correctness",
-            "determinism",
-            "op",
-            "up",
-            "model",
-            "compiled",
-            "large",
-            "sanitizer",
-            "aims",
-        )
-    ]
-    worst = report["parts"]["correctness"]["worst"]
-    assert worst["forward K 3: float32, channels_last"]["cases"] >= 6
-    assert all(entry["error"] <= entry["tolerance"] for entry in worst.values())
-    assert {aim["met"] for aim in report["parts"]["aims"]["list"]} == {None}
-    page = (folder / "gpu_dry-run.md").read_text()
-    assert "CUDA graph: needs a GPU" in page
-    assert "| DDF op |" in page
-    assert "| DDF-Up apart |" in page
-    assert worst["grad_input K 3 upscaled: bfloat16, contiguous"]["cases"] == 1
-
-
-@pytest.fixture
-def rehearse_here(parts: Any, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """As ``rehearse``, but in this process; gives the exit code."""
-    gpu_check = parts("gpu_check")
-    threads = torch.get_num_threads()
-
-    def call(*arguments: str) -> int:
-        monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--dry-run", "--output-dir", ".", *arguments])
-        code: int = gpu_check.main()
-        return code
-
-    yield call
-    torch.set_num_threads(threads)
-
-
-def test_gpu_check_leaves_out_what_it_has_no_time_for(folder, rehearse_here):
-    assert rehearse_here("--part", "correctness,aims", "--minutes", "0.001") == 3  # what was not checked did not pass
-    part = json.loads((folder / "gpu_dry-run.json").read_text())["parts"]["correctness"]
-    assert part["status"] == "incomplete"
-    assert "no time left" in (folder / "gpu_dry-run.md").read_text()
-
-
-def test_gpu_check_names_its_parts(rehearse_here, capsys):
-    with pytest.raises(SystemExit) as ended:
-        rehearse_here("--part", "corectness")
-    assert ended.value.code == 2
-    assert "no part is called corectness; there are machine, compilation, correctness" in capsys.readouterr().err
-
-
-def test_a_failing_part_is_recorded_and_the_next_one_runs(parts, folder, monkeypatch, capsys):
-    gpu_check = parts("gpu_check")
-
-    def breaks(run: Any, record: dict[str, Any]) -> None:
-        record["found"] = 1
-        raise ValueError("first line\nsecond line")
-
-    monkeypatch.setattr(
-        gpu_check, "PARTS", (gpu_check.Part("op", breaks), gpu_check.Part("machine", gpu_check.machine))
-    )
-    monkeypatch.setattr(sys, "argv", ["gpu_check.py", "--dry-run", "--output-dir", str(folder)])
-    threads = torch.get_num_threads()
-    try:
-        assert gpu_check.main() == 1
-    finally:
-        torch.set_num_threads(threads)
-    report = json.loads((folder / "gpu_dry-run.json").read_text())["parts"]
-    assert (report["op"]["status"], report["op"]["found"]) == ("failed", 1)
-    assert report["machine"]["status"] == "passed"
-    assert "- op: ValueError: first line second line" in (folder / "gpu_dry-run.md").read_text()
-    assert "failed: op" in capsys.readouterr().out
-
-
-def test_gpu_check_finds_wrong_kernels(parts, monkeypatch):
-    correctness = parts("gpu_parts.correctness")
-    run = parts("gpu_parts.run").Run(CPU, True, math.inf, lambda: None, math.inf)
-    right = ops.ddf
-
-    def misses_a_pixel(input: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
-        output = right(input, *rest, **options)
-        output[-1, -1, -1, -1] += 1
-        return output
-
-    monkeypatch.setattr(ops, "ddf", misses_a_pixel)
-    record: dict[str, Any] = {}
-    correctness.correctness(run, record)
-    wrong = {what.split(":")[0] for what, found in record["worst"].items() if found["error"] > found["tolerance"]}
-    kinds = ("3", "5", "3 upscaled")
-    assert wrong == {f"forward K {kind}{which}" for kind in kinds for which in ("", ", before rounding")}
-    assert record["failed"] >= 12
-
-
-def test_half_types_must_not_be_rounded_twice(parts):
-    """What one rounding explains is no error; what it does not is one, though half precision would tolerate it."""
-    correctness = parts("gpu_parts.correctness")
-    exact = torch.rand(1000, dtype=torch.float64, generator=torch.Generator().manual_seed(0)) + 0.5
-    terms = torch.full_like(exact, 100.0)  # of a long sum that cancels
-    for dtype in (torch.float16, torch.bfloat16):
-        once = exact.to(dtype)
-        assert correctness.error(correctness._before_rounding(once, exact), exact, terms) == 0
-        wrong = (exact + 0.5).to(dtype)
-        assert correctness.error(wrong, exact, terms) < 1.6e-2
-        assert correctness.error(correctness._before_rounding(wrong, exact), exact, terms) > 1e-5
-
-
-def test_gpu_check_says_that_the_kernels_are_not_in_use(parts, monkeypatch):
-    gpu_check, page = parts("gpu_check"), parts("gpu_parts.page")
-    run = parts("gpu_parts.run").Run(CPU, False, math.inf, lambda: None, math.inf)
-    report: dict[str, Any] = {"device": "a GPU", "dry_run": False, "parts": {}}
-    monkeypatch.setattr(cuda, "usable", lambda tensor: False)
-    gpu_check._fill(run, report, gpu_check.Part("machine", gpu_check.machine))
-    assert report["parts"]["machine"]["status"] == "failed"
-    assert "The CUDA kernels are not in use" in page.page(report).splitlines()[2]
-
-
-def aim_of(parts: Any, words: str, where: str, tables: dict[str, Any]) -> dict[str, Any]:
-    """One aim as judged from these figures of the part "op"."""
-    run = parts("gpu_parts.run").Run(CPU, False, math.inf, lambda: None, math.inf)
-    record: dict[str, Any] = {}
-    parts("gpu_parts.aims").aims(run, record, {"op": {"tables": tables, "host": {"ddf": 20.0, "empty_op": 6.0}}})
-    (found,) = [aim for aim in record["list"] if words in aim["aim"] and aim["where"] == where]
-    return found
-
-
-@pytest.mark.parametrize(("shares", "met"), [((0.8, 0.9, 0.85), True), ((0.9, 0.79, 0.9), False), ((0.9, 0.9), None)])
-def test_aims_are_judged_by_what_was_measured(parts, shares, met):
-    rows = {
-        str(size): {"DDF op": {"forward_of_copy": share}} for size, share in zip((56, 112, 224), shares, strict=False)
-    }
-    aim = aim_of(parts, "80 %", "float32, contiguous", {"float32": {"contiguous": rows}})
-    assert aim["met"] is met
-    assert [value for value in aim["values"].values() if value is not None] == list(shares)
-
-
-def test_aims_compare_like_with_like(parts):
-    def row(conv: float, module: float, depthwise: float, op: float) -> dict[str, Any]:
-        names = {"Conv": conv, "DDF module": module, "DwConv": depthwise, "DDF op": op}
-        return {name: {"forward_ms": value, "forward_backward_ms": value} for name, value in names.items()}
-
-    sizes = (7, 14, 28, 56, 112, 224)
-    figures = {"float32": {"contiguous": {str(size): row(4.0, 2.0, 1.0, 1.25) for size in sizes}}}
-    dense = aim_of(parts, "the dense conv, forward (", "float32, contiguous", figures)
-    assert dense["values"] == dict.fromkeys(map(str, sizes), 2.0)
-    assert dense["met"] is True
-    assert aim_of(parts, "the depthwise conv, forward (", "float32, contiguous", figures)["met"] is False
-    assert aim_of(parts, "host time", "float32", figures)["met"] is True

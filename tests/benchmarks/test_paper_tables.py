@@ -6,17 +6,20 @@ import dataclasses
 import re
 
 import paper_tables
+import paper_values
 import pytest
-from paper_parts import counted, page, quoted
 from support.paths import ROOT
 
 PAGE = ROOT / "docs" / "paper_tables.md"
-ROWS = (*quoted.TABLE_3, *quoted.TABLE_4, *quoted.TABLE_5)
+
+
+def sections(text):
+    return re.split(r"^## ", text, flags=re.MULTILINE)
 
 
 def table(number):
-    """Cells of a table of the page, without its headings."""
-    section = re.split(r"^## ", PAGE.read_text(encoding="utf-8"), flags=re.MULTILINE)[number]
+    """Returns the cells of a table of the page, without its headings."""
+    section = sections(PAGE.read_text(encoding="utf-8"))[number]
     assert section.startswith(f"Table {number}")
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in section.splitlines() if line.startswith("|")
@@ -25,8 +28,8 @@ def table(number):
 
 
 @pytest.mark.parametrize("sizes", paper_tables.SIZES, ids=str)
-def test_torch_counts_what_table_1_says(sizes):
-    formulas = counted.table_1(*sizes)
+def test_torch_counts_what_the_formulas_of_table_1_give(sizes):
+    formulas = paper_tables.table_1(*sizes)
     assert [each.name for each in formulas] == ["Conv", "DwConv", "DyFilter", "DDF"]
     for each in formulas:
         each.check()
@@ -36,14 +39,14 @@ def test_torch_counts_what_table_1_says(sizes):
 
 
 def test_the_page_has_every_row():
-    formulas = counted.table_1(*paper_tables.SIZES[-1])
+    formulas = paper_tables.table_1(*paper_tables.SIZES[-1])
     assert [row[0] for row in table(1)] == [each.name for each in formulas]
     assert [row[4] for row in table(1)] == [f"{each.counted[1]:,}" for each in formulas]
-    assert [row[0] for row in table(2)] == [f"{size}x{size}" for size in quoted.TABLE_2]
-    told = [[cell.split(" / ")[0] for cell in row[2:6]] for row in table(2)]
-    assert told == [[f"{value:.2f}" for value in row] for row in quoted.TABLE_2.values()]
-    assert [row[0] for row in table(3)] == [row.name for row in quoted.TABLE_3]
-    for number, rows in ((4, quoted.TABLE_4), (5, quoted.TABLE_5)):
+    assert [row[0] for row in table(2)] == [f"{size}x{size}" for size in paper_values.TABLE_2]
+    quoted = [[cell.split(" / ")[0] for cell in row[2:6]] for row in table(2)]
+    assert quoted == [[f"{value:.2f}" for value in row] for row in paper_values.TABLE_2.values()]
+    assert [row[0] for row in table(3)] == [row.name for row in paper_values.TABLE_3]
+    for number, rows in ((4, paper_values.TABLE_4), (5, paper_values.TABLE_5)):
         expected = [(row.name, row.params or "-", row.macs or "-", row.top1 or "-") for row in rows]
         shown = [(row[1], row[2].removesuffix(" M"), row[4].removesuffix(" G"), row[6]) for row in table(number)]
         assert shown == expected
@@ -51,8 +54,12 @@ def test_the_page_has_every_row():
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("row", [row for row in ROWS if row.build], ids=lambda row: f"{row.group} {row.name}")
-def test_the_page_shows_what_is_counted(row):
-    costs = {3: slice(1, 3), 4: slice(3, 7, 2), 5: slice(3, 7, 2)}
-    shown = [cells[costs[number]] for number in costs for cells in table(number) if row.name in cells[:2]]
-    assert list(page._counts(row)) in shown
+def test_the_page_is_what_the_script_writes_but_for_times():
+    row = {column: {"forward_ms": 1.0} for column in paper_tables.COLUMNS}
+    sizes = {str(size): row for size in paper_values.TABLE_2}
+    machine = {"device": "cpu", "processor": "some processor", "threads": 1, "torch": "2.0"}
+    latency = {"machine": machine, "batches": dict.fromkeys(sizes, 1), "results": {"contiguous": sizes}}
+    written = sections("\n".join([*paper_tables.page(latency), ""]))
+    stored = sections(PAGE.read_text(encoding="utf-8"))
+    for number in (1, 3, 4, 5):
+        assert written[number] == stored[number]

