@@ -119,8 +119,8 @@ def apply_replacements(
         UsageError: A replacement does not fit the model: no such module, another kind of module, other channels. The
             model is then as it was.
     """
-    paths = {each.graph for each in replacements if each.functional}
-    graph = traced.graph_over(model) if traced and paths == {""} else None
+    paths = list(dict.fromkeys(each.graph for each in replacements if each.functional))
+    graph = traced.graph_over(model) if traced and paths == [""] else None
     graphs = trace_parts(model, paths) if graph is None else {"": graph}
     edits = make_edits(model, replacements, graphs)
     for edit in edits:
