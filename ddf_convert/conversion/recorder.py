@@ -131,6 +131,8 @@ def record(
     except UsageError:
         raise
     except Exception as error:  # forward is the user's code: anything can come out of it
+        if id(error) not in failed:  # it did not come to a run
+            raise UsageError(f"{name} cannot be copied to look at its shapes: {first_line(error)}") from error
         raise failed[id(error)].explain(name, in_words(args, kwargs), error) from error
     return Recording(
         copied=copied,
