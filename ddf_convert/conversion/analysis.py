@@ -18,37 +18,21 @@ _ModuleNames = Mapping[str, tuple[nn.Module, tuple[str, ...]]]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A convolution, or an upsampling, before anything is decided about it.
+    """A convolution, or an upsampling, before anything is decided about it."""
 
-    Attributes:
-        names: Every path at which the module is registered; for a functional call, its one name.
-        module: The user's own module; None for a functional call.
-        calls: Its calls in the forward pass, in order.
-        found_by: How its calls were found.
-        caution: What is not known of it, and why; empty where all is.
-        bottleneck: 1x1 convolutions stand before and after every call, and nothing else meets the feature between.
-        used_directly: The forward pass also reads its weight or bias by itself.
-        shared_with: Another module that holds the same weight or bias, if any.
-        used_elsewhere: The weight or bias of a functional call is used by something else too.
-        owner: The module whose forward makes the calls of a functional upsampling.
-        dtype: The dtype of the parameters around it, for a new layer that replaces a module without any.
-        fed_by: The name of the convolution whose only reader a pixel shuffle is; empty if there is none.
-        on_image: It is called before any convolution is.
-    """
-
-    names: tuple[str, ...]
-    module: nn.Module | None
-    calls: tuple[Call, ...]
+    names: tuple[str, ...]  # every path of the module; a functional call has one name
+    module: nn.Module | None  # the user's own; None for a functional call
+    calls: tuple[Call, ...]  # in the forward pass, in order
     found_by: FoundBy = FoundBy.FX
-    caution: str = ""
-    bottleneck: bool = False
-    used_directly: bool = False
-    shared_with: str | None = None
-    used_elsewhere: bool = False
-    owner: nn.Module | None = None
-    dtype: torch.dtype = torch.float32
-    fed_by: str = ""
-    on_image: bool = False
+    caution: str = ""  # what is not known of it, and why
+    bottleneck: bool = False  # 1x1 convolutions stand on both sides of every call
+    used_directly: bool = False  # the forward pass also reads its weights itself
+    shared_with: str | None = None  # another module that holds the same weight or bias
+    used_elsewhere: bool = False  # something else uses the weights of a functional call too
+    owner: nn.Module | None = None  # the module that makes the calls of a functional upsampling
+    dtype: torch.dtype = torch.float32  # of the parameters around it, if it has none
+    fed_by: str = ""  # the convolution whose output only this pixel shuffle reads
+    on_image: bool = False  # called before any convolution is
 
     @property
     def name(self) -> str:

@@ -24,15 +24,7 @@ from ddf_convert.utils.fake_copy import real_copy
 
 
 class Stopwatch:
-    """Times modules on one device, wherever they are.
-
-    Args:
-        model: Timed where it is (on the CPU if that is the meta device), unless ``device`` names another.
-        device: True, or the device.
-
-    Attributes:
-        machine: The device in words.
-    """
+    """Times modules on one device: the given one or, for True, the model's (the CPU for the meta device)."""
 
     def __init__(self, model: nn.Module, device: bool | torch.device | str) -> None:
         own = device_of(model)
@@ -115,11 +107,6 @@ def apply_budgets(sites: list[Site], config: ConvertConfig, before: Cost) -> lis
     from random weights, so a target is reached with as few as possible: the site that saves most is replaced first, and
     the last one is the smallest that is enough. Of two that save the same, the one nearer to the output is replaced:
     less of the model sees features that changed. No site is replaced that the targets can do without.
-
-    Args:
-        sites: Every site, in the order of the forward pass; the budgets apply to those that are to be replaced.
-        config: The budgets.
-        before: Cost of the whole model.
     """
     _keep_ends(sites, config)
     if config.only_faster:

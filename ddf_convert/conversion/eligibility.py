@@ -120,12 +120,7 @@ def is_depthwise(conv: nn.Conv2d) -> bool:
 
 
 def obstacle(module: nn.Module, upsample: bool = False) -> str | None:
-    """Says why nothing can replace a module, whatever the options; None if something can.
-
-    Args:
-        module: A convolution or, with ``upsample``, what upsamples.
-        upsample: Whether upsampling is replaced too.
-    """
+    """Says why nothing can replace a convolution or, with ``upsample``, what upsamples; None if something can."""
     if isinstance(module, replacing_layers()):
         return f"already converted: {kind_of(module)}"
     if not upsample and isinstance(module, nn.ConvTranspose2d):
@@ -242,11 +237,7 @@ def effective_weight(conv: nn.Conv2d) -> Tensor:
 
 
 def stand_in(call: Call) -> nn.Conv2d | nn.ConvTranspose2d:
-    """Makes the module that does what a functional convolution does, without weights.
-
-    Raises:
-        ValueError, RuntimeError, TypeError: There is none: the arguments are computed, or odd.
-    """
+    """Makes the module that does what a functional convolution does, without weights; raises if there is none."""
     function = call.function
     assert function is not None
     first, second, *kernel_size = function.weight
@@ -266,13 +257,7 @@ def stand_in(call: Call) -> nn.Conv2d | nn.ConvTranspose2d:
 
 
 def replacement_for(conv: nn.Conv2d, config: ConvertConfig, mix: bool) -> Replacement:
-    """Returns what replaces a convolution that has no :func:`obstacle`.
-
-    Args:
-        conv: The convolution.
-        config: Options of the new layer.
-        mix: Whether a 1x1 convolution follows.
-    """
+    """Returns what replaces a convolution without :func:`obstacle`; with ``mix``, a 1x1 convolution follows."""
     layer_type = find_layer_type(config.filter)
     bias = conv.bias is not None
     options: dict[str, Scalar] = {"in_channels": conv.in_channels, **geometry(conv), **layer_type.arguments(config)}
@@ -330,13 +315,7 @@ def with_narrow_squeeze(replacement: Replacement) -> Replacement:
 
 
 def build(replacement: Replacement, device: torch.device | str = "cpu") -> nn.Module:
-    """Builds a new layer, in float32.
-
-    Raises:
-        ValueError: The options do not fit each other.
-        TypeError: The layer has no such option.
-        UsageError: No layer type of that name is known.
-    """
+    """Builds a new layer, in float32; raises ValueError or TypeError if the options do not fit it."""
     for flag in ("bias", "affine"):
         if not isinstance(replacement.options.get(flag, False), bool):
             raise ValueError(f"{flag} must be true or false, got {replacement.options[flag]!r}")

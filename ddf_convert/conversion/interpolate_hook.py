@@ -28,10 +28,6 @@ def intercept(module: nn.Module, layers: Mapping[str, nn.Module] | None = None) 
     Calls are numbered in the order in which one run of the forward makes them, as ``sites.call_name`` does. A
     call without a layer, or with another factor than the layer's, goes to torch. Without any layers, the module's calls
     are merely not counted as those of an intercepted module around it.
-
-    Args:
-        module: The module whose forward makes the calls; it has no :func:`obstacle_to_intercepting`.
-        layers: By attribute: "ddf_interpolate_1" answers "interpolate_1()".
     """
     for attribute, layer in (layers or {}).items():
         module.add_module(attribute, layer)

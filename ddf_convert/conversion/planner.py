@@ -68,14 +68,7 @@ def plan(
 def plan_without_replacing(
     model: nn.Module, example_input: ExampleInput, measure: bool = False, upsample: bool = False
 ) -> Plan:
-    """Plans a model whose present costs are all that matters: replacements are neither timed nor verified.
-
-    Args:
-        model: As for :func:`plan`.
-        example_input: As for :func:`plan`.
-        measure: Time the model and every convolution, on the model's device.
-        upsample: List upsampling too.
-    """
+    """Plans a model whose present costs are all that matters: replacements are neither timed nor verified."""
     return _plan(model, example_input, ConvertConfig(upsample=upsample), measure=measure, applied=False)
 
 

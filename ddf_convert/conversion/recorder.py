@@ -42,64 +42,40 @@ _TOO_SMALL = re.compile(
 
 @dataclass(frozen=True)
 class FunctionalConv:
-    """The arguments of a functional convolution.
+    """The arguments of a functional convolution."""
 
-    Attributes:
-        weight: Shape of the weight.
-        dtype: Dtype of the weight.
-        parameters: Paths of the weight and bias, where they are the model's own parameters.
-        params: Elements of these parameters.
-        computed: The forward pass computes the weight or bias.
-        transposed: It is ``F.conv_transpose2d``.
-        bias: There is a bias.
-        options: ``stride``, ``padding``, ``dilation`` and ``groups``.
-    """
-
-    weight: tuple[int, ...]
-    dtype: torch.dtype
-    parameters: tuple[str, ...]
-    params: int
-    computed: bool
-    transposed: bool
+    weight: tuple[int, ...]  # its shape
+    dtype: torch.dtype  # of the weight
+    parameters: tuple[str, ...]  # paths of weight and bias, where they are the model's own
+    params: int  # elements of these
+    computed: bool  # the forward pass computes the weight or bias
+    transposed: bool  # it is F.conv_transpose2d
     bias: bool
-    options: dict[str, Any]
+    options: dict[str, Any]  # stride, padding, dilation, groups
 
 
 @dataclass(frozen=True)
 class FunctionalUpsample:
-    """The arguments of a functional upsampling: "interpolate" or "pixel_shuffle".
+    """The arguments of a functional upsampling."""
 
-    ``of_parameter``: its input is a parameter, such as a position embedding.
-    """
-
-    function: str
+    function: str  # "interpolate" or "pixel_shuffle"
     mode: str = ""
     align_corners: bool = False
     antialias: bool = False
-    of_parameter: bool = False
+    of_parameter: bool = False  # its input is a parameter, such as a position embedding
 
 
 @dataclass(frozen=True)
 class Call:
-    """One call of a site during the forward pass.
+    """One call of a site during the forward pass."""
 
-    Attributes:
-        name: The module's path; for a function, the path of the module that calls it, and ``conv2d()``.
-        input_shape: (B, C, H, W).
-        output_shape: (B, C, H, W).
-        function: The arguments of a functional convolution.
-        upsampled: The arguments of a functional upsampling.
-        dtype: Dtype of the input.
-        arguments: How many arguments a module was called with.
-    """
-
-    name: str
-    input_shape: tuple[int, ...]
-    output_shape: tuple[int, ...]
-    function: FunctionalConv | None = None
-    upsampled: FunctionalUpsample | None = None
-    dtype: torch.dtype = torch.float32
-    arguments: int = 1
+    name: str  # of the site
+    input_shape: tuple[int, ...]  # (B, C, H, W)
+    output_shape: tuple[int, ...]  # (B, C, H, W)
+    function: FunctionalConv | None = None  # of a functional convolution
+    upsampled: FunctionalUpsample | None = None  # of a functional upsampling
+    dtype: torch.dtype = torch.float32  # of the input
+    arguments: int = 1  # how many a module was called with
 
 
 @dataclass(frozen=True)
@@ -113,27 +89,16 @@ class Entry:
 
 @dataclass(frozen=True)
 class Recording:
-    """The record of one run of a model.
+    """The record of one run of a model."""
 
-    Attributes:
-        copied: The copy that ran, on shapes alone or on values.
-        mode: The mode of the fake tensors in ``entries``.
-        calls: Every call of a site, in order.
-        entries: The calls of every module that holds sites, by its path.
-        read_directly: Paths of the sites whose parameters are used outside of their own forward.
-        uses: How often each parameter is used as an argument outside of a site's forward, by path.
-        cost: Cost of the whole model.
-        kinds: The classes of modules that are sites.
-    """
-
-    copied: ModelCopy
-    mode: FakeTensorMode
-    calls: tuple[Call, ...]
-    entries: dict[str, list[Entry]]
-    read_directly: frozenset[str]
-    uses: Counter[str]
-    cost: Cost
-    kinds: tuple[type[nn.Module], ...]
+    copied: ModelCopy  # what ran, on shapes alone or on values
+    mode: FakeTensorMode  # of the fake tensors in entries
+    calls: tuple[Call, ...]  # of sites, in order
+    entries: dict[str, list[Entry]]  # the calls of every module that holds sites, by its path
+    read_directly: frozenset[str]  # sites whose parameters are used outside of their own forward
+    uses: Counter[str]  # of each parameter outside of a site's forward, by path
+    cost: Cost  # of the whole model
+    kinds: tuple[type[nn.Module], ...]  # the classes of modules that are sites
 
     @property
     def on_values(self) -> bool:
@@ -144,18 +109,7 @@ class Recording:
 def record(
     model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], name: str, upsample: bool = False
 ) -> Recording:
-    """Runs a copy of a model and records it; the model stays as it is.
-
-    Args:
-        model: Any module.
-        args: Positional arguments of its forward.
-        kwargs: Keyword arguments of its forward.
-        name: What to call the model in errors.
-        upsample: Record upsampling too.
-
-    Raises:
-        UsageError: The model cannot be copied, or does not accept the input.
-    """
+    """Runs a copy of a model and records it; raises UsageError if it cannot be copied or does not accept the input."""
     failed: dict[int, _Recorder] = {}
     kinds = site_kinds(upsample)
 
@@ -177,6 +131,8 @@ def record(
     except UsageError:
         raise
     except Exception as error:  # forward is the user's code: anything can come out of it
+        if id(error) not in failed:  # it did not come to a run
+            raise UsageError(f"{name} cannot be copied to look at its shapes: {first_line(error)}") from error
         raise failed[id(error)].explain(name, in_words(args, kwargs), error) from error
     return Recording(
         copied=copied,

@@ -63,11 +63,7 @@ Edit = SwapModule | InterceptInterpolate | ReplaceCall
 
 
 def replacements_of(sites: Iterable[Site], model: nn.Module) -> list[AppliedReplacement]:
-    """Lists the replacements that a plan's decisions mean for a model, in order.
-
-    Raises:
-        UsageError: A pixel shuffle is to be replaced with a convolution that is also replaced by itself.
-    """
+    """Lists the replacements that a plan's decisions mean for a model, in order."""
     sites = list(sites)
     paths = {names[0]: names for _, names in site_modules(model)}
     replaced = {site.name: site for site in sites if site.action is Action.REPLACE and site.replacement is not None}
@@ -123,8 +119,8 @@ def apply_replacements(
         UsageError: A replacement does not fit the model: no such module, another kind of module, other channels. The
             model is then as it was.
     """
-    paths = {each.graph for each in replacements if each.functional}
-    graph = traced.graph_over(model) if traced and paths == {""} else None
+    paths = list(dict.fromkeys(each.graph for each in replacements if each.functional))
+    graph = traced.graph_over(model) if traced and paths == [""] else None
     graphs = trace_parts(model, paths) if graph is None else {"": graph}
     edits = make_edits(model, replacements, graphs)
     for edit in edits:
@@ -149,11 +145,7 @@ def apply_replacements(
 def make_edits(
     model: nn.Module, replacements: Sequence[AppliedReplacement], graphs: Mapping[str, fx.GraphModule]
 ) -> list[Edit]:
-    """Checks that every replacement fits the model and builds its layer; the model stays as it is.
-
-    Raises:
-        UsageError: One does not fit.
-    """
+    """Builds the layer of every replacement, and raises UsageError if one does not fit; the model stays as it is."""
     modules: dict[str, nn.Module] = dict(model.named_modules(remove_duplicate=False))
     modules |= functional_convolutions(graphs)
     edits: dict[str, Edit] = {}
@@ -217,11 +209,7 @@ def _replace_calls(
 
 
 def trace_parts(model: nn.Module, paths: Iterable[str]) -> dict[str, fx.GraphModule]:
-    """Traces parts of a model, each by itself, by their paths; "" is the whole model.
-
-    Raises:
-        UsageError: The model has no such part, or torch.fx cannot trace it.
-    """
+    """Traces parts of a model, each by itself, by their paths; "" is the whole model."""
     parts, graphs = dict(model.named_modules(remove_duplicate=False)), {}
     for path in dict.fromkeys(paths):
         if path not in parts:

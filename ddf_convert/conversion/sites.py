@@ -78,13 +78,7 @@ def owner_of(name: str) -> str:
 
 
 def call_name(owner: str, func: Any, called: Counter[str]) -> str:
-    """Names a call of a function.
-
-    Args:
-        owner: Path of the module whose forward makes it.
-        func: One of ``FUNCTIONS`` or ``UPSAMPLING_FUNCTIONS``.
-        called: Counts the calls in this run of the forward; it is updated.
-    """
+    """Names a call of a function; ``called`` counts the calls in this run of the owner's forward, and is updated."""
     function = FUNCTIONS.get(func) or UPSAMPLING_FUNCTIONS[func]
     number = called[function]
     called[function] += 1

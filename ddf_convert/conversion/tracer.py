@@ -94,34 +94,21 @@ _PACKED = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
 
 @dataclass(frozen=True)
 class Piece:
-    """A traced module.
+    """A traced module."""
 
-    Attributes:
-        path: Its path; "" is the whole model.
-        graph_module: Its graph, over a weightless copy. ``meta["value"]`` of a node is its fake result, if known.
-        nodes: The nodes that call sites, by the site's name in the model.
-        entries: How often the module is called.
-    """
-
-    path: str
-    graph_module: fx.GraphModule
-    nodes: dict[str, list[fx.Node]]
-    entries: int
+    path: str  # "" is the whole model
+    graph_module: fx.GraphModule  # over a weightless copy; a node's meta has its fake result, if known
+    nodes: dict[str, list[fx.Node]]  # that call sites, by the site's name in the model
+    entries: int  # how often the module is called
 
 
 @dataclass
 class Traced:
-    """A model's graphs.
+    """A model's graphs."""
 
-    Attributes:
-        pieces: The whole model alone where torch.fx can trace it, else the pieces that it can.
-        untraced: Why not, for each module that torch.fx could not trace or does not look into, by its path.
-        by_default: Whether the example input leaves the optional arguments at their defaults, as :func:`build_graph`.
-    """
-
-    pieces: list[Piece] = field(default_factory=list)
-    untraced: dict[str, str] = field(default_factory=dict)
-    by_default: bool = False
+    pieces: list[Piece] = field(default_factory=list)  # the whole model alone where it can be traced
+    untraced: dict[str, str] = field(default_factory=dict)  # why not, by the paths of other modules
+    by_default: bool = False  # the example input leaves optional arguments at their defaults
 
     def graph_over(self, copied: nn.Module) -> fx.GraphModule | None:
         """Returns the whole model's graph over another copy, as :func:`build_graph` traces it; None if it differs."""
@@ -209,11 +196,7 @@ def trace(model: nn.Module, recording: Recording) -> Traced:
 @without_global_hooks()
 @unchanged_random_states()
 def build_graph(module: nn.Module, name: str) -> fx.GraphModule:
-    """Traces a whole module, with its optional arguments fixed to their defaults; the GraphModule shares its parts.
-
-    Raises:
-        UsageError: torch.fx cannot trace the module.
-    """
+    """Traces a whole module, with its optional arguments fixed to their defaults; the GraphModule shares its parts."""
     try:
         return _trace_module(module, Tracer(), None)
     except Exception as error:  # forward is the user's code on symbolic values: anything can come out of it
@@ -291,12 +274,7 @@ def _leaves_with_sites(graph_module: fx.GraphModule, path: str, recording: Recor
 
 
 def site_nodes(graph_module: fx.GraphModule, path: str) -> dict[str, list[fx.Node]]:
-    """Returns the nodes that call sites, by the names that the recording has for them.
-
-    Args:
-        graph_module: The graph of a module.
-        path: The module's path in the model.
-    """
+    """Returns the nodes that call sites, by the site's name; ``path`` is that of the traced module."""
     nodes: dict[str, list[fx.Node]] = {}
     calls: dict[str, Counter[str]] = {}  # of functions, by each call of the module that makes them
     for node in graph_module.graph.nodes:

@@ -57,14 +57,7 @@ def stand_in_for_upsampling(call: Call) -> nn.Module:
 def replacement_for_upsampling(
     candidate: Candidate, module: nn.Module, config: ConvertConfig, others: Mapping[str, Candidate]
 ) -> tuple[Replacement, str]:
-    """Returns what replaces an upsampling, and a caution or ""; raises Refused if nothing does.
-
-    Args:
-        candidate: The upsampling.
-        module: Its module, or what stands in for it.
-        config: Options of the new layer.
-        others: The candidates of the model, by all their names.
-    """
+    """Returns what replaces an upsampling, and a caution or ""; raises Refused if nothing does."""
     if isinstance(module, nn.ConvTranspose2d):
         return _for_transposed(candidate, module, config), ""
     if isinstance(module, nn.PixelShuffle):

@@ -26,12 +26,6 @@ def verify(model: nn.Module, recording: Recording, traced: Traced, sites: Sequen
 
     The copy runs as the recorded one did: on shapes alone where that was enough. There, it must also return tensors of
     the recorded shapes, and call every new layer. A run on values can return other shapes, as detectors do.
-
-    Args:
-        model: The model; it stays as it is.
-        recording: The record of the model as it is.
-        traced: Its graphs.
-        sites: Every site; some of those to be replaced are skipped, for good.
     """
     rehearsal = _Rehearsal(model, recording, traced, sites)
     chosen = [site.name for site in sites if site.action is Action.REPLACE]
@@ -51,19 +45,12 @@ def verify(model: nn.Module, recording: Recording, traced: Traced, sites: Sequen
 
 @dataclass(frozen=True)
 class _Failure:
-    """Why a rehearsal failed.
+    """Why a rehearsal failed."""
 
-    Attributes:
-        message: For a user.
-        place: Equal for the same failure in another rehearsal.
-        culprit: The site that is to blame, if that is known.
-        suspects: Sites near the failure, the nearest first.
-    """
-
-    message: str
-    place: tuple[Any, ...] = ()
-    culprit: str = ""
-    suspects: tuple[str, ...] = ()
+    message: str  # for a user
+    place: tuple[Any, ...] = ()  # equal for the same failure in another rehearsal
+    culprit: str = ""  # the site that is to blame, if that is known
+    suspects: tuple[str, ...] = ()  # sites near the failure, the nearest first
 
 
 _UNKNOWN = _Failure("")  # another run has to find out

@@ -38,21 +38,13 @@ class Watch(IntEnum):
 
 @dataclass(frozen=True)
 class RunMode:
-    """How a copy of a module runs.
+    """How a copy of a module runs."""
 
-    Attributes:
-        note: What is special about it, after "the model ran"; empty where nothing is.
-        watch: What is watched.
-        grad: The mode of autograd, as a context.
-        as_used: Parameters keep their requires_grad, and do not share the module's memory.
-        training: Modules keep their training mode.
-    """
-
-    note: str = ""
+    note: str = ""  # what is special about it, after "the model ran"
     watch: Watch = Watch.EVERYTHING
-    grad: Callable[[], AbstractContextManager[Any]] = torch.enable_grad
-    as_used: bool = False
-    training: bool = False
+    grad: Callable[[], AbstractContextManager[Any]] = torch.enable_grad  # the mode of autograd, as a context
+    as_used: bool = False  # parameters keep requires_grad, and share no memory with the module
+    training: bool = False  # modules keep their training mode
 
 
 _DEFAULT_MODE = RunMode()
@@ -66,20 +58,12 @@ _MODES_AS_USED = (
 
 @dataclass(frozen=True)
 class ModelCopy:
-    """A copy of a module, in evaluation mode unless its run mode says otherwise, and the inputs to call it with.
+    """A copy of a module, in evaluation mode unless its run mode says otherwise, and the inputs to call it with."""
 
-    Attributes:
-        module: The copy; its floating-point parameters require gradients unless the run mode says otherwise.
-        args: Positional arguments of its forward.
-        kwargs: Keyword arguments of its forward.
-        fake_mode: The mode of fake tensors, if neither module nor inputs have contents.
-        run_mode: How it runs.
-    """
-
-    module: nn.Module
+    module: nn.Module  # its parameters require gradients unless the run mode says otherwise
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
-    fake_mode: FakeTensorMode | None
+    fake_mode: FakeTensorMode | None  # if neither module nor inputs have contents
     run_mode: RunMode = _DEFAULT_MODE
 
     @contextmanager
@@ -119,7 +103,7 @@ def run_watched(
 
     Args:
         module: Any module; it stays as it is.
-        args: Positional arguments of its forward; only shapes matter, unless the forward depends on values.
+        args: Positional arguments of its forward.
         kwargs: Keyword arguments of its forward.
         watch: Returns the context to run a copy in, which watches what ``run_mode.watch`` allows.
 
@@ -128,7 +112,6 @@ def run_watched(
 
     Raises:
         UsageError: The module has parameters that are not initialized, or cannot be copied.
-        InputShapeError: The watcher raised it.
         Exception: Whatever its forward raises when it runs as its users run it.
     """
     try:
@@ -179,19 +162,10 @@ def fake_copy(
     kwargs: dict[str, Any] | None = None,
     mode: FakeTensorMode | None = None,
 ) -> ModelCopy:
-    """Copies a module and its inputs without their contents.
+    """Copies a module and its inputs without their contents, as fake tensors on the CPU, whatever the module's device.
 
-    Every tensor of the copy is on the CPU, so the result does not depend on the module's device. The copy is in
-    evaluation mode because batch norm in training mode refuses a single value per channel.
-
-    Args:
-        module: Any module.
-        args: Positional arguments of its forward; tensors in them become fake.
-        kwargs: Keyword arguments of its forward.
-        mode: The mode to make them in; a new one if None.
-
-    Raises:
-        UsageError: The module has parameters that are not initialized, or cannot be copied.
+    The copy is in evaluation mode because batch norm in training mode refuses a single value per channel. As all copies
+    here, it raises UsageError if the module has parameters that are not initialized, or cannot be copied.
     """
     mode = mode or FakeTensorMode(allow_non_fake_inputs=True)
     with _quiet(), mode:
@@ -207,16 +181,8 @@ def real_copy(
 ) -> ModelCopy:
     """Copies a module so that it computes: parameters share the module's memory, buffers are copied.
 
-    What is on the meta device is on the CPU in the copy, with small random weights.
-
-    Args:
-        module: Any module.
-        args: Positional arguments of its forward; they are moved to the module's device.
-        kwargs: Keyword arguments of its forward, which are moved too.
-        run_mode: How the copy is to run.
-
-    Raises:
-        UsageError: The module has parameters that are not initialized, or cannot be copied.
+    Inputs are moved to the module's device. What is on the meta device is on the CPU in the copy, with small random
+    weights.
     """
     copied = _copy(module, _clone if run_mode.as_used else _alias)
     if not run_mode.training:
@@ -227,11 +193,7 @@ def real_copy(
 
 
 def meta_copy(module: nn.Module) -> nn.Module:
-    """Copies a module to the meta device, without duplicating a weight on the way.
-
-    Raises:
-        UsageError: The module has parameters that are not initialized, or cannot be copied.
-    """
+    """Copies a module to the meta device, without duplicating a weight on the way."""
     return _copy(module, lambda tensor: _empty_like(tensor, "meta"))
 
 
@@ -239,9 +201,6 @@ def empty_copy(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any])
     """Copies a module and its inputs to the meta device, to be run without gradients.
 
     It runs faster than a copy with fake tensors, but modules that make tensors on another device fail in it.
-
-    Raises:
-        UsageError: The module has parameters that are not initialized, or cannot be copied.
     """
     copied = _eval(meta_copy(module))
     args, kwargs = _pytree.tree_map_only(Tensor, lambda tensor: _empty_like(tensor, "meta"), (args, kwargs))
@@ -252,9 +211,6 @@ def trainable_copy(module: nn.Module) -> nn.Module:
     """Copies a module as ``copy.deepcopy`` does, with its own hooks bound to the copy; a user's hooks stay on it.
 
     What a forward pass left in attributes is copied without the graph of that pass, which ``deepcopy`` refuses.
-
-    Raises:
-        Exception: Something in the module cannot be copied.
     """
     with torch.inference_mode(False):  # or the copy could not be trained
         computed = {id(tensor): tensor.detach().clone() for tensor in tensors_of(module) if not tensor.is_leaf}

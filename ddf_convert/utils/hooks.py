@@ -25,10 +25,7 @@ _KINDS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 def copy_hooks(module: nn.Module, memo: dict[int, Any], keep_others: bool) -> None:
     """Copies the hooks of a module into the memo of a deep copy: those that belong to it work on the copy.
 
-    Args:
-        module: The module to be copied; it stays as it is.
-        memo: The memo of ``copy.deepcopy``; the hooks, and what is copied with them, are added.
-        keep_others: Whether a user's hooks stay on the copy, as they are.
+    With ``keep_others``, a user's hooks stay on the copy, as they are.
     """
     hooked = [hooks for part in module.modules() for kind in _KINDS if (hooks := getattr(part, kind))]
     copies: dict[int, OrderedDict[int, Any]] = {

@@ -43,7 +43,7 @@ FORK = multiprocessing.get_context("fork")
 
 @pytest.fixture(autouse=True)
 def _fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging, "_told", set())
+    monkeypatch.setattr(logging, "_warned", set())
 
 
 @pytest.fixture(scope="module")

@@ -31,7 +31,7 @@ SETTINGS = ImageSettings((3, 16, 16), crop_pct=1.0)
 
 @pytest.fixture(autouse=True)
 def _fresh_warnings(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logging, "_told", set())
+    monkeypatch.setattr(logging, "_warned", set())
 
 
 @pytest.fixture(scope="module")
