@@ -238,7 +238,7 @@ def test_says_once_that_a_read_only_installation_without_a_home_keeps_nothing(
     """And makes no folder where the process happens to work."""
     from ddf_convert.cpu import jit_cache as compiler
 
-    notices._told.clear()
+    notices._warned.clear()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(config, "CACHE_DIR", environment.get("NUMBA_CACHE_DIR", ""))
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
@@ -260,7 +260,7 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     from ddf_convert.cpu import jit_cache as compiler
 
     monkeypatch.setattr(config, "CACHE_DIR", str(tmp_path))
-    notices._told.clear()
+    notices._warned.clear()
     cache = compiler._KernelCache(_plain)
     monkeypatch.setattr(cache._impl, "rebuild", lambda target, data: data)
     monkeypatch.setattr(cache._impl, "reduce", lambda data: data.content)

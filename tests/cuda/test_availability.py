@@ -31,7 +31,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dispatch, "_try", lambda device: None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object())
     dispatch._reasons.clear()
-    notices._told.clear()
+    notices._warned.clear()
     yield
     dispatch._reasons.clear()
 

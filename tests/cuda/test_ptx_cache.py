@@ -27,7 +27,7 @@ SM90 = (9, 0)
 @pytest.fixture
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    notices._told.clear()
+    notices._warned.clear()
     return compiler.cache_folder()
 
 
@@ -97,7 +97,7 @@ def test_without_a_folder_to_write_to(
     (tmp_path / place).parent.mkdir(exist_ok=True)
     (tmp_path / place).touch()
     monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path / "file"))
-    notices._told.clear()
+    notices._warned.clear()
     with caplog.at_level(logging.WARNING, "ddf_convert"):
         assert compiler.ptx(VARIANT, SM90) == compiler.ptx(VARIANT, SM90)
     assert len(compilations) == 2
@@ -209,7 +209,7 @@ def test_without_a_home(
     for name in ("NUMBA_CACHE_DIR", "XDG_CACHE_HOME", "LOCALAPPDATA"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(os.path, "expanduser", lambda path: path if home is None else path.replace("~", home or "."))
-    notices._told.clear()
+    notices._warned.clear()
     with caplog.at_level(logging.WARNING, "ddf_convert"):
         assert compiler.ptx(VARIANT, SM90) == compiler.ptx(VARIANT, SM90)
         compiler.ptx(FilterNormSpec("float16", False, gradient=False), SM90)
