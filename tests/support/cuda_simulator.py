@@ -280,24 +280,25 @@ def check(case: Case | Norm, layout: torch.memory_format) -> tuple[dict[str, flo
     """The errors of each result, and complaints about what each of them is."""
     errors: dict[str, float] = {}
     complaints: list[str] = []
-    for name, made, expected, dtype, keeps_layout in (_norm if isinstance(case, Norm) else _call)(case, layout):
+    for name, made, expected, dtype, kept in (_norm if isinstance(case, Norm) else _call)(case, layout):
         if made.shape != expected.shape or made.dtype != dtype:
             complaints.append(f"{name} is {tuple(made.shape)} of {made.dtype}, not {tuple(expected.shape)} of {dtype}")
-        elif keeps_layout and not made.is_contiguous(memory_format=layout):
-            complaints.append(f"{name} is not {layout}: its strides are {made.stride()}")
+        elif kept is not None and not made.is_contiguous(memory_format=kept):
+            complaints.append(f"{name} is not {kept}: its strides are {made.stride()}")
         elif made.numel():
             scale = max(1e-30, expected.abs().max().item())
             errors[name] = (made.double() - expected).abs().max().item() / scale
     return errors, complaints
 
 
-Result = tuple[str, Tensor, Tensor, torch.dtype, bool]
+# Name, result, what is expected, its dtype, and its layout if it has to have one.
+Result = tuple[str, Tensor, Tensor, torch.dtype, torch.memory_format | None]
 
 
 def _call(case: Case, layout: torch.memory_format) -> Iterator[Result]:
     from ddf_convert import reference
     from ddf_convert.cuda import dispatch
-    from ddf_convert.reference.checks import output_size
+    from ddf_convert.reference.checks import gradient_formats, memory_format, output_size
 
     dtype = getattr(torch, case.dtype)
     geometry = reference.Geometry(case.stride, case.padding, case.dilation, case.combine, case.upscale)
@@ -315,18 +316,20 @@ def _call(case: Case, layout: torch.memory_format) -> Iterator[Result]:
     normalized = exact[2] if case.scale is None else reference.filter_norm(exact[2], case.size**2, case.scale)
 
     output = dispatch.forward(input, channel, spatial, geometry, case.scale)
-    yield "output", output, reference.forward(*exact[:2], normalized, geometry), dtype, True
+    yield "output", output, reference.forward(*exact[:2], normalized, geometry), dtype, memory_format(input)
     gradients = dispatch.backward(grad, input, channel, spatial, geometry, case.needs)
     expected = reference.backward(grad.double(), *exact, geometry, case.needs)
-    for name, made, wanted in zip(("grad_input", "grad_channel", "grad_spatial"), gradients, expected, strict=True):
+    names = ("grad_input", "grad_channel", "grad_spatial")
+    for name, made, wanted, kept in zip(names, gradients, expected, gradient_formats(input), strict=True):
         assert (made is None) == (wanted is None)
         if made is not None:
-            yield name, made, wanted, dtype, name != "grad_channel"
+            yield name, made, wanted, dtype, kept
 
 
 def _norm(case: Norm, layout: torch.memory_format) -> Iterator[Result]:
     from ddf_convert import reference
     from ddf_convert.cuda import dispatch
+    from ddf_convert.reference.checks import memory_format
 
     dtype = getattr(torch, case.dtype)
     filters = torch.randn(case.shape)
@@ -334,12 +337,12 @@ def _norm(case: Norm, layout: torch.memory_format) -> Iterator[Result]:
         filters = filters[:, :1].expand(case.shape)
     filters, grad = (each.to(dtype, memory_format=layout) for each in (filters, torch.randn(case.shape)))
     made = dispatch.filter_norm(filters, case.taps, 0.7)
-    yield "normalized", made, reference.filter_norm(filters.double(), case.taps, 0.7), dtype, True
+    yield "normalized", made, reference.filter_norm(filters.double(), case.taps, 0.7), dtype, memory_format(filters)
     if case.equal:
         return  # the gradient is 1e10 times that of the result: more than halves hold
     made = dispatch.filter_norm_backward(grad, filters, case.taps, 0.7)
     exact = reference.filter_norm_backward(grad.double(), filters.double(), case.taps, 0.7)
-    yield "gradient", made, exact, dtype, True
+    yield "gradient", made, exact, dtype, memory_format(filters)
 
 
 def chosen(name: str, layout: str, part: str) -> tuple[Case | Norm, ...]:
