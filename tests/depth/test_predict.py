@@ -77,7 +77,7 @@ def files(tmp_path):
 def command(files, network, *more, output="out.png", **changed):
     given = {"rgb": files / "photo.png", "depth": files / "small.png", "checkpoint": network, **changed}
     options = [part for name, value in given.items() for part in (f"--{name}", str(value))]
-    return cli.run(["upsample", *options, "-o", str(files / output), "--device", "cpu", *more])
+    return cli.run(["depth", "predict", *options, "-o", str(files / output), "--device", "cpu", *more])
 
 
 def error(capsys):
@@ -86,7 +86,7 @@ def error(capsys):
     return said
 
 
-def test_upsample_writes_depth_and_a_picture(files, network, capsys):
+def test_predict_writes_depth_and_a_picture(files, network, capsys):
     assert command(files, network, "--truth", str(files / "truth.png"), "--factor", "4") == 0
     printed = capsys.readouterr().out
     assert re.search(r"DDF-Up-Net +40x32 +.* mm +\S+ cm", printed)
@@ -101,7 +101,7 @@ def test_upsample_writes_depth_and_a_picture(files, network, capsys):
     ]
 
 
-def test_upsample_as_json(files, network, capsys):
+def test_predict_as_json(files, network, capsys):
     truth = str(files / "truth.png")
     assert command(files, network, "--truth", truth, "--json", "--no-picture", output="out.npy") == 0
     document = json.loads(capsys.readouterr().out)
@@ -159,7 +159,7 @@ def test_mistakes_are_one_line_and_write_nothing(files, network, capsys, change,
 
 def test_a_folder_is_no_depth_map(files, network, capsys, monkeypatch):
     monkeypatch.chdir(files)
-    assert cli.run(["upsample", "--rgb", "a", "--depth", "b", "--checkpoint", str(network), "-o", "."]) == 2
+    assert cli.run(["depth", "predict", "--rgb", "a", "--depth", "b", "--checkpoint", str(network), "-o", "."]) == 2
     assert "is a folder; give a file" in error(capsys)
 
 

@@ -324,21 +324,33 @@ def test_nothing_is_written_if_the_data_do_not_fit(data, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_upsample_train_then_upsample(data, tmp_path, capsys):
+def test_train_then_predict(data, tmp_path, capsys):
     files = tmp_path
     image, truth = scene()
     Image.fromarray(image).save(files / "photo.png")
     Image.fromarray(truth[1::4, 1::4]).save(files / "small.png")
     small = ["--crop", "16", "--width", "4", "--batch-size", "2", "--steps", "2", "--device", "cpu"]
-    assert cli.run(["upsample-train", str(data), "-o", str(files / "run"), "--factor", "4", *small]) == 0
+    assert cli.run(["depth", "train", str(data), "-o", str(files / "run"), "--factor", "4", *small]) == 0
     assert "RMSE on 1 validation pairs" in capsys.readouterr().out
     photo, depth, made = (str(files / name) for name in ("photo.png", "small.png", "out.png"))
-    use = ["upsample", "--rgb", photo, "--depth", depth, "--checkpoint", str(files / "run"), "-o", made, "--no-picture"]
+    use = [
+        "depth",
+        "predict",
+        "--rgb",
+        photo,
+        "--depth",
+        depth,
+        "--checkpoint",
+        str(files / "run"),
+        "-o",
+        made,
+        "--no-picture",
+    ]
     assert cli.run(use) == 0
-    assert cli.run(["upsample-train", str(data), "-o", str(files / "run"), "--factor", "3", *small]) == 2
-    assert cli.run(["upsample-train", str(data), "-o", str(files / "b"), "--epochs", "1", *small]) == 2
+    assert cli.run(["depth", "train", str(data), "-o", str(files / "run"), "--factor", "3", *small]) == 2
+    assert cli.run(["depth", "train", str(data), "-o", str(files / "b"), "--epochs", "1", *small]) == 2
     capsys.readouterr()
-    assert cli.run(["upsample-train", str(data), "-o", str(files / "c"), "--factor", "4", *small, "--json"]) == 0
+    assert cli.run(["depth", "train", str(data), "-o", str(files / "c"), "--factor", "4", *small, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["steps"] == 2
 
 
