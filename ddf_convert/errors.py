@@ -44,7 +44,7 @@ class DDFError(Exception):
 
 
 class UsageError(DDFError, ValueError):
-    """The user asked for something that cannot be done as asked. The command line exits with 2."""
+    """The user wants something that is not possible. The command line exits with 2."""
 
     exit_code = 2
 
@@ -56,10 +56,17 @@ class ArtifactError(UsageError):
 def may_pass(error: BaseException) -> bool:
     """Whether an error, or one behind it, may pass: memory or the disk was full, or the attempt was cut off."""
     return any(
-        isinstance(each, MemoryError | InterruptedError | TimeoutError)
+        isinstance(each, InterruptedError | TimeoutError)
         or (isinstance(each, OSError) and _TRANSIENT.fullmatch(errno.errorcode.get(each.errno or 0, "")))
-        or (isinstance(each, RuntimeError) and _NO_MEMORY.search(str(each)) is not None)
+        or ran_out_of_memory(each)
         for each in error_chain(error)
+    )
+
+
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that memory ran out; on the CPU, torch raises a plain RuntimeError then."""
+    return isinstance(error, MemoryError) or (
+        isinstance(error, RuntimeError) and _NO_MEMORY.search(str(error)) is not None
     )
 
 

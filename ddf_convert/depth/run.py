@@ -182,11 +182,6 @@ class DepthLog(LogFile[DepthRow]):
     """``log.jsonl``: a row a line, as JSON."""
 
     @staticmethod
-    def header() -> str:
-        """Returns nothing: the file has no header."""
-        return ""
-
-    @staticmethod
     def line(row: DepthRow) -> str:
         """Returns a row as a line."""
         return json.dumps(row.to_dict()) + "\n"

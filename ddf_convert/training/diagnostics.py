@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -12,12 +11,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from ddf_convert.errors import DDFError, first_line
+from ddf_convert.errors import DDFError, first_line, ran_out_of_memory
 from ddf_convert.recipes.schema import Stage
 from ddf_convert.utils.capture import forward_hooks
-
-# torch's words on the CPU, where running out of memory is a plain RuntimeError.
-_NO_MEMORY = re.compile(r"can't allocate memory|not enough memory|cannot allocate memory|std::bad_alloc", re.IGNORECASE)
 
 
 def not_finite(stage: Stage, step: int, what: str, where: str, lr: float) -> DDFError:
@@ -80,10 +76,8 @@ def memory_explained(batch_size: int, accumulate: int | None = None, amp: bool =
     """
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise _no_memory(error, batch_size, accumulate, amp) from error
-    except RuntimeError as error:
-        if _NO_MEMORY.search(str(error)):
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError
+        if ran_out_of_memory(error):
             raise _no_memory(error, batch_size, accumulate, amp) from error
         if (explained := worker_death(error)) is not None:
             raise explained from error
