@@ -43,7 +43,7 @@ def limited(code: str, place: Path, **limits: int) -> subprocess.CompletedProces
     )
 
 
-def test_every_writer_says_in_a_line_that_the_disk_is_full(place):
+def test_every_writer_says_in_a_line_that_the_disk_is_full(tmp_path):
     """The limit on the size of files fails where a full disk does, with another number and another word."""
     code = """
         import resource, torch
@@ -72,7 +72,7 @@ def test_every_writer_says_in_a_line_that_the_disk_is_full(place):
             else:
                 print("written")
     """
-    ran = limited(code, place)
+    ran = limited(code, tmp_path)
     assert ran.returncode == 0, ran.stderr
     lines = ran.stdout.splitlines()
     assert len(lines) == 6
@@ -80,7 +80,7 @@ def test_every_writer_says_in_a_line_that_the_disk_is_full(place):
         assert line.startswith("DDFError 0 "), line
         assert name in line
         assert "File too large" in line
-    left = [str(path) for path in place.rglob("*") if path.name.startswith(".saving") or path.name == "page.html"]
+    left = [str(path) for path in tmp_path.rglob("*") if path.name.startswith(".saving") or path.name == "page.html"]
     assert left == []
 
 
@@ -96,7 +96,7 @@ def test_a_full_disk_in_safetensors_words(tmp_path, monkeypatch, errno):
     assert os.listdir(tmp_path) == []
 
 
-def test_a_full_disk_behind_stdout(place):
+def test_a_full_disk_behind_stdout(tmp_path):
     ran = subprocess.run(
         f"{sys.executable} -m ddf_convert inspect resnet10t --input-size 3 64 64 --json > /dev/full",
         shell=True,

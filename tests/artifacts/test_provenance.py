@@ -1,4 +1,4 @@
-"""What is saved as timm's is the same network, or it is saved as the user's own and the user is told why."""
+"""What is saved as timm's is the same network, or it is saved as the user's own and a warning says why."""
 
 import copy
 import functools
@@ -36,7 +36,7 @@ def unconverted(model):
 
 
 @pytest.fixture
-def told(caplog, monkeypatch):
+def warned(caplog, monkeypatch):
     """What the package says, again even if it was said before."""
     monkeypatch.setattr(notices, "_warned", set())
     caplog.set_level(logging.WARNING, logger="ddf_convert")
@@ -166,14 +166,14 @@ EDITS = {
 
 
 @pytest.mark.parametrize("edit", EDITS)
-def test_a_changed_network_is_the_users_own_and_save_says_why(edit, tmp_path, told):
+def test_a_changed_network_is_the_users_own_and_save_says_why(edit, tmp_path, warned):
     change, reason = EDITS[edit]
     model = built()
     model = change(model) or model
     manifest = save(model, tmp_path / "out")
     assert isinstance(manifest.source, OwnSource)
     assert read_manifest(tmp_path / "out").source == manifest.source
-    (record,) = told.records
+    (record,) = warned.records
     with pytest.raises(ArtifactError) as at_load:
         load(tmp_path / "out")
     with pytest.raises(UsageError) as asked:
@@ -200,33 +200,33 @@ HARMLESS = {
 
 
 @pytest.mark.parametrize("edit", HARMLESS)
-def test_what_leaves_the_function_as_it_is_leaves_it_timms(edit, tmp_path, told):
+def test_what_leaves_the_function_as_it_is_leaves_it_timms(edit, tmp_path, warned):
     model = built()
     HARMLESS[edit](model)
     assert save(model, tmp_path / "out").source == TimmSource(SMALL)
-    assert not told.records
+    assert not warned.records
 
 
-def test_models_of_ones_own_are_saved_without_a_word(tmp_path, told):
+def test_models_of_ones_own_are_saved_without_a_word(tmp_path, warned):
     save(nn.Sequential(built()), tmp_path / "out")
-    assert not told.records
+    assert not warned.records
     with pytest.raises(ArtifactError, match=r"holds a model of your own \(\S*Sequential\), which only you can build"):
         load(tmp_path / "out")
 
 
-def test_the_same_reason_is_said_once_in_a_training_run(tmp_path, told):
+def test_the_same_reason_is_said_once_in_a_training_run(tmp_path, warned):
     model = built()
     model.bn1.eps = 0.1
     for name in ("best", "last", "best"):
         save(model, tmp_path / name)
-    assert len(told.records) == 1
+    assert len(warned.records) == 1
 
 
-def test_a_graph_of_timms_model(tmp_path, told):
+def test_a_graph_of_timms_model(tmp_path, warned):
     """As a GraphModule it is another thing than timm builds; and can be restored from what timm builds."""
     graph = convert(timm.create_model(SMALL), example_input=IMAGE, as_graph=True).eval()
     assert isinstance(save(graph, tmp_path / "out").source, OwnSource)
-    assert len(told.records) == 1
+    assert len(warned.records) == 1
     image = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(restore(timm.create_model(SMALL), tmp_path / "out").eval()(image), graph(image))
 

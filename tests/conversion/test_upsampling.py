@@ -505,21 +505,6 @@ def test_artifacts_hold_upsampling(name, tmp_path):
         ddf.restore(fresh, tmp_path / "a")  # converted already
 
 
-def test_folders_of_the_second_format_are_read(tmp_path):
-    model = net.around(net.conv(32, 32))
-    converted = convert(model, example_input=IMAGE)
-    ddf.save(converted, tmp_path / "a")
-    file = tmp_path / "a" / "manifest.json"
-    manifest = json.loads(file.read_text())
-    manifest["format_version"] = 2
-    del manifest["conversion"]["configs"][0]["upsample"]
-    for step in manifest["conversion"]["replaced"]:
-        del step["removed"], step["apart"], step["replacement"]["interpolation"]
-    file.write_text(json.dumps(manifest))
-    image = torch.randn(IMAGE.shape)  # whose own values are whatever the memory held, NaN among them
-    assert torch.equal(ddf.restore(copy.deepcopy(model), tmp_path / "a")(image), converted(image))
-
-
 def test_a_restored_model_must_have_what_was_replaced(tmp_path):
     ddf.save(preserved(net.Up(bilinear()))[0], tmp_path / "a")
     with pytest.raises(ArtifactError, match=r"up \(bilinear 4x\) has scale_factor 4.0, where the record has 2"):

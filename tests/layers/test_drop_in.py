@@ -6,9 +6,7 @@ from types import MethodType
 
 import pytest
 import torch
-from safetensors.torch import load_file
 from support import networks as net
-from support.paths import DATA
 from torch import nn
 
 import ddf_convert as ddf
@@ -17,7 +15,6 @@ from ddf_convert.errors import UsageError
 from ddf_convert.layers import DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d
 from ddf_convert.layers.branches import ChannelBranch, narrow_squeeze_width, squeeze_width
 
-FORMAT_4 = DATA / "format4"
 IMAGE = torch.randn(1, 32, 12, 12, generator=torch.Generator().manual_seed(0))
 CONV = (
     "in_channels",
@@ -316,29 +313,3 @@ def test_transposed_convolutions_without_a_batch() -> None:
     converted = ddf.convert(model, example_input=IMAGE[0], upsample=True)
     assert isinstance(converted[0], DDFUpConv2d)
     assert converted(IMAGE[0]).shape == model(IMAGE[0]).shape
-
-
-class Narrow(nn.Module):
-    """The model of ``data/format4``, which was saved before squeezes were at least four wide."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(8, 8, 3, padding=1)
-        self.up = nn.ConvTranspose2d(8, 6, 4, 2, 1)
-        self.resize = nn.Upsample(scale_factor=2)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.resize(self.up(self.conv(x)))
-
-
-def test_artifacts_from_before_are_restored_and_saved_with_their_squeezes(tmp_path) -> None:
-    expected = load_file(FORMAT_4 / "expected.safetensors")
-    for folder in (FORMAT_4, tmp_path / "again"):
-        model = ddf.restore(Narrow(), folder).eval()
-        assert model.conv.ddf.channel_branch.squeeze.out_channels == 1
-        output = model(expected["input"])
-        # Three layers of sums over at most 9 taps, 8 channels and two normalizations, in another order elsewhere.
-        bound = 200 * torch.finfo(torch.float32).eps * expected["output"].abs().max()
-        assert (output - expected["output"]).abs().max() <= bound
-        if folder == FORMAT_4:
-            ddf.save(model, tmp_path / "again")
