@@ -91,7 +91,7 @@ def prepare(folder: Path) -> None:
     options |= {"--width": 4, "--crop": 16}
     with contextlib.redirect_stdout(io.StringIO()):
         words = (str(word) for pair in options.items() for word in pair)
-        assert cli.run(["upsample-train", str(folder / "pairs"), *words]) == 0
+        assert cli.run(["depth", "train", str(folder / "pairs"), *words]) == 0
     lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x]"]
     lines += [f"a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, 9)]
     (folder / "bomb.yaml").write_text("\n".join(lines))

@@ -44,7 +44,7 @@ class DDFError(Exception):
 
 
 class UsageError(DDFError, ValueError):
-    """The user asked for something that cannot be done as asked. The command line exits with 2."""
+    """The user wants something that is not possible. The command line exits with 2."""
 
     exit_code = 2
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from enum import Enum
 from functools import cache
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Literal, get_args, get_origin
 
 import typer.main
 
@@ -24,16 +24,18 @@ _FITS: dict[str, Sequence[str]] = {
     "model": ("test_resnet", "test_efficientnet"), "inspect model": ("artifact", "test_resnet"),
     "export model": ("artifact",), "visualize model": ("artifact",), "evaluate model": ("artifact",),
     "finetune model": (), "own_model": (), "folder": ("artifact",),
-    "data": ("images",), "val_data": ("images",), "upsample-train data": ("pairs",), "rgb": ("pairs/rgb/0.png",),
+    "data": ("images",), "val_data": ("images",), "depth train data": ("pairs",), "rgb": ("pairs/rgb/0.png",),
     "depth": ("pairs/small.png",), "truth": ("pairs/depth/0.png",), "images": ("images/train/one/0.png",),
-    "convert images": (), "checkpoint": (), "convert checkpoint": ("weights.pt",), "upsample checkpoint": ("network",),
-    "teacher_checkpoint": (), "recipe": ("paper", "preserve", "quick"), "upsample-train recipe": ("depth-upsample",),
+    "convert images": (), "checkpoint": (), "convert checkpoint": ("weights.pt",),
+    "depth predict checkpoint": ("network",),
+    "teacher_checkpoint": (), "recipe": ("paper", "preserve", "quick"), "depth train recipe": ("depth-upsample",),
     "name": ("paper", "distill", "depth-upsample"), "include": ("layer1.*", "*"), "exclude": ("layer1.0.*", "*.conv1"),
     "layer": ("layer1.*",), "tap": ("1 1",), "filter": ("ddf", "condconv", "spatial"), "filter_options": (),
     "device": ("cpu",), "input_size": ("3 32 32",), "target_macs": ("2.5G", "1M"), "target_params": ("1M",),
     "se_ratio": ("0.5",), "unit": ("mm",), "factor": ("2", "4"), "kernel_size": ("3", "5"), "resolution": ("7",),
     "num_classes": ("2",), "crop": ("16",), "opset": ("18", "20"), "output": ("out/result",),
-    "export output": ("out/result.onnx", "out/result.pt2"), "upsample output": ("out/result.png", "out/result.npy"),
+    "export output": ("out/result.onnx", "out/result.pt2"),
+    "depth predict output": ("out/result.png", "out/result.npy"),
     "html": ("out/page.html",), "json_file": ("out/result.json",), "plot": ("out/plot.png",),
 }  # fmt: skip
 _WRITES = ("output", "html", "json_file", "plot")
@@ -50,7 +52,7 @@ _LIMITS = {
     "evaluate": {"--workers": "0"},
     "export": {"--static": ""},
     "finetune": {"--steps": "1", "--batch-size": "2", "--workers": "0"},
-    "upsample-train": {"--steps": "1", "--batch-size": "1", "--width": "4", "--crop": "16"},
+    "depth": {"--steps": "1", "--batch-size": "1", "--width": "4", "--crop": "16"},
 }
 _NEVER = ("compiled", "epochs", "pretrained", "only_faster", "measure")
 
@@ -65,7 +67,7 @@ def commands() -> dict[tuple[str, ...], Any]:
             return {words: command}
         found: dict[tuple[str, ...], Any] = {}
         for name, child in children.items():
-            found |= walk(child, (*words, name))
+            found |= {} if child.hidden else walk(child, (*words, name))
         return found
 
     return walk(typer.main.get_command(app), ())
@@ -84,7 +86,7 @@ def command_line(rng: random.Random, good: Path) -> tuple[tuple[str, ...], list[
     share = 0.25 if wild else 2 / len(parameters)
     for parameter in parameters:
         option = parameter.param_type_name == "option"
-        fits = _FITS.get(f"{words[0]} {parameter.name}", _FITS.get(parameter.name))
+        fits = _FITS.get(f"{' '.join(words)} {parameter.name}", _FITS.get(parameter.name))
         if (parameter.name in _NEVER or fits == ()) and not (wild and rng.random() < 0.1):
             continue
         if rng.random() >= (share if option and not parameter.required else 0.9 if wild else 1):
@@ -105,6 +107,7 @@ def command_line(rng: random.Random, good: Path) -> tuple[tuple[str, ...], list[
 def _values(parameter: Any, fits: Sequence[str] | None, rng: random.Random, good: Path, wild: bool) -> list[str]:
     """What a parameter gets: what fits, unless anything goes."""
     kind = parameter.type_descriptor.annotation
+    choices = get_args(kind) if get_origin(kind) is Literal else ()
     kind = next(iter(get_args(kind)), kind)  # of lists, what is in them
     if wild and rng.random() < 0.5:  # but what is given to read must not be asked to be written
         files = [] if parameter.name in _WRITES else [str(path) for path in sorted(good.iterdir())]
@@ -114,6 +117,8 @@ def _values(parameter: Any, fits: Sequence[str] | None, rng: random.Random, good
         return [str(good / value)] if (good / value).exists() else value.split()
     if isinstance(kind, type) and issubclass(kind, Enum):
         return [str(rng.choice(list(kind)).value)]
+    if choices:
+        return [rng.choice(choices)]
     if kind is int:
         return [rng.choice(("1", "2", "3"))]
     return [rng.choice(("0.5", "1.0", "1e-3")) if kind is float else rng.choice(_JUNK)]

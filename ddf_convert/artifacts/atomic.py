@@ -46,12 +46,7 @@ FilesOf = Callable[[dict[str, Any]], Mapping[str, Any] | None]
 
 
 def write_file(file: Path, content: str | bytes) -> None:
-    """Writes a file atomically and durably; text is UTF-8.
-
-    Raises:
-        UsageError: The file cannot be written.
-        DDFError: Writing failed, for instance because the disk is full.
-    """
+    """Writes a file atomically and durably, text as UTF-8; raises UsageError, or DDFError if the disk is full."""
     remove_leftovers(file.parent)
     try:
         with temporary_path(file.parent) as part:
@@ -78,11 +73,7 @@ def write_tensors(tensors: Mapping[str, Tensor], file: Path) -> None:
 
 
 def read_json(file: Path) -> Any:
-    """Returns the content of a JSON file.
-
-    Raises:
-        ArtifactError: The file cannot be read, is too large, or is not JSON.
-    """
+    """Returns the content of a JSON file; raises ArtifactError if it cannot be read, or is damaged."""
     try:
         with file.open("rb") as opened:
             text = opened.read(_MAX_JSON_BYTES + 1)
@@ -122,10 +113,7 @@ def is_full(error: OSError) -> bool:
 
 @contextmanager
 def temporary_path(parent: Path, folder: bool = False) -> Iterator[Path]:
-    """Makes a temporary file or folder in ``parent``, and removes it at the end unless it was moved away.
-
-    It is locked meanwhile, so that :func:`remove_leftovers` recognizes what killed processes left.
-    """
+    """Makes a file or folder in ``parent``, removed at the end unless moved; a lock keeps other processes from it."""
     path, lock = _make_locked(parent, folder)
     try:
         yield path
@@ -227,16 +215,12 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Gives an empty folder to write files into, the manifest among them, and at the end moves them to ``path`` as one.
 
-    If the body fails nothing has changed. Files that only the manifest before named are removed.
+    If the body fails nothing has changed. Files that only the previous manifest names are removed.
 
     Args:
         path: The folder.
         names: Names of the files that will be written beside the manifest.
         files_of: Reads the file records of a manifest. None: everything in the folder may be replaced.
-
-    Raises:
-        ArtifactError: The path is a file, cannot be written, or holds the user's files under these names.
-        DDFError: Writing failed, for instance because the disk is full.
     """
     folder = Path(path)
     check_writable(folder)
@@ -271,28 +255,12 @@ def atomic_folder(
 
 
 def locate_files(folder: Path, records: Mapping[str, FileRecord]) -> dict[str, Path]:
-    """Returns the paths of the files that a manifest names, after finishing a commit that was interrupted.
-
-    Raises:
-        ArtifactError: A file is missing, truncated or damaged.
-    """
+    """Returns the paths of the files in a manifest, after finishing an interrupted commit; checks their hashes."""
     return {name: _locate(folder, name, record) for name, record in records.items()}
 
 
 def check_replaceable(path: str | os.PathLike[str], names: Iterable[str], files_of: FilesOf) -> dict[str, FileRecord]:
-    """Checks that writing these files to a folder replaces only files that its manifest accounts for.
-
-    Args:
-        path: The folder; it need not exist.
-        names: Names of the files beside the manifest.
-        files_of: Reads the file records of a manifest.
-
-    Returns:
-        The file records of the manifest that is there.
-
-    Raises:
-        ArtifactError: Something else is in the way; the message names it.
-    """
+    """Checks that writing these files replaces only what the folder's manifest accounts for; returns its records."""
     folder = Path(path)
     records = _read_records(folder, files_of)
     for name in names:
@@ -313,11 +281,7 @@ def check_replaceable(path: str | os.PathLike[str], names: Iterable[str], files_
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:
-    """Checks that a folder can be written at a path; leaves nothing behind.
-
-    Raises:
-        ArtifactError: The path is a file, or cannot be made or written.
-    """
+    """Raises ArtifactError if no folder can be written at a path; leaves nothing behind."""
     folder = Path(path)
     existing = folder
     try:

@@ -76,15 +76,7 @@ class Header:
 
 
 def read_header(weights: Path, shared: Mapping[str, str]) -> Header:
-    """Reads the header of a safetensors file; safetensors checks it against the file's size.
-
-    Args:
-        weights: The file.
-        shared: Further names of tensors: name to the name in the file.
-
-    Raises:
-        ArtifactError: The file is damaged, or lacks a tensor that is shared.
-    """
+    """Reads the header of a safetensors file; ``shared`` maps further names of tensors to the names in the file."""
     try:
         with safetensors.safe_open(weights, framework="pt") as file:
             slices = {name: file.get_slice(name) for name in file.keys()}  # noqa: SIM118
@@ -110,14 +102,9 @@ def check_arguments(arguments: Mapping[str, Any], header: Header) -> None:
 
 @contextmanager
 def limit_construction(header: Header, model: nn.Module | None = None) -> Iterator[None]:
-    """Limits the modules that this thread builds in the body, in number and size.
+    """Raises UsageError as soon as this thread builds too many or too large modules in the body.
 
-    Args:
-        header: The header of the weights.
-        model: A model that exists already, whose parts may be built again.
-
-    Raises:
-        UsageError: In the body, as soon as too much is built.
+    The limits follow from the header of the weights, and from a model that exists already and may be built again.
     """
     existing = list(model.state_dict().values()) if model is not None else []
     tensors = [each for each in existing if isinstance(each, Tensor)]

@@ -31,15 +31,8 @@ def locked(path: str | os.PathLike[str], option: str = "-o") -> Iterator[None]:
     """Holds the lock of a folder.
 
     A folder that does not exist is made, and removed at the end if it is empty. Where the file system has no locks, a
-    warning says so once, and no lock is held.
-
-    Args:
-        path: The folder.
-        option: The command-line option that names it, for the error.
-
-    Raises:
-        InUseError: Another process holds the lock; the message names that process.
-        ArtifactError: The folder cannot be written.
+    warning says so once, and no lock is held. If another process holds the lock, InUseError names that process, and the
+    ``option`` that chooses another folder.
     """
     folder = Path(path)
     check_writable(folder)

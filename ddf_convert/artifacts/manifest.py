@@ -66,11 +66,7 @@ class Manifest(BaseModel):
 
 
 def read_manifest(path: str | os.PathLike[str]) -> Manifest:
-    """Returns the manifest of a folder, in today's terms; the weights are not looked at.
-
-    Raises:
-        ArtifactError: The folder is not an artifact, is damaged, or was written by a newer ddf_convert.
-    """
+    """Returns the manifest of a folder, migrated from older formats; raises ArtifactError if there is none."""
     folder = Path(path)
     file = folder / MANIFEST
     if not folder.is_dir():

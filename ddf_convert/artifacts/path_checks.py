@@ -12,16 +12,7 @@ from ddf_convert.errors import UsageError
 
 
 def check_file(option: str, file: Path, beside: Path | None = None) -> None:
-    """Checks that a file can be written.
-
-    Args:
-        option: The command-line option, for the error.
-        file: The file to write.
-        beside: A folder that will exist by then.
-
-    Raises:
-        UsageError: It is a folder or a device, or its folder does not exist or cannot be written.
-    """
+    """Raises UsageError if a file cannot be written; the folder ``beside`` will exist by then."""
     try:
         os.lstat(file)
     except FileNotFoundError:
@@ -44,18 +35,7 @@ def check_file(option: str, file: Path, beside: Path | None = None) -> None:
 def check_output(
     option: str, file: Path, overwrite: bool, inputs: Iterable[Path] = (), beside: Path | None = None
 ) -> None:
-    """Checks that a file can be written, and replaces nothing that the user did not allow to be replaced.
-
-    Args:
-        option: The command-line option, for the error.
-        file: The file to write.
-        overwrite: Whether files may be replaced.
-        inputs: Files and folders that the command reads; they are never replaced.
-        beside: A folder that will exist by then.
-
-    Raises:
-        UsageError: The file exists, is an input, or cannot be written.
-    """
+    """Raises UsageError if a file cannot be written, exists without ``overwrite``, or is, or lies in, an input."""
     check_file(option, file, beside)
     check_not_input(f"{option} {file}", file, inputs)
     if os.path.lexists(file) and not overwrite:
@@ -63,23 +43,14 @@ def check_output(
 
 
 def check_not_input(what: str, file: Path, inputs: Iterable[Path]) -> None:
-    """Checks that a file to write is not one of the inputs, by any name, and does not lie in one of them.
-
-    Args:
-        what: How the error calls the file.
-        file: The file to write.
-        inputs: Files and folders that the command reads.
-
-    Raises:
-        UsageError: It is an input.
-    """
+    """Raises UsageError if a file to write is one of the inputs, by any name, or lies in one of them."""
     for read in inputs:
         if os.path.lexists(file) and _is_or_lies_in(file, read):
             raise UsageError(f"{what}: would replace what is read from {read}; give another name")
 
 
 def check_distinct(outputs: Iterable[tuple[str, Path | None]]) -> None:
-    """Checks that the files of different options are different files; raises UsageError if not."""
+    """Raises UsageError if two options name the same file."""
     seen: dict[Path, str] = {}
     for option, file in outputs:
         if file is not None and (other := seen.setdefault(file.resolve(), option)) != option:
@@ -87,15 +58,7 @@ def check_distinct(outputs: Iterable[tuple[str, Path | None]]) -> None:
 
 
 def check_readable(what: str, file: Path) -> None:
-    """Checks that a path is a regular file that can be read.
-
-    Args:
-        what: How the error calls the file.
-        file: The file to read.
-
-    Raises:
-        UsageError: It does not exist, is no regular file, or may not be read.
-    """
+    """Raises UsageError if a path is no regular file that can be read."""
     if not file.is_file():
         problem = (
             "is a folder, not a file" if file.is_dir() else "is no regular file" if file.exists() else "no such file"

@@ -149,11 +149,7 @@ def find_source(
 
 
 def build_source(source: TimmSource, device: str) -> nn.Module:
-    """Builds a fresh model; nothing is downloaded or read, and torch's random state stays unchanged.
-
-    Raises:
-        UsageError: timm has no such model, or cannot build it with these arguments.
-    """
+    """Builds a fresh model; nothing is downloaded or read, and torch's random state stays unchanged."""
     if not timm.is_model(source.name):
         raise UsageError(f"timm {timm.__version__} has no model {source.name!r}")
     reading = [name for name in source.kwargs if name in FILE_ARGUMENTS]
@@ -164,15 +160,9 @@ def build_source(source: TimmSource, device: str) -> nn.Module:
 
 
 def build_timm_model(name: str, kwargs: Mapping[str, Any], device: str) -> nn.Module:
-    """Calls ``timm.create_model`` without pretrained weights.
+    """Calls ``timm.create_model`` without pretrained weights; raises UsageError if that fails.
 
-    Args:
-        name: timm's model name.
-        kwargs: Further arguments.
-        device: "meta" falls back to the CPU: some models look at values while they are built.
-
-    Raises:
-        UsageError: timm cannot build it with these arguments.
+    The device "meta" falls back to the CPU: some models look at values while they are built.
     """
     try:
         with torch.device(device):

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import timm
+import torch
 from torch import nn
 
 from ddf_convert.artifacts import artifact
@@ -43,6 +44,21 @@ class OpenedModel:
     example_input: ExampleInput | None = None
     source: TimmSource | None = None
 
+    def make_example(self, input_size: tuple[int, int, int] | None = None, real: bool = False) -> ExampleInput:
+        """Returns the example input: the callable's unless a size (C, H, W) is given, or one image.
+
+        The image is on the meta device, or has random values in the dtype of the model if ``real``.
+        """
+        if input_size is None and self.example_input is not None:
+            return self.example_input
+        size = input_size or self.input_size
+        if min(size) < 1:
+            raise UsageError(f"--input-size {' '.join(map(str, size))}: every number must be at least 1")
+        if not real:
+            return torch.empty(1, *size, device="meta")
+        first = next((each for each in self.model.parameters() if each.is_floating_point()), torch.empty(0))
+        return torch.randn(1, *size, generator=torch.Generator().manual_seed(0)).to(first.dtype)
+
 
 def open_model(
     name: str, weights: bool = False, pretrained: bool = False, arguments: Mapping[str, Any] | None = None
@@ -55,11 +71,6 @@ def open_model(
         weights: Whether weights are needed; if not, timm models are built on the meta device where possible.
         pretrained: Download timm's weights.
         arguments: Further arguments of ``timm.create_model``, of types that JSON has.
-
-    Raises:
-        UsageError: There is no such model, it cannot be built, or it is not timm's and arguments were given.
-        ArtifactError: The folder is not a whole artifact.
-        DDFError: The weights could not be downloaded.
     """
     if arguments and (":" in name or os.sep in name or Path(name, "manifest.json").exists()):
         raise UsageError(
@@ -102,12 +113,7 @@ class ConvertedFolder:
     callable: str | None = None
 
     def load(self) -> nn.Module:
-        """Loads the converted model, on the CPU.
-
-        Raises:
-            UsageError: The model is the user's own, and no callable was given, or that fails.
-            ArtifactError: The folder is not a whole artifact, or holds another model.
-        """
+        """Loads the converted model, on the CPU."""
         manifest = artifact.read_manifest(self.folder)
         if self.callable is not None:
             return artifact.restore(self._build(self.callable), self.folder)
@@ -119,18 +125,7 @@ class ConvertedFolder:
         return artifact.load(self.folder)
 
     def load_original(self, checkpoint: Path | None = None) -> nn.Module | None:
-        """Loads the model before conversion, in evaluation mode.
-
-        Args:
-            checkpoint: Its weights, instead of those that the folder stores.
-
-        Returns:
-            The model; None if there are no weights.
-
-        Raises:
-            UsageError: The checkpoint does not fit.
-            ArtifactError: The folder is not a whole artifact, or holds another model.
-        """
+        """Loads the model before conversion, with the weights of a checkpoint or those in the folder, if any."""
         manifest = artifact.read_manifest(self.folder)
         if checkpoint is None:
             if manifest.original is None:

@@ -18,15 +18,7 @@ _MAX_NAME = 80  # characters of a name in an error
 
 
 def state_shapes(module: nn.Module, extra_states: bool = True) -> dict[str, tuple[int, ...]]:
-    """Returns names and shapes of a module's state dict.
-
-    Args:
-        module: Any module.
-        extra_states: Whether to include extra states, which then have to be tensors.
-
-    Raises:
-        UsageError: The state holds something besides tensors.
-    """
+    """Returns names and shapes of a module's state dict, extra states (which have to be tensors) included if wanted."""
     copied, left_out = meta_copy(module), set[str]()
     if not extra_states:
         left_out = extra_state_names(copied)

@@ -7,14 +7,14 @@ import re
 from pathlib import Path
 
 _REGISTERED = re.compile(r"^@register_model\s+def (\w+)", re.MULTILINE)
+_QUOTED = re.compile(r'"([\w-]+)"')
 
-# What is registered once torch is imported; tests compare both with the registries.
-FILTERS = ("ddf", "spatial", "channel", "depthwise", "condconv", "dw-condconv", "dw-weightnet")
+# timm's registry has them once torch is imported; a test compares the two.
 DDF_RESNETS = tuple(f"ddf_{combine}_resnet{depth}" for combine in ("add", "mul") for depth in (18, 50, 101, 152))
 
 
 def timm_names(incomplete: str) -> list[str]:
-    """The model names that begin so, read from timm's source: importing timm takes seconds. DDF-ResNets are among them.
+    """Returns the model names with a prefix, DDF-ResNets among them; read from timm's source, which imports in seconds.
 
     Folders are left to the shell.
     """
@@ -26,11 +26,14 @@ def timm_names(incomplete: str) -> list[str]:
 
 
 def recipe_names(incomplete: str) -> list[str]:
-    """The built-in recipes whose names begin so."""
+    """Returns the built-in recipes with a prefix."""
     files = Path(__file__).parents[1].joinpath("recipes", "builtin").glob("*.yaml")
     return sorted(file.stem for file in files if file.stem.startswith(incomplete))
 
 
 def filter_names(incomplete: str) -> list[str]:
-    """The built-in filters whose names begin so."""
-    return [name for name in FILTERS if name.startswith(incomplete)]
+    """Returns the built-in filters with a prefix: those that the description of ``ConvertConfig.filter`` quotes."""
+    from ddf_convert.conversion.config import ConvertConfig
+
+    names = _QUOTED.findall(ConvertConfig.model_fields["filter"].description or "")
+    return [name for name in names if name.startswith(incomplete)]

@@ -11,19 +11,18 @@ from rich.markup import escape
 from ddf_convert.artifacts.path_checks import check_distinct, check_not_input, check_output, check_readable
 from ddf_convert.commands.console import busy, out, print_file, print_json
 from ddf_convert.commands.options import (
+    ARTIFACT_FILES,
     AsJson,
     Conversion,
-    Debug,
+    ConversionOptions,
     Device,
-    InChans,
     InputSize,
     Model,
-    ModelKwargs,
-    NumClasses,
     Overwrite,
+    TimmArguments,
+    plain_option,
     read_by,
-    takes_conversion,
-    timm_arguments,
+    with_shared_options,
 )
 from ddf_convert.errors import UsageError
 from ddf_convert.utils.logging import warn
@@ -34,34 +33,28 @@ if TYPE_CHECKING:
     from ddf_convert.artifacts.source import OpenedModel
     from ddf_convert.conversion import Plan
     from ddf_convert.recipes import Initialized
-    from ddf_convert.utils.example_input import ExampleInput
 
-FILES = ("manifest.json", "model.safetensors", "original.safetensors", "report.json")  # of what convert writes
-Everything = Annotated[bool, typer.Option("--all", help="List every convolution.")]
-Html = Annotated[Path | None, typer.Option(metavar="FILE", help="Also write an HTML page.", show_default=False)]
+ListAll = Annotated[bool, typer.Option("--all", help="List every convolution.")]
+Html = Annotated[Path | None, plain_option("Also write an HTML page.", metavar="FILE")]
 
 
-@takes_conversion
+@with_shared_options
 def inspect(
     model: Model,
     input_size: InputSize = None,
-    num_classes: NumClasses = None,
-    in_chans: InChans = None,
-    model_kwargs: ModelKwargs = None,
     *,
+    arguments: TimmArguments,
     conversion: Conversion,
     measure: Annotated[
         bool, typer.Option("--measure", help="Time the model and every convolution, before and after.")
     ] = False,
     device: Device = None,
-    everything: Everything = False,
+    list_all: ListAll = False,
     as_json: AsJson = False,
     html: Html = None,
     overwrite: Overwrite = False,
-    debug: Debug = False,
 ) -> None:
     """Show what converting a model would replace and save. Changes nothing, downloads nothing."""
-    arguments = timm_arguments(num_classes, in_chans, model_kwargs)
     if html:
         check_output("--html", html, overwrite, read_by(model, conversion.recipe_file))
     with busy(f"{'Timing' if measure else 'Looking at'} {model}"):
@@ -70,46 +63,39 @@ def inspect(
 
         where = choose(device) if measure or device or conversion.config["only_faster"] else None
         opened = open_model(model, arguments=arguments)
-        plan = planned(opened, input_size, conversion, where)
-    _present(plan, opened.name, as_json, html, everything)
+        plan = make_plan(opened, input_size, conversion, where)
+    _present(plan, opened.name, as_json, html, list_all)
 
 
-@takes_conversion
+@with_shared_options
 def convert(
     model: Model,
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder to write.", show_default=False)],
+    output: Annotated[Path, plain_option("Folder to write.", "--output", "-o", metavar="DIR")],
     input_size: InputSize = None,
-    num_classes: NumClasses = None,
-    in_chans: InChans = None,
-    model_kwargs: ModelKwargs = None,
+    *,
+    arguments: TimmArguments,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Start from timm's weights (a download).")] = False,
-    checkpoint: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="Start from these weights.", show_default=False)
-    ] = None,
+    checkpoint: Annotated[Path | None, plain_option("Start from these weights.", metavar="FILE")] = None,
     images: Annotated[
         str | None,
-        typer.Option(
+        plain_option(
+            "Images, labelled or not, for recipes that calibrate: a folder, a timm dataset, or module:callable.",
             metavar="DATA",
-            help="Images, labelled or not, for recipes that calibrate: a folder, a timm dataset, or module:callable.",
-            show_default=False,
         ),
     ] = None,
     device: Annotated[
         str | None, typer.Option(metavar="NAME", help="Where to calibrate.", show_default="the GPU if there is one")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Of the new layers' weights.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the new layers' weights.")] = 0,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Replace the converted model in DIR, and FILE.")
     ] = False,
-    *,
     conversion: Conversion,
-    everything: Everything = False,
+    list_all: ListAll = False,
     as_json: AsJson = False,
     html: Html = None,
-    debug: Debug = False,
 ) -> None:
     """Convert a model and save it: DIR/manifest.json, DIR/model.safetensors, DIR/report.json."""
-    arguments = timm_arguments(num_classes, in_chans, model_kwargs)
     if pretrained and checkpoint:
         raise UsageError("--pretrained and --checkpoint exclude each other: give one")
     if checkpoint:
@@ -117,7 +103,7 @@ def convert(
     reads = read_by(model, checkpoint, conversion.recipe_file, images)
     if html:
         check_output("--html", html, overwrite, reads, beside=output)
-        check_distinct([("--html", html), *(("--output", output / name) for name in FILES)])
+        check_distinct([("--html", html), *(("--output", output / name) for name in ARTIFACT_FILES)])
     recipe = conversion.recipe
     chosen = conversion.config["filter"]
     if recipe and recipe.initialize_with.method != "paper" and chosen != "ddf":
@@ -135,7 +121,7 @@ def convert(
     with busy(f"{'Downloading the weights of' if pretrained else 'Opening'} {model}") as say:
         from ddf_convert.artifacts import artifact
 
-        for name in FILES:
+        for name in ARTIFACT_FILES:
             check_not_input(f"--output {output}: {name}", output / name, reads)
         artifact.check_free(output, original=recipe is not None and recipe.needs_teacher)
         if (output / "manifest.json").exists() and not overwrite:
@@ -157,9 +143,8 @@ def convert(
             say(f"Reading {checkpoint}")
             artifact.load_checkpoint(opened.model, checkpoint)
         say(f"Looking at {model}")
-        plan = planned(opened, input_size, conversion)
-        if not plan.replaced:
-            raise UsageError(f"nothing to convert in {model}: `ddf-convert inspect {model}` says why")
+        plan = make_plan(opened, input_size, conversion)
+        check_replaces(plan, model)
         say(f"Replacing {len(plan.replaced)} layers")
         keeps = recipe is not None and (recipe.needs_teacher or recipe.initialize_with.method != "paper")
         converted = apply(opened.model, plan, inplace=not plan.functional and not keeps)
@@ -176,47 +161,26 @@ def convert(
         say(f"Saving {output}")
         original = opened.model if recipe and recipe.needs_teacher else None
         manifest = artifact.save(converted, output, opened.source, report=document, original=original)
-    _present(plan, opened.name, as_json, html, everything, document, done)
+    _present(plan, opened.name, as_json, html, list_all, document, done)
     if not as_json:
-        _saved(
+        _print_saved(
             output, f"load({str(output)!r})" if manifest.source.kind == "timm" else f"restore(model, {str(output)!r})"
         )
 
 
-def planned(
+def make_plan(
     opened: OpenedModel,
     input_size: tuple[int, int, int] | None,
-    conversion: Conversion,
+    conversion: ConversionOptions,
     measure: torch.device | None = None,
 ) -> Plan:
-    """The plan of an opened model, as the options of a command want it.
-
-    Args:
-        opened: The model.
-        input_size: (C, H, W); None is the model's own.
-        conversion: The options.
-        measure: Where to time it, if anywhere.
-
-    Raises:
-        UsageError: As for ``ddf_convert.plan``; or a size of 0.
-    """
-    import torch
-
+    """Plans the conversion of an opened model; times it if a device to measure on is given."""
     from ddf_convert.conversion import plan
 
-    config = conversion.config
-    example: ExampleInput
-    if input_size is None and opened.example_input is not None:
-        example = opened.example_input
-    else:
-        size = input_size or opened.input_size
-        if min(size) < 1:
-            raise UsageError(f"--input-size {' '.join(map(str, size))}: every number must be at least 1")
-        example = torch.empty(1, *size, device="meta")
-    options = {name: value for name, value in config.items() if value is not None}
+    options = {name: value for name, value in conversion.config.items() if value is not None}
     return plan(
         opened.model,
-        example,
+        opened.make_example(input_size),
         include=conversion.include,
         exclude=conversion.exclude,
         measure=measure or False,
@@ -224,12 +188,18 @@ def planned(
     )
 
 
+def check_replaces(plan: Plan, model: str) -> None:
+    """Raises UsageError if a plan replaces nothing."""
+    if not plan.replaced:
+        raise UsageError(f"nothing to convert in {model}: `ddf-convert inspect {model}` says why")
+
+
 def _present(
     plan: Plan,
     name: str,
     as_json: bool,
     html: Path | None,
-    everything: bool,
+    list_all: bool,
     document: dict[str, Any] | None = None,
     initialized: Initialized | None = None,
 ) -> None:
@@ -242,14 +212,14 @@ def _present(
     if as_json:
         print_json(document if document is not None else report(plan, name))
         return
-    out.print(tables(comparison, everything))
+    out.print(tables(comparison, list_all))
     if initialized:
-        out.print(initialized_table(initialized, everything))
+        out.print(initialized_table(initialized, list_all))
     if html:
         print_file("\nPage", html)
 
 
-def _saved(output: Path, call: str) -> None:
+def _print_saved(output: Path, call: str) -> None:
     from ddf_convert.report import units
 
     weights = units.size((output / "model.safetensors").stat().st_size)

@@ -1,10 +1,9 @@
-"""The commands of joint depth upsampling."""
+"""The commands of joint depth upsampling: ``depth train`` and ``depth predict``."""
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -15,54 +14,42 @@ from ddf_convert.artifacts.path_checks import check_file, check_output
 from ddf_convert.commands.completion import recipe_names
 from ddf_convert.commands.console import err, only_results_on_stdout, out, print_file, print_json
 from ddf_convert.commands.options import (
+    HELP,
     Amp,
     AsJson,
-    Debug,
+    Device,
+    LearningRate,
     Overwrite,
-    TrainingDevice,
+    Resume,
+    Seed,
+    Steps,
     plain_option,
     read_by,
-    stage_change,
+    stage_changes,
+    stage_option,
+    with_shared_options,
 )
 from ddf_convert.errors import UsageError
 
 if TYPE_CHECKING:
     from ddf_convert.depth.predict import Upsampled
 
+app = typer.Typer(
+    help="Upsample depth maps under the guidance of a photo.", no_args_is_help=True, context_settings=HELP
+)
 
-class Downsample(StrEnum):
-    """How a small depth map is made of a large one."""
-
-    NEAREST = "nearest"
-    BICUBIC = "bicubic"
-    MEAN = "mean"
-
-
-class Upsampler(StrEnum):
-    """What doubles features."""
-
-    DDF = "ddf"
-    CONV = "conv"
-
-
-class LossOption(StrEnum):
-    """What is minimized."""
-
-    L1 = "l1"
-    L2 = "l2"
-    HUBER = "huber"
-
-
-UnitOption = Annotated[
+Unit = Annotated[
     str | None,
     plain_option(
-        "What the numbers of depth files are: mm, cm, m, or another word. mm in PNG, else m.", "--unit", metavar="NAME"
+        "Unit of the numbers in depth files: mm, cm, m, or another word. mm in PNG, else m.", "--unit", metavar="NAME"
     ),
 ]
-Allow8bit = Annotated[bool, typer.Option("--allow-8bit", help="Take depth in PNG of 8 bits, which hold 256 depths.")]
+Allow8bit = Annotated[bool, typer.Option("--allow-8bit", help="Accept depth in PNG of 8 bits, which hold 256 depths.")]
 
 
-def upsample_train(
+@app.command("train")
+@with_shared_options
+def train(
     data: Annotated[
         Path,
         typer.Argument(
@@ -76,34 +63,32 @@ def upsample_train(
     recipe: Annotated[
         str, typer.Option(help="A recipe, or a file.", metavar="NAME|FILE", autocompletion=recipe_names)
     ] = "depth-upsample",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in RUN, if there is one.")] = False,
-    epochs: Annotated[int | None, stage_change("Crops of every pair.", min=1, metavar="N")] = None,
-    steps: Annotated[int | None, stage_change("Steps, in the place of epochs.", min=1, metavar="N")] = None,
-    batch_size: Annotated[int | None, stage_change("Crops at a time.", min=1, metavar="N")] = None,
-    lr: Annotated[float | None, stage_change("Learning rate.", metavar="X")] = None,
-    amp: Annotated[Amp | None, stage_change("Autocast's dtype.")] = None,
+    resume: Resume = False,
+    epochs: Annotated[int | None, stage_option("Crops of every pair.", min=1, metavar="N")] = None,
+    steps: Steps = None,
+    batch_size: Annotated[int | None, stage_option("Crops at a time.", min=1, metavar="N")] = None,
+    lr: LearningRate = None,
+    amp: Amp = None,
     crop: Annotated[int, typer.Option(min=4, help="Rows, and columns, of a crop.")] = 128,
-    downsample: Annotated[Downsample, typer.Option(help="How small depth maps are made.")] = Downsample.NEAREST,
-    loss: Annotated[LossOption, typer.Option(help="Of the errors.")] = LossOption.HUBER,
+    downsample: Annotated[
+        Literal["nearest", "bicubic", "mean"], typer.Option(help="How small depth maps are made.")
+    ] = "nearest",
+    loss: Annotated[Literal["l1", "l2", "huber"], typer.Option(help="Loss of the depth.")] = "huber",
     turned: Annotated[
         float, typer.Option(min=0, max=1, help="Share of crops whose near and far change places: for few data.")
     ] = 0.0,
     width: Annotated[int | None, plain_option("Channels of the network's features.", min=2, metavar="N")] = None,
     upsampler: Annotated[
-        Upsampler, typer.Option(help="conv is the network that DDF-Up-Net is compared with.")
-    ] = Upsampler.DDF,
-    unit: UnitOption = None,
+        Literal["ddf", "conv"], typer.Option(help="conv is the network that DDF-Up-Net is compared with.")
+    ] = "ddf",
+    unit: Unit = None,
     allow_8bit: Allow8bit = False,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that is random.")] = 0,
-    device: TrainingDevice = None,
+    seed: Seed = 0,
+    device: Device = None,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Train DDF-Up-Net on photos with depth maps. Ctrl-C saves; --resume goes on."""
-    if epochs is not None and steps is not None:
-        raise UsageError("--epochs and --steps exclude each other: give one")
-    if lr is not None and lr <= 0:
-        raise UsageError(f"--lr {lr:g}: must be above 0")
+    """Train DDF-Up-Net on photos with depth maps. Ctrl-C saves; --resume continues."""
+    changes = stage_changes(epochs, steps, lr, batch_size=batch_size, amp=amp)
     with only_results_on_stdout():
         from ddf_convert.depth import run
         from ddf_convert.depth.trainer import DepthSettings
@@ -113,19 +98,11 @@ def upsample_train(
                 data=data,
                 output=output,
                 factor=factor,
-                upsampler=upsampler.value,
+                upsampler=upsampler,
                 arguments={} if width is None else {"width": width, "guide_width": width},
                 recipe=recipe,
-                changes={
-                    "epochs": epochs,
-                    "steps": steps,
-                    "batch_size": batch_size,
-                    "lr": lr,
-                    "amp": None if amp is None else amp.value,
-                },
-                settings=DepthSettings(
-                    crop=crop, downsample=downsample.value, loss=loss.value, seed=seed, turned=turned
-                ),
+                changes=changes,
+                settings=DepthSettings(crop=crop, downsample=downsample, loss=loss, seed=seed, turned=turned),
                 unit=unit,
                 allow_8bit=allow_8bit,
                 resume=resume,
@@ -152,10 +129,12 @@ def upsample_train(
     out.print(f"Network of {outcome.parameters:,} parameters: [bold]{where}[/]", soft_wrap=True)
 
 
-def upsample(
+@app.command("predict")
+@with_shared_options
+def predict(
     rgb: Annotated[Path, plain_option("The photo.", "--rgb", metavar="FILE")],
     depth: Annotated[Path, plain_option("The small depth map: PNG of 16 bits, NPY or PFM.", "--depth", metavar="FILE")],
-    checkpoint: Annotated[Path, plain_option("A folder of upsample-train.", "--checkpoint", metavar="DIR")],
+    checkpoint: Annotated[Path, plain_option("A folder of `depth train`.", "--checkpoint", metavar="DIR")],
     output: Annotated[Path, plain_option("The large depth map: PNG, NPY or PFM.", "--output", "-o", metavar="FILE")],
     factor: Annotated[
         int | None, plain_option("The network's own if not given.", "--factor", min=2, metavar="S")
@@ -163,13 +142,12 @@ def upsample(
     truth: Annotated[
         Path | None, plain_option("The true large depth map, to measure errors.", "--truth", metavar="FILE")
     ] = None,
-    unit: UnitOption = None,
+    unit: Unit = None,
     allow_8bit: Allow8bit = False,
     picture: Annotated[bool, typer.Option("--picture/--no-picture", help="Also draw OUT_compare.png.")] = True,
     overwrite: Overwrite = False,
-    device: TrainingDevice = None,
+    device: Device = None,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Upsample a depth map under the guidance of a photo."""
     check_file("--output", output)  # a folder has no name to make another one of

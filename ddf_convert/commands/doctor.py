@@ -5,10 +5,11 @@ from __future__ import annotations
 import typer
 
 from ddf_convert.commands.console import busy, out, print_json
-from ddf_convert.commands.options import AsJson, Debug
+from ddf_convert.commands.options import AsJson, with_shared_options
 
 
-def doctor(as_json: AsJson = False, debug: Debug = False) -> None:
+@with_shared_options
+def doctor(as_json: AsJson = False) -> None:
     """Say what runs on this machine, and why not what does not."""
     with busy("Looking around; the kernels are compiled if they never were"):
         from ddf_convert.bench.doctor import State, examine

@@ -8,7 +8,7 @@ import typer
 
 from ddf_convert.commands.completion import recipe_names
 from ddf_convert.commands.console import out, print_json
-from ddf_convert.commands.options import HELP, AsJson, Debug
+from ddf_convert.commands.options import HELP, AsJson, with_shared_options
 
 app = typer.Typer(
     help="The built-in recipes: how to convert, to initialize and to train.",
@@ -20,11 +20,12 @@ app = typer.Typer(
 @app.callback()
 def _recipes(context: typer.Context) -> None:
     if context.invoked_subcommand is None:
-        recipes_list()
+        recipes_list(context, debug=False)
 
 
 @app.command("list")
-def recipes_list(as_json: AsJson = False, debug: Debug = False) -> None:
+@with_shared_options
+def recipes_list(as_json: AsJson = False) -> None:
     """Name the built-in recipes."""
     from ddf_convert.recipes import load, names
 
@@ -38,6 +39,7 @@ def recipes_list(as_json: AsJson = False, debug: Debug = False) -> None:
 
 
 @app.command("show")
+@with_shared_options
 def recipes_show(
     name: Annotated[
         str,
@@ -49,7 +51,6 @@ def recipes_show(
         ),
     ],
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Print a recipe; a built-in one as its file, to copy and to change."""
     from ddf_convert import recipes as package

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.console import Group, RenderableType
@@ -13,22 +12,25 @@ from rich.table import Column
 from rich.text import Text
 
 from ddf_convert.commands.completion import recipe_names, timm_names
-from ddf_convert.commands.console import only_results_on_stdout, out, print_json
+from ddf_convert.commands.console import facts_table, only_results_on_stdout, out, print_json
 from ddf_convert.commands.options import (
     Amp,
     AsJson,
-    Debug,
-    InChans,
-    ModelKwargs,
-    NumClasses,
+    Device,
+    Epochs,
+    InputSize,
+    LearningRate,
     OwnModel,
+    Resume,
+    Seed,
+    Steps,
+    TimmArguments,
     TimmWeights,
-    TrainingDevice,
     plain_option,
-    stage_change,
-    timm_arguments,
+    stage_changes,
+    stage_option,
+    with_shared_options,
 )
-from ddf_convert.errors import UsageError
 
 if TYPE_CHECKING:
     from ddf_convert.training.api import FinetuneOutcome
@@ -38,31 +40,20 @@ _FIGURES = (("top1", "top-1"), ("top5", "top-5"), ("agreement", "agrees with ori
 _FRACTIONS = ("top1", "top5", "agreement")
 
 
-class Broken(StrEnum):
-    """What to do with images that cannot be read."""
-
-    STOP = "stop"
-    SKIP = "skip"
-
-
-class Part(StrEnum):
-    """Of data that are divided."""
-
-    TRAIN = "train"
-    VALIDATION = "validation"
-
-
-_DATA = "A folder of images, a timm dataset such as torch/cifar10, or package.module:callable."
-
 Folder = Annotated[Path, typer.Argument(metavar="DIR", help="A converted model.", show_default=False)]
-DataOption = Annotated[str, plain_option(_DATA, "--data", metavar="PATH|NAME")]
-InputSize = Annotated[
-    tuple[int, int, int] | None, plain_option("Size of the images; the model's own if not given.", metavar="C H W")
+DataOption = Annotated[
+    str,
+    plain_option(
+        "A folder of images, a timm dataset such as torch/cifar10, or package.module:callable.",
+        "--data",
+        metavar="PATH|NAME",
+    ),
 ]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that load images, for each that calculates.")]
-OnBroken = Annotated[Broken, typer.Option(help="At an image that cannot be read.")]
+OnBroken = Annotated[Literal["stop", "skip"], typer.Option(help="At an image that cannot be read.")]
 
 
+@with_shared_options
 def finetune(
     folder: Folder,
     data: DataOption,
@@ -81,36 +72,32 @@ def finetune(
             autocompletion=recipe_names,
         ),
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with the run in RUN, if there is one.")] = False,
+    resume: Resume = False,
     model: OwnModel = None,
     teacher_checkpoint: Annotated[
         Path | None, plain_option("Weights of the model before conversion, if DIR does not keep them.", metavar="FILE")
     ] = None,
     num_classes: Annotated[int | None, plain_option("Give the model a new classifier.", min=1, metavar="N")] = None,
-    epochs: Annotated[int | None, stage_change("Passes over the data.", min=1, metavar="N")] = None,
-    steps: Annotated[int | None, stage_change("Steps, in the place of epochs.", min=1, metavar="N")] = None,
-    batch_size: Annotated[int | None, stage_change("Images of a process at a time.", min=1, metavar="N")] = None,
-    accumulate: Annotated[int | None, stage_change("Batches that make a step.", min=1, metavar="N")] = None,
-    lr: Annotated[float | None, stage_change("Learning rate of the new layers.", metavar="X")] = None,
-    amp: Annotated[Amp | None, stage_change("Autocast's dtype.")] = None,
+    epochs: Epochs = None,
+    steps: Steps = None,
+    batch_size: Annotated[int | None, stage_option("Images of a process at a time.", min=1, metavar="N")] = None,
+    accumulate: Annotated[int | None, stage_option("Batches that make a step.", min=1, metavar="N")] = None,
+    lr: LearningRate = None,
+    amp: Amp = None,
     input_size: InputSize = None,
     workers: Workers = 2,
-    device: TrainingDevice = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything that is random.")] = 0,
+    device: Device = None,
+    seed: Seed = 0,
     compiled: Annotated[bool, typer.Option("--compile", help="Use torch.compile.")] = False,
     channels_last: Annotated[bool, typer.Option("--channels-last", help="Memory format of the maps.")] = False,
-    on_broken: OnBroken = Broken.STOP,
+    on_broken: OnBroken = "stop",
     checkpoint_every: Annotated[
         int | None, plain_option("Steps between checkpoints; 10 minutes if not given.", min=1, metavar="N")
     ] = None,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
-    """Train a converted model, on one machine or, under torchrun, on many. Ctrl-C saves; --resume goes on."""
-    if epochs is not None and steps is not None:
-        raise UsageError("--epochs and --steps exclude each other: give one")
-    if lr is not None and lr <= 0:
-        raise UsageError(f"--lr {lr:g}: must be above 0")
+    """Train a converted model, on one machine or, under torchrun, on many. Ctrl-C saves; --resume continues."""
+    changes = stage_changes(epochs, steps, lr, batch_size=batch_size, accumulate=accumulate, amp=amp)
     with only_results_on_stdout():  # whatever models and data sets print
         from ddf_convert.training import api
         from ddf_convert.training.setup import FinetuneRequest
@@ -123,21 +110,14 @@ def finetune(
                 output=output,
                 validation=val_data,
                 recipe=recipe,
-                changes={
-                    "epochs": epochs,
-                    "steps": steps,
-                    "batch_size": batch_size,
-                    "accumulate": accumulate,
-                    "lr": lr,
-                    "amp": None if amp is None else amp.value,
-                },
+                changes=changes,
                 resume=resume,
                 model=model,
                 teacher_checkpoint=teacher_checkpoint,
                 classes=num_classes,
                 input_size=input_size,
                 device=device,
-                on_broken=on_broken.value,
+                on_broken=on_broken,
                 options=TrainingOptions(
                     seed=seed,
                     workers=workers,
@@ -155,6 +135,7 @@ def finetune(
         _present(outcome)
 
 
+@with_shared_options
 def evaluate(
     model: Annotated[
         str,
@@ -166,20 +147,20 @@ def evaluate(
         ),
     ],
     data: DataOption,
-    split: Annotated[Part, typer.Option(help="Which part, if the data are divided.")] = Part.VALIDATION,
+    split: Annotated[
+        Literal["train", "validation"], typer.Option(help="Which part, if the data are divided.")
+    ] = "validation",
     checkpoint: TimmWeights = None,
     pretrained: Annotated[bool, typer.Option("--pretrained", help="Take timm's weights (a download).")] = False,
     own_model: OwnModel = None,
-    num_classes: NumClasses = None,
-    in_chans: InChans = None,
-    model_kwargs: ModelKwargs = None,
+    *,
+    arguments: TimmArguments,
     batch_size: Annotated[int, typer.Option(min=1, help="Images of a process at a time.")] = 64,
     input_size: InputSize = None,
     workers: Workers = 2,
-    device: TrainingDevice = None,
-    on_broken: OnBroken = Broken.STOP,
+    device: Device = None,
+    on_broken: OnBroken = "stop",
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Measure a model: accuracy where there are labels, else how often it agrees with the original."""
     with only_results_on_stdout():
@@ -189,16 +170,16 @@ def evaluate(
             api.EvaluateRequest(
                 name=model,
                 data=data,
-                split=split.value,
+                split=split,
                 checkpoint=checkpoint,
                 pretrained=pretrained,
-                arguments=timm_arguments(num_classes, in_chans, model_kwargs),
+                arguments=arguments,
                 model=own_model,
                 batch_size=batch_size,
                 input_size=input_size,
                 device=device,
                 workers=workers,
-                on_broken=on_broken.value,
+                on_broken=on_broken,
             )
         )
     if measured is None:
@@ -213,16 +194,9 @@ def evaluate(
 
 
 def _evaluation_table(found: Evaluation, name: str, data: str) -> RenderableType:
-    from ddf_convert.report.tables import new_table, numeric_column
-
-    table = new_table(Column(""), numeric_column(""))
-    table.show_header = False
-    for key, words in _FIGURES:
-        if getattr(found, key) is not None:
-            table.add_row(words, _figure(key, getattr(found, key)))
-    table.add_row("images", f"{found.images:,}")
-    table.add_row("images/s", f"{found.images_per_s:,.0f}")
-    return Group(Text(f"{name} on {data}", style="bold"), table)
+    figures = [(words, _figure(key, getattr(found, key))) for key, words in _FIGURES if getattr(found, key) is not None]
+    rows = [*figures, ("images", f"{found.images:,}"), ("images/s", f"{found.images_per_s:,.0f}")]
+    return Group(Text(f"{name} on {data}", style="bold"), facts_table(rows, numbers=True))
 
 
 def _present(outcome: FinetuneOutcome) -> None:

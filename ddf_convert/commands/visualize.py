@@ -11,21 +11,19 @@ from rich.text import Text
 
 from ddf_convert.artifacts.atomic import write_file
 from ddf_convert.artifacts.path_checks import check_output, check_readable
-from ddf_convert.commands.completion import timm_names
 from ddf_convert.commands.console import busy, only_results_on_stdout, out, print_file, print_json
 from ddf_convert.commands.options import (
     AsJson,
-    Debug,
-    InChans,
-    ModelKwargs,
-    NumClasses,
+    Device,
+    InputSize,
     Overwrite,
     OwnModel,
+    TimmArguments,
     TimmWeights,
-    TrainingDevice,
+    model_argument,
     plain_option,
     read_by,
-    timm_arguments,
+    with_shared_options,
 )
 from ddf_convert.errors import UsageError
 
@@ -34,14 +32,12 @@ if TYPE_CHECKING:
     from ddf_convert.visualize.run import VisualizeResult
 
 
+@with_shared_options
 def visualize(
     model: Annotated[
         str,
-        typer.Argument(
-            metavar="MODEL",
-            help="A converted folder, a run, a DDF-ResNet of timm, or package.module:callable, which returns a model.",
-            autocompletion=timm_names,
-            show_default=False,
+        model_argument(
+            "A converted folder, a run, a DDF-ResNet of timm, or package.module:callable, which returns a model."
         ),
     ],
     images: Annotated[
@@ -65,31 +61,23 @@ def visualize(
     tap: Annotated[
         list[str] | None,
         plain_option(
-            "Draw this tap of the filters large, in the place of all: 1,1 is the center of 3x3. Repeatable.",
+            "Draw this tap of the filters large, instead of all: 1,1 is the center of 3x3. Repeatable.",
             "--tap",
             metavar="ROW,COLUMN",
         ),
     ] = None,
     checkpoint: TimmWeights = None,
     own_model: OwnModel = None,
-    num_classes: NumClasses = None,
-    in_chans: InChans = None,
-    model_kwargs: ModelKwargs = None,
-    input_size: Annotated[
-        tuple[int, int, int] | None, plain_option("Size of the images; the model's own if not given.", metavar="C H W")
-    ] = None,
-    plain: Annotated[
-        bool,
-        typer.Option("--plain", help="Images as values from 0 to 1, not normalized."),
-    ] = False,
+    *,
+    arguments: TimmArguments,
+    input_size: InputSize = None,
+    plain: Annotated[bool, typer.Option("--plain", help="Images as values from 0 to 1, not normalized.")] = False,
     overwrite: Overwrite = False,
-    device: TrainingDevice = None,
+    device: Device = None,
     as_json: AsJson = False,
-    debug: Debug = False,
 ) -> None:
     """Look at the dynamic filters of a model: how dynamic each layer is, and pictures of them."""
-    arguments = timm_arguments(num_classes, in_chans, model_kwargs)
-    taps = [_tap(each) for each in tap or ()]
+    taps = [_parse_tap(each) for each in tap or ()]
     if output is not None:
         check_output("--output", output, overwrite, read_by(model, checkpoint, *images))
     if checkpoint is not None:
@@ -127,7 +115,7 @@ def visualize(
         print_file("\nPicture", output, f" ({shown})")
 
 
-def _tap(text: str) -> tuple[int, int]:
+def _parse_tap(text: str) -> tuple[int, int]:
     row, comma, column = text.partition(",")
     if not (comma and row.strip().isdecimal() and column.strip().isdecimal()):
         raise UsageError(f"--tap {text}: give a row and a column, counted from 0, such as 1,1")
@@ -148,7 +136,7 @@ def _present(seen: VisualizeResult) -> None:
         dynamics = layer.dynamics
         total = Text("fixed", style="yellow") if layer.untouched else Text(percent(dynamics.total))
         parts = (dynamics.pixels, dynamics.images or 0.0) if several else ()
-        table.add_row(layer.title, _filters(layer), total, *map(percent, (*parts, dynamics.channels)))
+        table.add_row(layer.title, _describe_filters(layer), total, *map(percent, (*parts, dynamics.channels)))
     out.print(table)
     out.print(Text(_LEGEND + (_SEVERAL if several else ""), style="dim"))
     for note in seen.notes:
@@ -162,7 +150,7 @@ _LEGEND = (
 _SEVERAL = " pixels, images: what would be lost with the mean over the pixels, or over the images, in their place."
 
 
-def _filters(layer: LayerFilters) -> str:
+def _describe_filters(layer: LayerFilters) -> str:
     kernel, (height, width) = layer.kernel_size, layer.size
     heads = f", {layer.heads} heads" if layer.heads > 1 else ""
     up = f", {layer.scale_factor}x up" if layer.scale_factor > 1 else ""

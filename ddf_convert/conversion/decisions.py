@@ -38,7 +38,7 @@ Patterns = str | Iterable[str] | None
 FilterFunction = Callable[[nn.Module, str], bool]
 
 STEM_CHANNELS = 4  # a convolution of so few input channels reads the image
-_NUMBERED = "torch.fx does not see its calls: they are told apart by their order in one run of the module's forward"
+_NUMBERED = "torch.fx does not see its calls: they are distinguished by their order in one run of the module's forward"
 
 # --- which sites the user selects -------------------------------------------------------------------------------------
 

@@ -31,7 +31,7 @@ from ddf_convert.layers import DDFConv2d, DDFUp2d, DDFUpConv2d, SeparableFilter2
 from ddf_convert.layers.branches import narrow_squeeze_width, squeeze_width
 from ddf_convert.ops import DTYPES
 
-# Convolutions whose forward is known to be that of Conv2d but for the weights; and what is special about the weights.
+# Forwards of convolutions that differ from Conv2d's only in the weights, and how the weights differ.
 _KNOWN_FORWARDS = {
     nn.Conv2d.forward: "",
     Conv2dSame.forward: "",
@@ -226,7 +226,7 @@ def needs_mixing(
 def caution(conv: nn.Conv2d) -> str:
     """Says what of a convolution the new layer does not take over; empty if nothing."""
     special = _KNOWN_FORWARDS.get(type(conv).forward)
-    return f"{type(conv).__name__} {special}, which what takes its place does not" if special else ""
+    return f"{type(conv).__name__} {special}, which its replacement does not" if special else ""
 
 
 @torch.no_grad()

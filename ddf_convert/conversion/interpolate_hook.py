@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from ddf_convert.conversion.sites import ARGUMENTS
 
 _NUMBERS = (int, float, torch.SymInt)
-_subclasses: dict[type, type[nn.Module]] = {}  # that intercept, by the class that each is made of
+_subclasses: dict[type, type[nn.Module]] = {}  # that intercept, by the class that each derives from
 
 
 def intercept(module: nn.Module, layers: Mapping[str, nn.Module] | None = None) -> None:
@@ -75,7 +75,7 @@ def _make_subclass(kind: type[nn.Module]) -> type[nn.Module]:
             return original(self, *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: Any) -> tuple[Any, ...]:
-        # By its name, pickle would find the class that it was made of.
+        # By its name, pickle would find the class that it derives from.
         reduced: tuple[Any, ...] = kind.__reduce_ex__(self, protocol)  # type: ignore[assignment]
         made_by, arguments, *rest = reduced
         plain = tuple(kind if argument is type(self) else argument for argument in arguments)

@@ -247,5 +247,5 @@ def replacing_layers() -> tuple[type[nn.Module], ...]:
 
 
 def describe_mixing(layer: str, groups: int | None) -> str:
-    """Adds to a layer's words the 1x1 convolution of so many groups that follows it; None if none does."""
+    """Adds to a layer's words the 1x1 convolution that follows it, with its groups; None if none follows."""
     return layer if groups is None else f"{layer} + 1x1" if groups == 1 else f"{layer} + grouped 1x1"

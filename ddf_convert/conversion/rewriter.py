@@ -117,7 +117,7 @@ def apply_replacements(
             functional convolutions are replaced.
 
     Returns:
-        The model; or, where functional convolutions are replaced, the GraphModule that takes its place.
+        The model; or, where functional convolutions are replaced, the GraphModule that replaces it.
 
     Raises:
         UsageError: A replacement does not fit the model: no such module, another kind of module, other channels. The
@@ -379,7 +379,7 @@ _CONSTRUCTOR_ARGUMENTS: dict[type[nn.Module], tuple[int, ...]] = {
     nn.Upsample: (),
     nn.PixelShuffle: (1,),
 }
-# What every module keeps for itself; a compiled call would be that of the old module.
+# What every module has itself; a compiled call would run the old module.
 _INTERNAL = {*vars(nn.Module()), "_compiled_call_impl", "_reversed_padding_repeated_twice"}
 
 

@@ -177,7 +177,7 @@ def _for_shuffle(
 
 
 def _up(channels: int, factor: int, kernel_size: int, config: ConvertConfig) -> dict[str, Any]:
-    """Options of a DDF-Up layer that works on so many channels."""
+    """Options of a DDF-Up layer with that many channels."""
     if channels % config.heads:
         raise Refused(f"{config.heads} heads do not divide its {channels} channels")
     return {

@@ -151,7 +151,7 @@ def read_manifest(folder: Path) -> DepthManifest:
         return DepthManifest.model_validate_json(file.read_bytes())
     except FileNotFoundError:
         what = "is no folder of a trained network: it has no manifest.json" if folder.is_dir() else "does not exist"
-        raise ArtifactError(f"checkpoint {folder} {what}; `ddf-convert upsample-train` makes one") from None
+        raise ArtifactError(f"checkpoint {folder} {what}; `ddf-convert depth train` makes one") from None
     except OSError as error:
         raise ArtifactError(f"{file} cannot be read: {error.strerror}") from error
     except ValidationError as error:

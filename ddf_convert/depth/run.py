@@ -182,11 +182,6 @@ class DepthLog(LogFile[DepthRow]):
     """``log.jsonl``: a row a line, as JSON."""
 
     @staticmethod
-    def header() -> str:
-        """Returns nothing: the file has no header."""
-        return ""
-
-    @staticmethod
     def line(row: DepthRow) -> str:
         """Returns a row as a line."""
         return json.dumps(row.to_dict()) + "\n"
@@ -208,7 +203,7 @@ class DepthRun(RunFolder):
     """The folder of a run of ``depth train``, which is the folder of its network too."""
 
     decisive = _DECISIVE
-    foreign = "is not empty, and holds no run of upsample-train: give another folder"
+    foreign = "is not empty, and holds no run of depth train: give another folder"
 
     def __init__(self, path: Path, unit: Unit, downsample: Downsampling) -> None:
         super().__init__(path)

@@ -104,16 +104,16 @@ def check_and_write(
     """Compares an exported program with its model, writes it, and warns of what the file does not hold.
 
     Args:
-        traced: The model.
+        traced: The program's model and example.
         content: The content of the file.
         file: Its path.
-        format: As of :class:`Exported`, like ``operators``, ``opset``, ``inputs`` and ``outputs``.
-        operators: The operators.
+        format: As in :class:`Exported`, and so are ``operators`` and ``opset``.
+        operators: See there.
         runner_name: What runs the file, for errors.
         make_runner: Opens the content and returns a function that runs it; None skips the comparison.
-        opset: The opset.
-        inputs: None is those of the traced program.
-        outputs: None is those of the traced program.
+        opset: See there.
+        inputs: As in :class:`Exported`; None for those of the traced program.
+        outputs: The same for the outputs.
 
     Raises:
         DDFError: The program does not run, or its outputs differ. Nothing is written then.

@@ -18,16 +18,10 @@ class CondConv2d(SlidingWindow2d):
     Args:
         in_channels: C of the input.
         out_channels: C of the output; None keeps it.
-        kernel_size: K, odd.
-        stride: Step between output pixels, in input pixels.
-        padding: Pixels on every side; None keeps the size; "same" is TensorFlow's SAME.
-        dilation: Distance between taps, in pixels.
+        kernel_size: K, odd; stride, padding, dilation and padding_mode are those of :class:`SlidingWindow2d`.
         groups: Groups of the convolution.
         num_experts: Number of convolutions that are mixed; 8 in the paper's table 4.
         bias: The experts have biases, which are mixed too.
-        padding_mode: "zeros", "reflect", "replicate" or "circular", as for Conv2d.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Attributes:
         experts: timm's ``CondConv2d``.
@@ -116,14 +110,8 @@ class DwWeightNet2d(DynamicFilter2d):
 
     Args:
         in_channels: C, of the input and of the output.
-        kernel_size: K, odd.
-        stride: Step between output pixels, in input pixels.
-        padding: Pixels on every side; None keeps the size; "same" is TensorFlow's SAME.
-        dilation: Distance between taps, in pixels.
+        kernel_size: K, odd; stride, padding, dilation and padding_mode are those of :class:`SlidingWindow2d`.
         bias: Add a learned constant to each channel.
-        padding_mode: "zeros", "reflect", "replicate" or "circular", as for Conv2d.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Attributes:
         squeeze: Linear map from C to max(16, C / 16).

@@ -25,8 +25,6 @@ class SpatialBranch(nn.Sequential):
         stride: Stride of the 1x1 convolution, in pixels.
         nonlinearity: Sets the base scale of the filters.
         affine: FilterNorm learns its scale and a shift.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
     """
 
     def __init__(
@@ -70,8 +68,6 @@ class ChannelBranch(nn.Sequential):
         nonlinearity: Sets the base scale of the filters.
         affine: FilterNorm learns a shift besides its scale.
         squeeze_channels: Width of the squeeze in channels, instead of ``se_ratio``.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
     """
 
     def __init__(

@@ -34,8 +34,6 @@ class DDF2d(DynamicFilter2d):
         bias: Add a learned constant to each channel.
         padding_mode: "zeros", "reflect", "replicate" or "circular", as for Conv2d.
         squeeze_channels: Width of the squeeze in channels, instead of ``se_ratio``.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Attributes:
         spatial_branch: Predicts the spatial filters, (B, G*K*K, Ho, Wo).
@@ -177,8 +175,6 @@ class SeparableFilter2d(SeparableConv):
         out_channels: C of the output.
         groups: Groups of the 1x1 convolution.
         bias: Whether the 1x1 convolution has a bias.
-        device: Device of the 1x1 convolution's parameters.
-        dtype: Dtype of the 1x1 convolution's parameters.
 
     Attributes:
         filter: The first layer.
@@ -211,8 +207,6 @@ class DDFConv2d(SeparableConv):
         kernel_size: K of the DDF layer.
         groups: Groups of the 1x1 convolution.
         bias: Whether the 1x1 convolution has a bias.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
         **ddf_options: Any other argument of :class:`DDF2d`.
 
     Attributes:

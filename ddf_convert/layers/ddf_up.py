@@ -56,8 +56,6 @@ class DDFUp2d(ConvAttributes):
         padding_mode: What taps outside the input read: "zeros" (the authors'), "replicate" (as interpolation does),
             "reflect" or "circular".
         squeeze_channels: Width of the squeeze in channels, instead of ``se_ratio``.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Attributes:
         spatial_branch: s*s modules that predict spatial filters, (B, G*K*K, H, W).
@@ -235,8 +233,6 @@ class DDFUpConv2d(MixingConv):
         kernel_size: K of the DDF-Up layer.
         groups: Groups of the 1x1 convolution.
         bias: Whether the DDF-Up layer has a bias.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
         **up_options: Any other argument of :class:`DDFUp2d`.
 
     Attributes:

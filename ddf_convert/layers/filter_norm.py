@@ -36,8 +36,6 @@ class SpatialFilterNorm(nn.Module):
         heads: G.
         affine: Learn a scale and an added shift for every tap of a head, the same for all pixels. They start at the
             base scale and at 0.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Attributes:
         scale: The base scale.
@@ -105,8 +103,6 @@ class ChannelFilterNorm(nn.Module):
         kernel_size: K, odd and at least 3.
         nonlinearity: A name that ``torch.nn.init.calculate_gain`` knows; it sets the base scale.
         shift: Learn an added shift ("mean" in the state dict), which starts at 0.
-        device: Device of the parameters.
-        dtype: Dtype of the parameters.
 
     Attributes:
         std: (C*K*K,), the learned scale, initialized from a normal distribution times the base scale.

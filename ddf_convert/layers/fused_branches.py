@@ -17,7 +17,7 @@ from ddf_convert.layers.branches import ChannelBranch, SpatialBranch, has_defaul
 from ddf_convert.layers.filter_norm import SpatialFilterNorm
 from ddf_convert.ops import filter_norm
 
-FusableBranch = tuple[nn.Conv2d | None, SpatialBranch]  # the depthwise convolution, without a guide, and the branch
+FusableBranch = tuple[nn.Conv2d | None, SpatialBranch]  # the depthwise convolution, None with a guide; the branch
 
 
 def fused_channel_filters(branches: Sequence[nn.Module], input: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from ddf_convert.conversion import Action, Plan, Site, recorded
 from ddf_convert.conversion.eligibility import in_words
 from ddf_convert.conversion.plan import Operation
 from ddf_convert.conversion.planner import plan_without_replacing
-from ddf_convert.cost.count import Cost
 from ddf_convert.cost.timing import device_of
 from ddf_convert.errors import UsageError
 from ddf_convert.report.data import ComparisonData, Layer
@@ -206,8 +205,15 @@ def _obstacle_to_timing(before: nn.Module, after: nn.Module) -> str | None:
 
 def _planned_layer(site: Site) -> Layer:
     replaced = site.action is Action.REPLACE and site.replacement is not None
-    kind = in_words(site.replacement) if replaced and site.replacement else site.kind
-    return _layer(site, site.kind, kind, site.reason, site.before, site.after, replaced)
+    return _layer(
+        site,
+        kind_before=site.kind,
+        kind_after=in_words(site.replacement) if replaced and site.replacement else site.kind,
+        reason=site.reason,
+        before=site.before,
+        after=site.after,
+        replaced=replaced,
+    )
 
 
 def _sites_by_name(plan: Plan, model: nn.Module) -> dict[str, Site]:
@@ -231,41 +237,36 @@ def _matched_layers(first: dict[str, Site], second: dict[str, Site]) -> Iterator
         old, new = first.get(name), second.get(name)
         site = old or new
         assert site is not None
-        old_kind, new_kind = old.kind if old else None, new.kind if new else None
-        reason = site.reason if old_kind == new_kind and site.action is Action.SKIP else ""
-        replaced = new is not None and (
-            new.operation in (Operation.DDF_UP, Operation.CONVERTED)
-            or (new.kind.startswith("depthwise") and new_kind != old_kind)
+        unchanged = old is not None and new is not None and old.kind == new.kind
+        yield _layer(
+            site,
+            kind_before=old.kind if old else None,
+            kind_after=new.kind if new else None,
+            reason=site.reason if unchanged and site.action is Action.SKIP else "",
+            before=old.before if old else None,
+            after=new.before if new else None,
+            replaced=new is not None and _replaces(new, old),
         )
-        before, after = old.before if old else None, new.before if new else None
-        yield _layer(site, old_kind, new_kind, reason, before, after, replaced)
 
 
-def _layer(
-    site: Site,
-    old: str | None,
-    new: str | None,
-    reason: str,
-    before: Cost | None,
-    after: Cost | None,
-    replaced: bool,
-) -> Layer:
+def _replaces(new: Site, old: Site | None) -> bool:
+    """Whether a layer is of a kind that replaces convolutions."""
+    converted = new.operation in (Operation.DDF_UP, Operation.CONVERTED)
+    return converted or (new.kind.startswith("depthwise") and (old is None or old.kind != new.kind))
+
+
+def _layer(site: Site, **fields: Any) -> Layer:
     return Layer(
         name=site.name,
-        kind_before=old,
-        kind_after=new,
-        reason=reason,
         calls=site.calls,
         input_shape=site.input_shape,
         output_shape=site.output_shape,
-        before=before,
-        after=after,
         found_by=site.found_by,
         caution=site.caution,
         operation=site.operation,
         conv_size=None if site.functional else site.kernel_size,
         override=site.override,
-        replaced=replaced,
+        **fields,
     )
 
 

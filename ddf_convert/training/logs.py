@@ -65,6 +65,8 @@ class LogFile(ABC, Generic[RowT]):
         evaluated: The step of the last evaluation, one whose row was cut off among them; None if that is not known.
     """
 
+    header = ""  # first line of the file
+
     def __init__(self, file: Path, resumed_at: int | None = None) -> None:
         self.file = file
         self.rows: list[RowT] = []
@@ -86,12 +88,7 @@ class LogFile(ABC, Generic[RowT]):
             file.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise UsageError(f"cannot write {file}: {error.strerror}") from error
-        write_file(file, self.header() + "".join(map(self.line, self.rows)))
-
-    @staticmethod
-    @abstractmethod
-    def header() -> str:
-        """Returns what the file begins with."""
+        write_file(file, self.header + "".join(map(self.line, self.rows)))
 
     @staticmethod
     @abstractmethod
@@ -108,7 +105,7 @@ class LogFile(ABC, Generic[RowT]):
         if not self._add(row):
             return False
         lost = not self.file.exists() or not self.file.stat().st_size
-        text = self.header() + "".join(map(self.line, self.rows)) if lost else self.line(row)
+        text = self.header + "".join(map(self.line, self.rows)) if lost else self.line(row)
         try:
             self.file.parent.mkdir(parents=True, exist_ok=True)
             with self.file.open("ab", buffering=0) as file:  # one system call for a line
@@ -197,14 +194,11 @@ _TAGS = tuple(name for name in COLUMNS if name not in ("kind", "step", "stage"))
 class Log(LogFile[Row]):
     """The log of ``finetune``: ``log.csv`` in a folder, and events for TensorBoard beside it."""
 
+    header = ",".join(COLUMNS) + "\n"
+
     def __init__(self, folder: str | os.PathLike[str], resumed_at: int | None = None) -> None:
         super().__init__(Path(folder, FILE), resumed_at)
         self._events = _Events(Path(folder, TENSORBOARD), self.rows, resumed_at)
-
-    @staticmethod
-    def header() -> str:
-        """Returns the names of the columns."""
-        return _csv(COLUMNS)
 
     @staticmethod
     def line(row: Row) -> str:

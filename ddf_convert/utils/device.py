@@ -48,7 +48,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "device": device.type,
         "processor": _processor(),
         "threads": torch.get_num_threads(),
-        "python": platform.pythonpackage_version(),
+        "python": platform.python_version(),
         "torch": torch.__version__,
         "numba": metadata.version("numba"),
     }

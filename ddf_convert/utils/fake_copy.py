@@ -112,14 +112,14 @@ _Watcher = Callable[[ModelCopy], AbstractContextManager[Watched]]
 def run_watched(
     module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], watch: _Watcher[Watched]
 ) -> tuple[ModelCopy, Watched]:
-    """Runs a copy of a module and watches it: on shapes alone or, if its forward looks at values, on values.
+    """Runs a copy of a module and watches it: on shapes alone or, if its forward depends on values, on values.
 
     Some forwards fail because they are watched, or because frozen parameters require gradients in the copy. They run
     as their users run them, and less of them is watched: see ``run_mode`` of the copy.
 
     Args:
         module: Any module; it stays as it is.
-        args: Positional arguments of its forward; only shapes matter, unless the forward looks at values.
+        args: Positional arguments of its forward; only shapes matter, unless the forward depends on values.
         kwargs: Keyword arguments of its forward.
         watch: Returns the context to run a copy in, which watches what ``run_mode.watch`` allows.
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -16,6 +17,7 @@ from torch.utils import _pytree
 
 from ddf_convert.errors import UsageError
 from ddf_convert.layers import ChannelFilterNorm, DDF2d, DDFConv2d, DDFUp2d, DDFUpConv2d, SpatialFilterNorm
+from ddf_convert.utils.capture import forward_hooks
 from ddf_convert.utils.example_input import ExampleInput, as_arguments
 from ddf_convert.utils.modules import evaluating
 from ddf_convert.visualize.layer_filters import LayerFilters
@@ -106,23 +108,16 @@ def _capturing(layers: Sequence[DDFLayer]) -> Iterator[list[LayerFilters]]:
         detached = output.detach().cpu()
         outputs[branch] = detached if detached.dtype == torch.float64 else detached.float()
 
-    with ExitStack() as hooks:
+    def collect(layer: DDFLayer, *_: Any) -> None:
+        calls[layer.name] += 1
+        spatial, channel = ([outputs.pop(branch) for branch in branches] for branches in layer.branches())
+        captured.append(_layer_filters(layer, spatial, channel, calls[layer.name]))
 
-        def watch(layer: DDFLayer) -> None:
-            spatial, channel = layer.branches()
-
-            def collect(*_: Any) -> None:
-                calls[layer.name] += 1
-                spatial_filters = [outputs.pop(branch) for branch in spatial]
-                channel_filters = [outputs.pop(branch) for branch in channel]
-                captured.append(_layer_filters(layer, spatial_filters, channel_filters, calls[layer.name]))
-
-            for branch in (*spatial, *channel):
-                hooks.enter_context(branch.register_forward_hook(keep_output))
-            hooks.enter_context(layer.layer.register_forward_hook(collect))
-
-        for layer in layers:
-            watch(layer)
+    hooks: list[tuple[nn.Module, Callable[..., Any]]] = []
+    for layer in layers:
+        hooks += [(branch, keep_output) for branches in layer.branches() for branch in branches]
+        hooks.append((layer.layer, partial(collect, layer)))
+    with forward_hooks(hooks):
         yield captured
 
 

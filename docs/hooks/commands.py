@@ -39,12 +39,13 @@ def reference() -> Iterator[str]:
 
 
 def commands() -> Iterator[tuple[str, Any]]:
-    """Every command, groups included, by its full name, in the order in which they were made."""
+    """Every command that is not hidden, groups included, by its full name, in the order in which they were made."""
     pending: list[tuple[str, Any]] = [(NAME, typer.main.get_command(app))]
     while pending:
         path, command = pending.pop(0)
         yield path, command
-        pending[:0] = [(f"{path} {name}", child) for name, child in getattr(command, "commands", {}).items()]
+        children = getattr(command, "commands", {}).items()
+        pending[:0] = [(f"{path} {name}", child) for name, child in children if not child.hidden]
 
 
 def panels(command: Any, context: Any) -> dict[str, list[tuple[str, str, str]]]:

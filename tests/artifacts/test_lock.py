@@ -123,7 +123,7 @@ def test_without_locks_there_is_a_warning(tmp_path, monkeypatch, caplog):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.setattr(lock, "_lock", none)
-    monkeypatch.setattr(logging, "_told", set())
+    monkeypatch.setattr(logging, "_warned", set())
     with locked(tmp_path), locked(tmp_path):
         (message,) = caplog.messages
     assert "No locks available" in message

@@ -3,7 +3,6 @@
 import copy
 import functools
 import itertools
-import json
 import logging
 import operator
 import re
@@ -39,7 +38,7 @@ def unconverted(model):
 @pytest.fixture
 def told(caplog, monkeypatch):
     """What the package says, again even if it was said before."""
-    monkeypatch.setattr(notices, "_told", set())
+    monkeypatch.setattr(notices, "_warned", set())
     caplog.set_level(logging.WARNING, logger="ddf_convert")
     return caplog
 
@@ -277,23 +276,6 @@ def test_sources_that_build_another_network_are_refused(source, message, tmp_pat
         save(built(), tmp_path / "out", source=source)
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
-
-
-def test_folders_of_older_formats_are_read(tmp_path):
-    model = built()
-    model.bn1.eps = 0.1
-    save(model, tmp_path / "out")
-    file = tmp_path / "out" / "manifest.json"
-    content = json.loads(file.read_text())
-    content["format_version"] = 4
-    del content["source"]["reason"], content["extra_states"], content["original_extra_states"]
-    for step in content["conversion"]["replaced"]:
-        del step["graph"]
-    file.write_text(json.dumps(content))
-    with pytest.raises(ArtifactError, match=r"a model of your own \(timm\.models\.resnet\.ResNet\), which only you"):
-        load(tmp_path / "out")
-    again = restore(timm.create_model(SMALL), tmp_path / "out")
-    assert torch.equal(again.fc.weight, model.fc.weight)
 
 
 # --- how values are compared ---

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-import warnings
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -17,83 +16,14 @@ import pytest
 import safetensors.torch
 import timm
 import torch
+from support.command_line import NETWORK, Ran, start
 
 import ddf_convert as ddf
-from ddf_convert import cli, ops, recipes
 from ddf_convert.artifacts import source
 from ddf_convert.artifacts.artifact import read_manifest
-from ddf_convert.bench import doctor
-from ddf_convert.commands.completion import filter_names, recipe_names, timm_names
 from ddf_convert.commands.options import is_assignment, spread, timm_arguments
-from ddf_convert.conversion import registry
 
-NETWORK = """
-import torch
-from torch import nn
-
-class Net(nn.Module):
-    def __init__(self):
-        super().__init__()
-        print("the model talks while it is built")
-        self.stem = nn.Conv2d(3, 32, 3, padding=1)
-        self.body = nn.Conv2d(32, 64, 3, stride=2, padding=1)
-
-    def forward(self, image):
-        return self.body(self.stem(image).relu())
-
-def fails():
-    raise RuntimeError("first line\\nsecond line")
-
-class Odd(Net):  # two inputs, and a convolution that is called as a function
-    def __init__(self):
-        super().__init__()
-        self.kernel = nn.Parameter(torch.randn(64, 64, 3, 3))
-
-    def forward(self, image, mask):
-        return {"feature": nn.functional.conv2d(super().forward(image), self.kernel) * mask}
-
-def odd():
-    return Odd(), {"image": torch.randn(1, 3, 20, 20), "mask": torch.rand(1, 1, 8, 8)}
-
-number = 5
-built = nn.Identity()
-"""
 SMALL = ("--input-size", "3", "64", "64")
-
-
-class Ran:
-    """What a command printed, and its exit code."""
-
-    def __init__(self, code: int, out: str, err: str) -> None:
-        self.code, self.out, self.err = code, out, err
-
-
-@pytest.fixture(autouse=True)
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An empty current folder but for ``net_for_cli.py``; 80 columns."""
-    (tmp_path / "net_for_cli.py").write_text(NETWORK)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.setattr(sys, "dont_write_bytecode", True)
-    monkeypatch.setenv("COLUMNS", "80")
-    yield tmp_path
-    sys.modules.pop("net_for_cli", None)
-
-
-@pytest.fixture
-def run(capsys: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: object) -> Ran:
-        code = cli.run([str(argument) for argument in arguments])
-        captured = capsys.readouterr()
-        return Ran(code, captured.out, captured.err)
-
-    return call
-
-
-def start(*arguments: object, **options: Any) -> subprocess.CompletedProcess[str]:
-    """Runs it in a process of its own."""
-    command = [sys.executable, "-m", "ddf_convert.cli", *map(str, arguments)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -512,13 +442,6 @@ def truncated(folder: Path) -> None:
     file.write_bytes(file.read_bytes()[:-1000])
 
 
-def flipped(folder: Path) -> None:
-    file = folder / "model.safetensors"
-    content = bytearray(file.read_bytes())
-    content[-7] ^= 1
-    file.write_bytes(content)
-
-
 def newer(folder: Path) -> None:
     file = folder / "manifest.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "format_version": 999}))
@@ -528,11 +451,7 @@ def newer(folder: Path) -> None:
     ("damage", "words"),
     [
         (truncated, ("model.safetensors",)),
-        (flipped, ("model.safetensors",)),
         (newer, ("newer",)),
-        (lambda folder: (folder / "manifest.json").write_text("{"), ("manifest.json",)),
-        (lambda folder: (folder / "manifest.json").write_text('{"format": "else"}'), ("manifest.json",)),
-        (lambda folder: (folder / "model.safetensors").unlink(), ("model.safetensors",)),
     ],
 )
 @pytest.mark.parametrize("command", [("inspect",), ("convert", "-o", "new")])
@@ -623,11 +542,8 @@ def test_work_is_not_lost_with_its_streams(folder: Path) -> None:
         ("inspect", "x" * 300),
         ("inspect", f"folder/{'x' * 300}"),
         ("convert", "resnet10t", "-o", "out", "--checkpoint", "x" * 300),
-        ("convert", "resnet10t", "-o", "x" * 300),
-        ("visualize", "x" * 300, "net_for_cli.py"),
-        ("visualize", "ddf_mul_resnet18", "x" * 300),
         ("inspect", "resnet10t", "--recipe", "x" * 300),
-        ("upsample", "--rgb", "x" * 300, "--depth", "x.png", "--checkpoint", "x", "-o", "y.png"),
+        ("depth", "predict", "--rgb", "x" * 300, "--depth", "x.png", "--checkpoint", "x", "-o", "y.png"),
     ],
 )
 def test_names_that_are_too_long_for_a_file(run: Any, arguments: tuple[str, ...]) -> None:
@@ -639,251 +555,24 @@ def test_names_that_are_too_long_for_a_file(run: Any, arguments: tuple[str, ...]
 
 def test_version_and_help(run: Any) -> None:
     assert run("--version").out == f"ddf-convert {ddf.__version__}\n"
-    for command in ("inspect", "convert", "doctor"):
+    for command in ("inspect", "convert", "depth", "doctor"):
         assert command in run("--help").out
         shown = run(command, "--help")
         assert shown.code == 0
         assert max(map(len, shown.out.splitlines())) <= 80
 
 
-def test_doctor(run: Any) -> None:
-    ran = run("doctor")
-    assert ran.code == 0, ran.out
-    assert max(map(len, ran.out.splitlines())) <= 80
-    checks = {check["name"]: check for check in json.loads(run("doctor", "--json").out)["checks"]}
-    assert checks["torch"] == {"name": "torch", "state": "ok", "detail": torch.__version__.partition("+")[0]}
-    assert "agree with the reference" in checks["CPU kernels"]["detail"]
-    assert checks["timm registry"]["state"] == "ok"
+@pytest.mark.parametrize(("old", "new"), [("upsample", "predict"), ("upsample-train", "train")])
+def test_older_names_of_the_depth_commands_still_work_and_are_hidden(run: Any, old: str, new: str) -> None:
+    ran = run(old, "--help")
+    assert ran.code == 0
+    assert ran.out.replace(old, f"depth {new}").split() == run("depth", new, "--help").out.split()
+    assert old not in run("--help").out.split()
 
 
-@pytest.mark.parametrize("fault", ["wrong", "raises"])
-def test_doctor_finds_broken_kernels(run: Any, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
-    right = ops.ddf
-
-    def wrong(*arguments: Any, **options: Any) -> torch.Tensor:
-        if fault == "raises":
-            raise RuntimeError("no compiler")
-        return right(*arguments, **options) * 1.001
-
-    monkeypatch.setattr(ops, "ddf", wrong)
-    ran = run("doctor", "--json")
-    assert ran.code == 1
-    states = {check["name"]: check["state"] for check in json.loads(ran.out)["checks"]}
-    assert states["CPU kernels"] == "problem"
-    assert states["torch"] == "ok"
-
-
-def checked() -> dict[str, doctor.Check]:
-    return {check.name: check for check in doctor.examine()}
-
-
-def test_doctor_without_the_optional(monkeypatch: pytest.MonkeyPatch) -> None:
-    known = metadata.version
-
-    def missing(name: str) -> str:
-        if name in ("torchvision", "matplotlib", "numba-cuda"):
-            raise metadata.PackageNotFoundError
-        return known(name)
-
-    monkeypatch.setattr(metadata, "version", missing)
-    monkeypatch.setattr(torch.version, "cuda", "12.8")
-    checks = checked()
-    assert checks["matplotlib"].state == checks["numba-cuda"].state == "note"
-    assert checks["torchvision"].state == "problem"
-    assert "pip install 'ddf-convert[cuda12]'" in checks["numba-cuda"].detail
-    assert not {"CUDA compiler", "CUDA kernel cache"} & set(checks)
-
-
-def test_doctor_without_a_gpu_compiles_a_cuda_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("numba_cuda")
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    checks = checked()
-    assert checks["CUDA"].state == "note"
-    assert "no GPU that torch can use" in checks["CUDA"].detail
-    assert checks["CUDA compiler"].state == "ok", checks["CUDA compiler"].detail
-    assert "compiled for sm_90" in checks["CUDA compiler"].detail
-    assert not any(name.startswith("cuda:") for name in checks)
-
-
-def test_doctor_says_why_torch_has_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    def too_old() -> bool:
-        warnings.warn("CUDA initialization: the driver is too old\nmore", stacklevel=1)
-        return False
-
-    monkeypatch.setattr(torch.cuda, "is_available", too_old)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    assert doctor.check_cuda()[1].startswith(
-        "CUDA initialization: the driver is too old; torch is built for CUDA 13.0, "
-    )
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert doctor.check_cuda() == (doctor.State.NOTE, "this torch is not built for NVIDIA GPUs")
-    monkeypatch.setattr(doctor, "package_version", lambda name: None)
-    assert doctor.check_numba_cuda()[1] == "not installed; only NVIDIA GPUs need it"
-
-
-def test_doctor_goes_on_where_torch_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def fails() -> bool:
-        raise RuntimeError("no luck")
-
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    monkeypatch.setattr(torch.cuda, "is_available", fails)
-    checks = checked()
-    assert checks["CUDA"] == doctor.Check("CUDA", doctor.State.PROBLEM, "RuntimeError: no luck")
-    assert "matplotlib" in checks  # the last one
-
-
-@pytest.mark.parametrize(("gpus", "state"), [(0, "note"), (1, "problem")])
-def test_doctor_where_the_cuda_compiler_fails(monkeypatch: pytest.MonkeyPatch, gpus: int, state: str) -> None:
-    from ddf_convert.cuda.codegen import ptx
-
-    def fails(*_: Any) -> str:
-        raise OSError("libnvvm.so: no such file\nmore")
-
-    monkeypatch.setattr(ptx, "compile_ptx", fails)
-    monkeypatch.setattr(torch.version, "cuda", "13.0")
-    pretend_gpus(monkeypatch, gpus)
-    found, detail = doctor.check_cuda_compiler()
-    assert found == state
-    assert detail == "it fails (OSError: libnvvm.so: no such file); pip install 'ddf-convert[cuda13]'"
-    monkeypatch.setenv("NUMBA_ENABLE_CUDASIM", "1")
-    assert doctor.check_cuda_compiler()[1].endswith("unset it")
-
-
-def test_doctor_finds_a_cache_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setenv("NUMBA_CACHE_DIR", str(tmp_path))
-    assert doctor.check_cuda_kernel_cache() == (doctor.State.OK, str(tmp_path / "ddf_convert_cuda"))
-    (tmp_path / "ddf_convert_cuda").write_text("a file stands in the way")
-    state, detail = doctor.check_cuda_kernel_cache()
-    assert state == "note"
-    assert "set NUMBA_CACHE_DIR" in detail
-
-
-def pretend_gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: count > 0)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU number {torch.device(device).index}")
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-
-
-@pytest.mark.parametrize(
-    ("reason", "installed", "expected"),
-    [
-        (None, True, ("ok", "agree with the reference")),
-        ("the driver is old: update it", True, ("problem", "PyTorch reference: the driver is old: update it")),
-        ("numba-cuda is not installed", False, ("note", "PyTorch reference: numba-cuda is not installed")),
-    ],
-)
-def test_doctor_tries_every_gpu(
-    monkeypatch: pytest.MonkeyPatch, reason: str | None, installed: bool, expected: tuple[str, str]
-) -> None:
-    from ddf_convert import cuda
-
-    known, check_kernels, tried = doctor.package_version, doctor.check_kernels, []
-
-    def on_the_cpu(device: str) -> doctor.Result:
-        tried.append(device)
-        return check_kernels("cpu")
-
-    pretend_gpus(monkeypatch, 2)
-    monkeypatch.setattr(cuda, "unusable", lambda device: reason)
-    monkeypatch.setattr(doctor, "check_kernels", on_the_cpu)
-    monkeypatch.setattr(
-        doctor, "package_version", lambda name: known(name) if installed or name != "numba-cuda" else None
-    )
-    checks = checked()
-    for index in (0, 1):
-        check = checks[f"cuda:{index}"]
-        assert check.detail.startswith(f"GPU number {index}, compute capability 9.0: ")
-        assert check.state == expected[0]
-        assert expected[1] in check.detail
-    assert tried == ["cpu", *(["cuda:0", "cuda:1"] if reason is None else [])]
-
-
-@pytest.mark.gpu
-def test_doctor_on_a_gpu() -> None:
-    checks = checked()
-    assert checks["CUDA compiler"].state == "ok"
-    assert checks["cuda:0"].state == "ok", checks["cuda:0"].detail
-    assert "agree with the reference" in checks["cuda:0"].detail
-
-
-# --- completion ------------------------------------------------------------------------------------------------------
-
-
-def completed(words: str, incomplete: str = "") -> tuple[list[str], bool]:
-    """What bash is offered by typer's protocol, and whether torch was imported for it, which takes seconds."""
-    environment = {
-        **os.environ,
-        "_DDF_CONVERT_COMPLETE": "complete_bash",
-        "COMP_WORDS": f"ddf-convert {words} {incomplete}",
-        "COMP_CWORD": str(1 + len(words.split())),
-    }
-    code = (
-        "import atexit, sys; from ddf_convert.cli import main;"
-        "atexit.register(lambda: print('torch' in sys.modules, file=sys.stderr)); main([])"
-    )
-    ran = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=60)
-    assert ran.stderr in ("True\n", "False\n")
-    return ran.stdout.split(), ran.stderr == "True\n"
-
-
-def test_completion_knows_timms_names() -> None:
-    assert set(timm_names("resnet10")) == set(timm.list_models("resnet10*"))
-    assert set(timm_names("ddf_")) == set(timm.list_models("ddf_*"))
-    assert set(timm_names("")) >= set(timm.list_models())
-    assert timm_names("no-model") == []
-
-
-def test_completion_knows_recipes_and_filters() -> None:
-    assert recipe_names("") == sorted(recipes.names())
-    assert recipe_names("pre") == ["preserve"]
-    built_in = [each.name for each in ddf.list_filters() if registry.is_built_in(each)]
-    assert filter_names("") == built_in
-    assert filter_names("dw-") == ["dw-condconv", "dw-weightnet"]
-
-
-@pytest.mark.parametrize(
-    ("words", "incomplete", "expected"),
-    [
-        ("inspect", "resnet10t", {"resnet10t"}),
-        ("convert", "resnet10t", {"resnet10t"}),
-        ("bench model", "resnet10t", {"resnet10t"}),
-        ("export", "resnet10t", {"resnet10t"}),
-        ("evaluate", "resnet10t", {"resnet10t"}),
-        ("visualize", "ddf_mul_resnet1", {"ddf_mul_resnet18", "ddf_mul_resnet101", "ddf_mul_resnet152"}),
-        ("convert resnet10t --recipe", "", set(recipes.names())),
-        ("finetune folder --recipe", "dis", {"distill"}),
-        ("upsample-train folder --recipe", "de", {"depth-upsample"}),
-        ("recipes show", "ca", {"calibrate"}),
-        ("inspect resnet10t --filter", "dw-", {"dw-condconv", "dw-weightnet"}),
-        ("convert resnet10t --mixing", "a", {"auto", "always"}),
-        ("bench", "la", {"layer"}),
-    ],
-)
-def test_completion_in_a_shell(words: str, incomplete: str, expected: set[str]) -> None:
-    found, with_torch = completed(words, incomplete)
-    assert set(found) == expected
-    assert not with_torch
-
-
-@pytest.mark.parametrize(
-    "words",
-    [
-        "finetune",
-        "inspect resnet10t --html",
-        "convert resnet10t -o",
-        "convert resnet10t --checkpoint",
-        "finetune folder --data",
-        "visualize resnet10t",
-        "export resnet10t -o",
-        "upsample",
-    ],
-)
-def test_files_are_left_to_the_shell(words: str) -> None:
-    """bash and zsh complete files where the answer is empty."""
-    assert completed(words, "net_for") == ([], False)
-
-
-def test_bash_completes_files_where_nothing_is_offered() -> None:
-    environment = {**os.environ, "_DDF_CONVERT_COMPLETE": "source_bash"}
-    assert "complete -o default" in start(env=environment).stdout
+def test_the_help_of_conversion_options_is_that_of_their_fields(run: Any) -> None:
+    shown = " ".join(re.sub(r"[│╭╮╰╯─]", " ", run("inspect", "--help").out).split())
+    for name, field in ddf.ConvertConfig.model_fields.items():
+        option = "filter-option" if name == "filter_options" else name.replace("_", "-")
+        assert f"--{option} " in shown
+        assert " ".join(field.description.replace("``", "`").split()) in shown

@@ -87,7 +87,7 @@ def checkpointed(model):
 
 
 def compiled(model, family):
-    """Whole. AOTAutograd takes long, so it has one family; Inductor longer still: see test_layers.py.
+    """Whole. AOTAutograd takes long, so it has one family; Inductor longer still: see tests/layers/test_ddf.py.
 
     So does Dynamo for many layers: the other families are left to `make test-long`.
     """

@@ -15,7 +15,7 @@ from torch import nn
 
 import ddf_convert as ddf
 from ddf_convert import cli
-from ddf_convert.commands.completion import FILTERS
+from ddf_convert.commands.completion import filter_names
 from ddf_convert.conversion import registry as filters_module
 from ddf_convert.layers import (
     ChannelFilter2d,
@@ -28,6 +28,7 @@ from ddf_convert.layers import (
 from ddf_convert.recipes.parameters import new_layers, trainable_names
 
 IMAGE = torch.randn(2, 3, 32, 32)
+FILTERS = tuple(filter_names(""))
 GEOMETRIES = {
     "plain": {},
     "stride": {"stride": 2},

@@ -1,4 +1,4 @@
-"""Costs against figures worked out by hand, and against the modules themselves: measuring changes nothing."""
+"""Costs: figures worked out by hand, those of the modules themselves, and that measuring changes nothing."""
 
 import copy
 import gc
@@ -42,8 +42,10 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("device", ["cpu", "meta"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("cpu", torch.float32), ("meta", torch.float64), ("cpu", torch.float16), ("meta", torch.bfloat16)],
+)
 def test_parameters_and_macs_by_hand(name, device, dtype):
     module, shape, params, macs = CASES[name]
     module = copy.deepcopy(module).to(device, dtype)
@@ -52,7 +54,7 @@ def test_parameters_and_macs_by_hand(name, device, dtype):
 
 
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "vit_tiny_patch16_224"])
-def test_known_models(name):
+def test_known_models_cost_what_is_published(name):
     expected = {"resnet18": (11689512, 1814073344), "resnet50": (25557032, 4089184256)}
     with torch.device("meta"):
         model = timm.create_model(name)
@@ -129,7 +131,7 @@ def test_costs_add_and_subtract():
     assert one + two - one == two
 
 
-def test_measuring_holds_nothing():
+def test_measuring_frees_all_tensors():
     """What autograd saves of an operator's own output would hold itself, where no garbage collector sees it."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sigmoid())
     gc.collect()

@@ -312,7 +312,7 @@ def test_a_run_in_use_or_without_checkpoints_is_left_alone(again):
 def test_the_settings_of_others_are_no_run(data, tmp_path, content):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "settings.json").write_text(content)
-    with pytest.raises(UsageError, match="holds no run of upsample-train"):
+    with pytest.raises(UsageError, match="holds no run of depth train"):
         run.train(request(data, tmp_path / "mine"))
     assert (tmp_path / "mine" / "settings.json").read_text() == content
 

@@ -87,7 +87,7 @@ def loaded(file):
 # --- the files ---
 
 
-def test_onnx_in_standard_operators_at_any_size(tmp_path):
+def test_onnx_has_standard_operators_and_runs_at_any_size(tmp_path):
     model, file = Everything().train(), tmp_path / "model.onnx"
     before = {name: value.clone() for name, value in model.state_dict().items()}
     done = export.to_onnx(model, image(), file)
@@ -112,7 +112,7 @@ def test_onnx_in_standard_operators_at_any_size(tmp_path):
         assert_near(ran(file, inputs), list(model(inputs).values()))
 
 
-def test_torch_export_needs_torch_alone_unless_asked(tmp_path):
+def test_torch_export_needs_only_torch_unless_operators_are_kept(tmp_path):
     """In a process that has no ddf_convert, at sizes that the export did not check."""
     model, inputs = Everything(up=False).eval(), image(31, 3)
     done = export.to_torch_export(model, image(), tmp_path / "model.pt2")
@@ -185,7 +185,7 @@ def arguments(size=3, heads=1, factor=1, stride=1, dilation=1, padding=None, com
     return options, [torch.randn(shape) for shape in shapes]
 
 
-def test_translations_are_the_operators(tmp_path):
+def test_translations_compute_what_the_operators_do(tmp_path):
     made = {name: arguments(**case) for name, case in OPERATORS.items()}
     tensors = [tensors for _, tensors in made.values()]
     model = Calls({name: options for name, (options, _) in made.items()})
@@ -262,7 +262,7 @@ SIZES = {
 
 
 @pytest.mark.parametrize("name", SIZES)
-def test_sizes_are_said(name, tmp_path):
+def test_allowed_sizes_are_reported(name, tmp_path):
     model, example, expected = SIZES[name]
     if name == "one image":  # view(3, -1) takes any batch for wider rows
         model.forward = lambda x: OfOne.forward(model, x) if len(x) == 1 else x.view(3, 64)
@@ -290,14 +290,14 @@ def test_a_group_for_every_image_fixes_the_batch_in_onnx(tmp_path):
     assert "a convolution has groups for every image" in str(done.sizes[0])
 
 
-def test_static_is_static(tmp_path):
+def test_static_export_fixes_all_sizes(tmp_path):
     done = export.to_onnx(networks.Normalized(), image(channels=4), tmp_path / "model.onnx", dynamic=False)
     assert done.inputs == {"image": (1, 4, 20, 24)}
     assert {str(size) for size in done.sizes} == {f"fixed at {size}: as asked" for size in (1, 20, 24)}
     assert len(done.checks) == 1
 
 
-def test_names_are_replaced_whole():
+def test_rename_replaces_whole_symbols():
     assert rename("2*s1 + s11 + (s1 // 2)", {"s1": "height"}) == "2*height + s11 + (height // 2)"
 
 
@@ -323,7 +323,7 @@ def test_a_difference_is_an_error_and_leaves_the_old_file(tmp_path, monkeypatch)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"model.onnx": "old", "model.pt2": "old"}
 
 
-def test_what_rounding_alone_makes_is_no_error(tmp_path, monkeypatch):
+def test_differences_from_rounding_are_accepted(tmp_path, monkeypatch):
     monkeypatch.setattr(checking, "_TOLERANCE", 0.0)
     done = export.to_onnx(networks.Normalized(), image(channels=4), tmp_path / "model.onnx")
     assert max(check.rounding or 0 for check in done.checks) > 0
@@ -362,7 +362,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_is_refused(name, tmp_path):
+def test_refusals_are_one_line_and_write_nothing(name, tmp_path):
     write, kind, words = REFUSED[name]
     with pytest.raises(kind, match=words) as caught:
         write(image(channels=4), tmp_path / "model.onnx")
@@ -376,7 +376,7 @@ def test_missing_packages_are_named_with_the_extra(tmp_path, monkeypatch):
         export.to_onnx(networks.Normalized(), image(), tmp_path / "model.onnx")
 
 
-def test_what_it_needs_is_imported_when_it_is_needed():
+def test_onnx_packages_are_imported_lazily():
     for file in Path(export.__file__).parent.glob("*.py"):
         for node in ast.parse(file.read_text()).body:  # not what stands in functions, or under TYPE_CHECKING
             named = [alias.name for alias in getattr(node, "names", ())] if isinstance(node, ast.Import) else []
@@ -407,7 +407,7 @@ def run(tmp_path, monkeypatch, capsys):
     sys.modules.pop("net_for_export", None)
 
 
-def test_the_command(run, tmp_path):
+def test_command_writes_both_formats(run, tmp_path):
     code, out, _ = run("net_for_export:made", "-o", "model.onnx", "--json")
     found = json.loads(out)
     assert (code, found["format"], found["opset"], found["file"]) == (0, "onnx", 18, "model.onnx")
@@ -440,7 +440,7 @@ COMPLAINTS = {
 
 
 @pytest.mark.parametrize("arguments", COMPLAINTS, ids=" ".join)
-def test_the_commands_complaints(arguments, run, tmp_path):
+def test_command_refuses_what_does_not_fit(arguments, run, tmp_path):
     code, out, err = run("net_for_export:made", *arguments)
     assert (code, out) == (2, "")
     assert err.startswith("error: ")
@@ -495,7 +495,7 @@ RETURNS = {
 
 
 @pytest.mark.parametrize("name", RETURNS)
-def test_what_is_no_tensor_is_left_out_with_a_note(name, tmp_path, caplog):
+def test_outputs_that_are_not_tensors_are_left_out_with_a_warning(name, tmp_path, caplog):
     function, names, left_out = RETURNS[name]
     model = Returns(function).eval()
     for write, file in ((export.to_onnx, "model.onnx"), (export.to_torch_export, "model.pt2")):

@@ -1,63 +1,21 @@
-"""DDFUp2d: the authors' module, guides, fixed filters, and branches computed together."""
+"""DDFUp2d: guides, fixed filters, fused branches."""
 
 from __future__ import annotations
 
-import copy
-import json
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file
-from support.paths import DATA
+from support.layer_helpers import LAYOUTS, Doubled, forward_and_backward, pretend_cuda, with_hooks
 from support.tolerances import far
 from torch import Tensor, nn
 from torch.autograd import gradcheck
 from torch.utils.flop_counter import FlopCounterMode
 
-from ddf_convert import ops, reference
+from ddf_convert import ops
 from ddf_convert.layers import DDFUp2d, SpatialFilterNorm
-from ddf_convert.layers import ddf_up as up_module
-from ddf_convert.layers.ddf import operator_can_normalize
-
-GOLDEN = DATA / "golden"
-CASES = [case for case in json.loads((GOLDEN / "index.json").read_text()) if case["module"] == "DDFUp2d"]
-LAYOUTS = [torch.contiguous_format, torch.channels_last]
-
-
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-    torch._dynamo.reset()
-
-
-def by_reference(input: Tensor, channel: Tensor, spatial: Tensor, norm_scale: None, **options: Any) -> Tensor:
-    return reference.forward(input, channel, spatial, reference.Geometry(**options))
-
-
-def as_on_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Lets layers decide as they would for CUDA tensors; plain DDF is then an error where FilterNorm goes inside."""
-    on_cuda = SimpleNamespace(is_cuda=True)
-    monkeypatch.setattr(
-        up_module, "operator_can_normalize", lambda branch, input: operator_can_normalize(branch, on_cuda)
-    )
-
-    def normalized_ddf(*tensors: Tensor, norm_scale: float | None, **options: Any) -> Tensor:
-        assert norm_scale is not None
-        return ops.ddf(*tensors, norm_scale=norm_scale, **options)
-
-    monkeypatch.setattr(up_module, "ddf", normalized_ddf)
-
-
-def watched(layer: DDFUp2d) -> DDFUp2d:
-    """A copy whose branches run one by one."""
-    layer = copy.deepcopy(layer)
-    for module in layer.modules():
-        module.register_forward_hook(lambda module, inputs, output: None)
-    return layer
 
 
 def one_by_one(layer: DDFUp2d, input: Tensor, guide: Tensor | None = None) -> Tensor:
@@ -77,29 +35,6 @@ def one_by_one(layer: DDFUp2d, input: Tensor, guide: Tensor | None = None) -> Te
     return F.pixel_shuffle(torch.stack(maps, 2).flatten(1, 2), layer.scale_factor)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
-@pytest.mark.parametrize("backend", ["kernels", "reference", "normalized inside", "one by one"])
-@pytest.mark.parametrize("case", CASES, ids=lambda case: case["file"])
-def test_golden(case: dict, backend: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
-    tensors = load_file(GOLDEN / case["file"])
-    layer = DDFUp2d(**case["kwargs"], dtype=torch.float64)
-    weights = {name.removeprefix("param."): value for name, value in tensors.items() if name.startswith("param.")}
-    layer.load_state_dict(weights, strict=True)
-    if backend == "reference":
-        monkeypatch.setattr(up_module, "ddf", by_reference)
-    elif backend == "normalized inside":
-        as_on_cuda(monkeypatch)
-    elif backend == "one by one":
-        layer = watched(layer)
-    output = layer(tensors["input.0"].to(memory_format=layout))
-    torch.testing.assert_close(output, tensors["output"], **far(torch.float64, output))
-    assert backend == "reference" or output.is_contiguous(memory_format=layout)
-
-
-def test_two_golden_cases_are_there() -> None:
-    assert len(CASES) == 2
-
-
 OPTIONS = [
     {},
     {"scale_factor": 3, "kernel_size": 5, "heads": 2, "combine": "add", "bias": True},
@@ -107,13 +42,6 @@ OPTIONS = [
     {"affine": True, "padding_mode": "replicate", "se_ratio": 1.0},
     {"affine": True, "guide_channels": 3, "heads": 4, "combine": "add"},
 ]
-
-
-def forward_and_backward(layer: DDFUp2d, input: Tensor, guide: Tensor | None) -> list[Tensor]:
-    tensors = [input.detach().requires_grad_(), *([guide.detach().requires_grad_()] if guide is not None else [])]
-    output = layer(*tensors)
-    grad = torch.linspace(-1, 1, output.numel(), dtype=torch.float64).to(output.dtype).view(output.shape)
-    return [output, *torch.autograd.grad(output, [*tensors, *layer.parameters()], grad)]
 
 
 def inputs(layer: DDFUp2d, dtype: torch.dtype = torch.float64, layout: Any = torch.contiguous_format) -> list[Any]:
@@ -125,16 +53,16 @@ def inputs(layer: DDFUp2d, dtype: torch.dtype = torch.float64, layout: Any = tor
 @pytest.mark.parametrize("layout", LAYOUTS, ids=str)
 @pytest.mark.parametrize("inside", [False, True])
 @pytest.mark.parametrize("options", OPTIONS, ids=str)
-def test_branches_together_are_branches_one_by_one(
+def test_fused_branches_equal_single_branches(
     options: dict, inside: bool, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     layer = DDFUp2d(8, **options, dtype=torch.float64)
     made = inputs(layer, layout=layout)
-    expected = forward_and_backward(watched(layer), *made)
+    expected = forward_and_backward(with_hooks(layer), *made)
     if not options.get("bias") and "padding_mode" not in options:
         torch.testing.assert_close(expected[0], one_by_one(layer, *made))
     if inside and not options.get("affine"):
-        as_on_cuda(monkeypatch)
+        pretend_cuda(monkeypatch)
     for ours, theirs in zip(forward_and_backward(layer, *made), expected, strict=True):
         torch.testing.assert_close(ours, theirs)
 
@@ -149,7 +77,7 @@ def test_gradcheck(combine: str) -> None:
 @pytest.mark.parametrize(
     "options", [pytest.param({}, marks=pytest.mark.long), {"guide_channels": 3, "affine": True}], ids=str
 )
-def test_compiles_whole(options: dict) -> None:
+def test_compiles_without_graph_breaks(options: dict) -> None:
     layer = DDFUp2d(4, **options)
     made = inputs(layer, torch.float32)
     compiled = torch.compile(layer, fullgraph=True)
@@ -218,7 +146,7 @@ def test_stacked_layers_reach_large_factors() -> None:
     assert output.isfinite().all()
 
 
-def test_output_size() -> None:
+def test_output_size_resizes_to_the_nearest_pixel() -> None:
     layer, input = DDFUp2d(3), torch.randn(1, 3, 13, 4)
     whole = layer(input)
     assert torch.equal(layer(input, output_size=(26, 8)), whole)
@@ -226,7 +154,7 @@ def test_output_size() -> None:
     assert torch.equal(resized, F.interpolate(whole, size=(25, 7)))
 
 
-def test_costs_are_those_of_branches_one_by_one() -> None:
+def test_flops_are_those_of_single_branches() -> None:
     layer, input = DDFUp2d(8), torch.randn(1, 8, 5, 6)
     with FlopCounterMode(display=False) as counter:
         layer(input)
@@ -234,11 +162,6 @@ def test_costs_are_those_of_branches_one_by_one() -> None:
     channel = 4 * (8 * 4 + 4 * 72)
     operator = 9 * 8 * 120
     assert counter.get_total_flops() == 2 * (depthwise + pointwise + channel + operator)
-
-
-class Doubled(SpatialFilterNorm):
-    def forward(self, filters: Tensor) -> Tensor:
-        return 2 * super().forward(filters)
 
 
 CHANGES: dict[str, Callable[[DDFUp2d], object]] = {
@@ -262,7 +185,7 @@ CHANGES: dict[str, Callable[[DDFUp2d], object]] = {
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_changed_branches_run_as_they_are(change: str) -> None:
+def test_changed_branches_are_not_fused(change: str) -> None:
     layer, input = DDFUp2d(4), torch.randn(2, 4, 6, 5)
     CHANGES[change](layer)
     torch.testing.assert_close(layer(input), one_by_one(layer, input))

@@ -160,7 +160,7 @@ def test_commands_exist_with_their_options(line):
     """Parsed, and not run: an option or a command that does not exist is an error."""
     assert "-completion" not in line  # to parse that is to install it
     command, path = application(), "ddf-convert"
-    arguments = cli.several_values(shlex.split(line))
+    arguments = cli.repeat_options(shlex.split(line))
     while True:
         try:
             context = command.make_context(path, list(arguments))

@@ -1,4 +1,4 @@
-"""What dynamic filters do, caught, measured and drawn; the command `visualize`."""
+"""Captured filters, their measures, pictures of them; the command `visualize`."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def seen(model, images):
     return visualize.filters(model, images)
 
 
-def test_every_call_of_every_layer_is_caught(seen):
+def test_every_call_of_every_layer_is_captured(seen):
     assert [(layer.title, layer.kind, layer.size, layer.spatial.shape[1], layer.kernel_size) for layer in seen] == [
         ("conv", "DDFConv2d", (8, 12), 2, 5),
         ("down", "DDF2d", (4, 6), 1, 3),
@@ -67,7 +67,7 @@ def test_every_call_of_every_layer_is_caught(seen):
     ]
 
 
-def test_the_filters_are_those_that_the_operator_applies(model, images, seen):
+def test_captured_filters_are_those_that_the_operator_applies(model, images, seen):
     """What a layer puts out comes from the filters caught, and from its input."""
     caught = {}
 
@@ -113,7 +113,7 @@ def test_the_model_is_left_as_it_was(model, images):
     assert not any(module._forward_hooks for module in model.modules())
 
 
-def test_models_in_wrappers_and_compiled_ones_are_looked_into(model, images, seen):
+def test_wrapped_and_compiled_models_are_unwrapped(model, images, seen):
     compiled = torch.compile(nn.Sequential(model), backend="eager").eval()
     with torch.no_grad():
         compiled(images)  # before there are hooks
@@ -133,7 +133,7 @@ class Unused(nn.Module):
 
 
 @pytest.mark.parametrize(("model", "words"), [(nn.Conv2d(3, 4, 3), "no DDF layers"), (Unused(), "called none")])
-def test_models_with_nothing_to_see(model, words):
+def test_models_without_called_ddf_layers_are_refused(model, words):
     with pytest.raises(ddf.UsageError, match=words):
         visualize.filters(model, torch.rand(1, 3, 8, 8))
 
@@ -150,7 +150,7 @@ def applied(spatial, channel, combine):
 
 @pytest.mark.parametrize("combine", ["mul", "add"])
 @pytest.mark.parametrize("count", [1, 3])
-def test_numbers_are_what_means_lose(combine, count):
+def test_dynamics_are_the_loss_of_replacing_by_means(combine, count):
     generator = torch.Generator().manual_seed(0)
     spatial = torch.rand(count, 2, 2, 9, 20, generator=generator) + torch.rand(1, 2, 2, 9, 20, generator=generator)
     channel = torch.randn(count, 2, 6, 9, generator=generator) + torch.rand(1, 2, 6, 9, generator=generator)
@@ -210,7 +210,7 @@ def test_maps_are_of_the_applied_filters(seen, name):
     torch.testing.assert_close(visualize.change(layer, image, head), expected)
 
 
-def test_components_of_filters_that_have_three():
+def test_components_recover_three_shapes():
     """Sums of three shapes are seen as just those; what branches differ in everywhere is not seen."""
     generator = torch.Generator().manual_seed(0)
     shapes = torch.linalg.qr(torch.randn(9, 3, generator=generator))[0].T
@@ -263,7 +263,7 @@ def test_a_picture_has_a_row_for_each_chosen_layer(seen):
 @pytest.mark.parametrize(
     "wrong", [{"image": 2}, {"head": 1}, {"branch": 4}, {"taps": [(0, 3)]}], ids=lambda wrong: next(iter(wrong))
 )
-def test_what_is_not_there_is_not_drawn(seen, wrong):
+def test_indices_out_of_range_are_refused(seen, wrong):
     with pytest.raises(ValueError, match=r"from 0|there is no"):
         visualize.picture(seen, None, [seen[-2]], **wrong)
 
@@ -319,7 +319,7 @@ def ran(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
-def test_the_command_draws_and_tables(place, capsys):
+def test_command_draws_a_picture_and_prints_a_table(place, capsys):
     names = place[1]
     code, out, err = ran(capsys, "converted", "photo.png", "-o", "a.png", "--layer", names[1], "--tap", "1,1", *SIZE)
     assert code == 0, err
@@ -341,7 +341,7 @@ def test_a_layer_with_brackets_in_its_name_is_found_by_it(place, capsys):
     assert code == 0, err
 
 
-def test_json_is_json_alone(place, capsys):
+def test_json_output_is_only_json(place, capsys):
     names = place[1]
     code, out, err = ran(capsys, "fresh", "photo.png", "gray.png", "--json", *SIZE)
     assert code == 0, err
@@ -355,7 +355,7 @@ def test_json_is_json_alone(place, capsys):
     ]
 
 
-def test_models_of_ones_own_and_plain_images(place, capsys):
+def test_own_models_and_plain_images(place, capsys):
     code, out, err = ran(capsys, "own:net", "gray.png", "--plain", "--json", "--head", "1", *SIZE)
     assert code == 0, err
     (layer,) = json.loads(out)["layers"]
@@ -394,14 +394,14 @@ def test_mistakes_are_one_line(place, arguments, message, capsys):
     assert "Traceback" not in err
 
 
-def test_without_matplotlib_nothing_is_started(place, capsys, monkeypatch):
+def test_missing_matplotlib_is_reported_first(place, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     code, out, err = ran(capsys, "no-model", "photo.png", "-o", "new.png")
     assert (code, out) == (2, "")
     assert "--output needs matplotlib: pip install 'ddf-convert[plot]'" in " ".join(err.split())
 
 
-def test_what_the_model_saw_is_shown_as_it_was():
+def test_shown_undoes_the_normalization():
     pixels = numpy.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=numpy.uint8)
     content = io.BytesIO()
     PIL.Image.fromarray(pixels).save(content, "PNG")
