@@ -124,13 +124,13 @@ class _MomentSums:
 
 
 def sample_positions(pair: ConvPair, inputs: Tensor, targets: Tensor, count: int, seed: int) -> tuple[Tensor, Tensor]:
-    """Input patches and outputs at random positions.
+    """Samples input patches and outputs at up to ``count`` random positions of each image.
 
     Args:
         pair: Gives the geometry of the convolution.
         inputs: (B, C, H, W).
         targets: The convolution's outputs, (B, C', Ho, Wo).
-        count: Positions of an image; all of them if there are fewer.
+        count: Positions of an image.
         seed: Of the choice.
 
     Returns:

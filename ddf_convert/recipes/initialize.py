@@ -53,19 +53,9 @@ def initialize(
     images: Iterable[Any] | None = None,
     say: Callable[[str], None] = lambda words: None,
 ) -> Initialized:
-    """Initializes the new layers of a converted model in place; otherwise only batch norms' statistics change.
+    """Initializes the new layers of a converted model in place: see ``Recipe.initialize``.
 
-    Args:
-        model: The converted model.
-        settings: The method and its settings.
-        original: The model before conversion; not needed for "paper". It does not change.
-        images: Batches (B, C, H, W), or tuples that begin with one, transformed as for evaluation; for "calibrate".
-        say: Called with a line of progress for every layer that is fitted.
-
-    Raises:
-        UsageError: Something that the method needs is missing, or the original is another model. The model is then
-            unchanged.
-        DDFError: The fit gave numbers that are not finite.
+    Of other modules only the statistics of batch norms change. After a UsageError the model is unchanged.
     """
     if settings.method == "paper":
         for new in new_layers(model).values():

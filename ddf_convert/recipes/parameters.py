@@ -32,15 +32,7 @@ def new_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def trainable_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
-    """Names of the parameters that patterns of ``Stage.trainable`` select.
-
-    Args:
-        model: A converted model.
-        patterns: "all", "new", "norms", "head", globs, or ``re:`` patterns of parameter names.
-
-    Raises:
-        UsageError: A pattern matches no parameter; "norms" beside others may.
-    """
+    """Names of the parameters that patterns of ``Stage.trainable`` select; a pattern without any is an error."""
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
     chosen: set[str] = set()
     for pattern in patterns:
@@ -54,22 +46,7 @@ def trainable_names(model: nn.Module, patterns: Sequence[str]) -> set[str]:
 
 
 def parameter_groups(model: nn.Module, stage: Stage, images_per_step: int | None = None) -> list[dict[str, Any]]:
-    """Freezes all parameters but those that the stage trains, and groups these for an optimizer.
-
-    Args:
-        model: A converted model; ``requires_grad`` of its parameters changes.
-        stage: The stage.
-        images_per_step: Images of all processes and accumulated batches; scales the learning rate if the stage has
-            ``lr_base_size``.
-
-    Returns:
-        Groups with ``params``, ``lr``, ``weight_decay`` and a ``name``, for torch's and timm's optimizers: new layers
-        and old ones, each with and without weight decay (biases, norms and FilterNorm's scales and shifts have none).
-        Empty groups are left out.
-
-    Raises:
-        UsageError: A pattern of the stage matches no parameter.
-    """
+    """Freezes all parameters but those that the stage trains, and groups these: see ``Recipe.parameter_groups``."""
     chosen = trainable_names(model, stage.trainable)
     new = {id(parameter) for layer in new_layers(model).values() for parameter in layer.parameters()}
     no_weight_decay = getattr(model, "no_weight_decay", None)  # timm's models list position embeddings, tokens, ...

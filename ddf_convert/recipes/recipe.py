@@ -130,7 +130,9 @@ class Recipe(RecipePart):
             The method, and a relative error for each layer.
 
         Raises:
-            UsageError: Something that the method needs is missing, or the original is another model.
+            UsageError: Something that the method needs is missing, or the original is another model. The model is then
+                unchanged.
+            DDFError: The fit gave numbers that are not finite.
         """
         say = options.pop("say", None) or (lambda words: None)
         settings = Initialize.model_validate({**self.initialize_with.model_dump(), **options})
@@ -154,7 +156,9 @@ class Recipe(RecipePart):
                 ``lr_base_size``.
 
         Returns:
-            Groups with ``params``, ``lr``, ``weight_decay`` and ``name``.
+            Groups with ``params``, ``lr``, ``weight_decay`` and a ``name``, for torch's and timm's optimizers: new
+            layers and old ones, each with and without weight decay (biases, norms and FilterNorm's scales and shifts
+            have none). Empty groups are left out.
 
         Raises:
             UsageError: There is no such stage, or it names parameters that the model does not have.

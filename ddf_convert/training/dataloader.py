@@ -76,12 +76,8 @@ class ImageSettings:
 def image_settings(model: nn.Module, input_size: tuple[int, int, int] | None = None) -> ImageSettings:
     """Returns how images are transformed for a model, by timm's ``resolve_data_config``.
 
-    Args:
-        model: From timm, converted or not, or any other, which gets ImageNet's mean and standard deviation.
-        input_size: (C, H, W); None is timm's, or (3, 224, 224), with one channel if the first convolution has one.
-
-    Raises:
-        UsageError: The model takes neither 1 nor 3 channels.
+    Models that timm does not know get ImageNet's mean and deviation, and (3, 224, 224), or one channel if their first
+    convolution has one.
     """
     config: Any = getattr(model, "pretrained_cfg", None) or {}
     found = timm.data.resolve_data_config(pretrained_cfg=config, args={"input_size": input_size})
@@ -105,12 +101,7 @@ def image_settings(model: nn.Module, input_size: tuple[int, int, int] | None = N
 def make_transform(settings: ImageSettings, augmentation: Augmentation | None = None) -> Transform:
     """Returns timm's transform, from an RGB image to a float32 tensor of shape ``settings.input_size``.
 
-    Args:
-        settings: Of the model.
-        augmentation: For training; mixup and CutMix are for batches and not part of it. None is for evaluation.
-
-    Raises:
-        UsageError: timm does not know such an augmentation.
+    With an augmentation it is for training, without mixup and CutMix, which are for batches; None is for evaluation.
     """
     create: Any = timm.data.create_transform  # accepts more than its annotations say
     common: dict[str, Any] = {"input_size": settings.input_size, "mean": settings.mean, "std": settings.std}
@@ -252,19 +243,9 @@ def training_loader(
     workers: int = 0,
     device: torch.device = _CPU,
 ) -> ImageLoader:
-    """Returns a loader of the micro-batches of one process, from the step of ``sampler.start_at`` on.
+    """Returns a loader of the micro-batches of one process, whatever the number of workers.
 
-    Args:
-        images: To train with.
-        settings: Of the model.
-        augmentation: None transforms images as in evaluation.
-        sampler: For as many images.
-        workers: Processes that load; 0 loads in this one. The batches are the same.
-        device: Where batches will be moved to.
-
-    Raises:
-        UsageError: timm does not know such an augmentation.
-        ValueError: The sampler is for another number of images.
+    An iteration begins at the step of ``sampler.start_at``. The device says where batches will be moved to.
     """
     if sampler.count != len(images):
         raise ValueError(f"a sampler of {sampler.count} images for {len(images)}")

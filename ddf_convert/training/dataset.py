@@ -84,7 +84,7 @@ class ImageDataset(Dataset[tuple[PIL.Image.Image, int]]):
         classes: Names of the classes by label, if known.
         has_labels: Whether labels are read.
         on_broken: What loaders do with images that cannot be read.
-        indices: Those of the source; None is all.
+        indices: Indices into the source; None is all.
         root: The folder that the data are in, if they are files.
     """
 
@@ -183,16 +183,7 @@ def open_images(
 
 
 def random_split(images: ImageDataset, fraction: float = 0.1, seed: int = 0) -> tuple[ImageDataset, ImageDataset]:
-    """Splits images into training and validation at random, the same way every time.
-
-    Args:
-        images: The images.
-        fraction: For validation; at least one image.
-        seed: Of the choice.
-
-    Raises:
-        UsageError: Nothing would be left to train with.
-    """
+    """Splits images at random into training and validation, which gets the fraction; the same way every time."""
     count = max(1, round(len(images) * fraction))
     if count >= len(images):
         raise UsageError(f"{len(images)} images are too few to hold {count} out for validation; give more")

@@ -113,7 +113,7 @@ def evaluate(
     Args:
         model: The model.
         batches: Those of this process; the processes may have different numbers of them.
-        settings: How.
+        settings: How to evaluate.
         objective: The recipe's losses of this model, which are evaluated too if they need the original.
         teacher: The original, to compare with.
         progress: Shows every batch.
@@ -152,15 +152,7 @@ def evaluate(
 
 
 def check_labels(labels: Tensor, classes: int) -> None:
-    """Checks that labels are classes of a model, for data that do not list their classes.
-
-    Args:
-        labels: On the CPU, so that nothing waits for a GPU.
-        classes: Number of classes of the model.
-
-    Raises:
-        UsageError: One is not.
-    """
+    """Raises a UsageError if labels, on the CPU, are not among the classes of a model."""
     if len(labels) and (highest := int(labels.max())) >= classes:
         raise UsageError(
             f"a label is {highest}, and the model's {classes} classes go from 0 to {classes - 1}: --num-classes"

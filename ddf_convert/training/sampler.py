@@ -22,18 +22,12 @@ from ddf_convert.errors import UsageError
 
 
 def seed_for(seed: int, *counters: int) -> int:
-    """Derives a seed that is the same on every platform and in every version of numpy.
+    """Derives a seed, from 0 to 2**63 - 1, that is the same on every platform and in every version of numpy.
 
     Args:
         seed: Of the run, >= 0.
         *counters: What the seed is for, such as an epoch and the number of an image; each from 0 to 2**32 - 1. Counters
             that differ in number or value give independent seeds.
-
-    Returns:
-        An int from 0 to 2**63 - 1.
-
-    Raises:
-        ValueError: A number is negative, or a counter too large.
     """
     if any(not 0 <= counter < 2**32 for counter in counters):
         raise ValueError(f"counters of 32 bits are needed, not {counters}")
@@ -42,12 +36,7 @@ def seed_for(seed: int, *counters: int) -> int:
 
 @contextlib.contextmanager
 def seeded(seed: int, device: torch.device | None = None) -> Iterator[None]:
-    """A context in which torch, numpy and random are seeded; afterwards their states are restored.
-
-    Args:
-        seed: From 0 to 2**63 - 1.
-        device: If it is a CUDA device, its generator is seeded too.
-    """
+    """A context in which torch (a CUDA device's generator too), numpy and random are seeded; then they are restored."""
     numpy_state, python_state = np.random.get_state(), random.getstate()
     cuda = [device] if device is not None and device.type == "cuda" else []
     with torch.random.fork_rng(cuda):
@@ -117,11 +106,7 @@ class TrainingSampler(Sampler[list[EpochPosition]]):
         self.epoch, self.step = 0, 0
 
     def start_at(self, epoch: int, step: int = 0) -> None:
-        """Makes the next iteration yield this epoch without its first ``step`` steps.
-
-        Raises:
-            ValueError: The epoch has no such step.
-        """
+        """Makes the next iteration yield this epoch without its first ``step`` steps."""
         if not 0 <= step <= self.steps_per_epoch:
             raise ValueError(f"step {step} of an epoch of {self.steps_per_epoch}")
         self.epoch, self.step = epoch, step
