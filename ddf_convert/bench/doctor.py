@@ -138,7 +138,8 @@ def check_kernels(device: str) -> Result:
     first_seconds, results = run()
     seconds = min(run()[0] for _ in range(3))
     exact = [tensor.detach().cpu().double().requires_grad_() for tensor in tensors]
-    output = reference.forward(*exact, reference.Geometry(stride=2, padding=1))
+    input, channel_filter, spatial_filter = exact
+    output = reference.forward(input, channel_filter, spatial_filter, reference.Geometry(stride=2, padding=1))
     expected = [output, *torch.autograd.grad(output.square().sum(), exact)]
     error = max(
         ((result.cpu().double() - right).abs().max() / right.abs().max()).item()

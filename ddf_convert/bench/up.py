@@ -6,6 +6,7 @@ written from its equations, with their widths (64 channels in the middle), in pl
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -110,6 +111,10 @@ class SeparateUp(nn.Module):
         return F.pixel_shuffle(torch.stack(maps, 2).flatten(1, 2), self.layer.scale_factor)
 
 
+def _input(shape: tuple[int, ...], settings: UpSettings) -> tuple[Tensor]:
+    return (random_leaf(shape, settings.dtype, settings.layout, settings.device),)
+
+
 def run(settings: UpSettings, progress: Progress = no_progress) -> dict[str, Any]:
     """Measures every size.
 
@@ -122,7 +127,7 @@ def run(settings: UpSettings, progress: Progress = no_progress) -> dict[str, Any
     with keep_freed_memory():
         for size in settings.resolutions:
             shape = (settings.batch, settings.channels, size, size)
-            inputs = input_sets(lambda shape=shape: (random_leaf(shape, dtype, layout, device),), device)
+            inputs = input_sets(functools.partial(_input, shape, settings), device)
             row = rows[str(size)] = {}
             for implementation in settings.implementations():
                 progress(f"Measuring {implementation.name}, {dtype}, {layout}, {size}x{size}")
