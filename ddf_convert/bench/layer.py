@@ -14,12 +14,11 @@ from ddf_convert.bench.measure import (
     Figures,
     Progress,
     convolution_settings,
-    input_sets,
     keep_freed_memory,
+    map_sets,
     measure,
     move,
     no_progress,
-    random_leaf,
 )
 from ddf_convert.cost import count
 from ddf_convert.errors import DDFError, UsageError
@@ -93,7 +92,7 @@ def run(settings: LayerSettings, progress: Progress = no_progress) -> dict[str, 
     device, dtype, layout = settings.device, settings.dtype, settings.layout
     results: dict[str, Figures] = {}
     try:
-        inputs = input_sets(lambda: (random_leaf(settings.shape, dtype, layout, device),), device)
+        inputs = map_sets(settings.shape, dtype, layout, device)
         with keep_freed_memory(), convolution_settings(settings.tf32):
             for name, layer in settings.layers().items():
                 progress(f"Measuring {name}")

@@ -178,6 +178,11 @@ def input_sets(make: Callable[[], Sequence[Tensor]], device: torch.device) -> li
     return [first, *(make() for _ in range(copies_needed(first, device) - 1))]
 
 
+def map_sets(shape: Sequence[int], dtype: str, layout: str, device: torch.device) -> list[Sequence[Tensor]]:
+    """Returns sets of one random map each, for layers that take one input."""
+    return input_sets(lambda: (random_leaf(shape, dtype, layout, device),), device)
+
+
 def move(module: nn.Module, dtype: str, layout: str, device: torch.device) -> nn.Module:
     """Moves a module to a device, a dtype and a layout, the latter two by name, and returns it."""
     options: dict[str, Any] = {"dtype": DTYPES[dtype], "memory_format": LAYOUTS[layout], "device": device}

@@ -6,7 +6,6 @@ written from its equations, with their widths (64 channels in the middle), in pl
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -21,11 +20,10 @@ from ddf_convert.bench.measure import (
     Figures,
     Implementation,
     Progress,
-    input_sets,
     keep_freed_memory,
+    map_sets,
     move,
     no_progress,
-    random_leaf,
 )
 from ddf_convert.errors import UsageError
 from ddf_convert.layers import DDFUp2d
@@ -111,10 +109,6 @@ class SeparateUp(nn.Module):
         return F.pixel_shuffle(torch.stack(maps, 2).flatten(1, 2), self.layer.scale_factor)
 
 
-def _input(shape: tuple[int, ...], settings: UpSettings) -> tuple[Tensor]:
-    return (random_leaf(shape, settings.dtype, settings.layout, settings.device),)
-
-
 def run(settings: UpSettings, progress: Progress = no_progress) -> dict[str, Any]:
     """Measures every size.
 
@@ -127,7 +121,7 @@ def run(settings: UpSettings, progress: Progress = no_progress) -> dict[str, Any
     with keep_freed_memory():
         for size in settings.resolutions:
             shape = (settings.batch, settings.channels, size, size)
-            inputs = input_sets(functools.partial(_input, shape, settings), device)
+            inputs = map_sets(shape, dtype, layout, device)
             row = rows[str(size)] = {}
             for implementation in settings.implementations():
                 progress(f"Measuring {implementation.name}, {dtype}, {layout}, {size}x{size}")
