@@ -380,7 +380,7 @@ def test_a_run_in_use_is_left_alone(here: Path) -> None:
 
 def test_the_scale_of_a_loss_survives_a_move_between_gpu_and_cpu() -> None:
     """float16 has one on a GPU alone."""
-    stage = Stage(name="one", steps=1)
+    stage = Stage.model_validate({"name": "one", "steps": 1, "optimizer": {"opt": "adamw", "lr": 0.1}})
     for enabled in (True, False):
         states = []
         for each in (enabled, not enabled):
