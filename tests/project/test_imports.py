@@ -20,6 +20,7 @@ BELONGS_TO = {
     "rich": {"cli", "commands", "report", "bench", "training"},
     "matplotlib": {"bench", "training", "utils", "visualize"},
     "yaml": {"recipes"},
+    "jinja2": {"report"},
     "h5py": {"depth"},
     "onnx": {"export"},
     "onnxruntime": {"export"},
