@@ -13,7 +13,7 @@ INSTALLED := $(VENV)/.installed
 help:
 	@echo "make demo    convert ResNet-50 into $(DEMO)/, show what it saves, load it back and compare"
 	@echo "make check   ruff, format and mypy"
-	@echo "make test-fast  check, and the tests that start no process and compile nothing: for every edit"
+	@echo "make test-fast  check, and the tests that are not slow: under 2 minutes, for every edit"
 	@echo "make test    check, and all tests: what CI runs"
 	@echo "make test-long  what make test leaves out: more CUDA kernels and compiled models (minutes, no GPU)"
 	@echo "make bench   time the operator beside its peers (minutes, on a quiet machine)"

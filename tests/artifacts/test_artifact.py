@@ -28,6 +28,7 @@ from ddf_convert.errors import ArtifactError, UsageError
 # --- round trips ---
 
 
+@pytest.mark.slow
 def test_a_new_process_gives_equal_outputs(model, saved, tmp_path):
     image = torch.randn(2, 3, 64, 64)
     torch.save(image, tmp_path / "image.pt")
@@ -67,6 +68,7 @@ def test_loading_and_saving_again_keeps_everything(model, saved, tmp_path):
     assert read_manifest(tmp_path / "again").weights == read_manifest(saved).weights
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("options", "change"),
     [
@@ -90,6 +92,7 @@ def test_timm_models_are_recognized(tmp_path, options, change):
         torch.testing.assert_close(loaded(image.to(dtype)), expected, **far(dtype, expected))
 
 
+@pytest.mark.slow
 def test_a_model_converted_twice(tmp_path):
     once = convert(timm.create_model(SMALL, num_classes=5), example_input=IMAGE, include="layer1.*")
     twice = shaken(convert(once, example_input=IMAGE, combine="add"))
@@ -277,6 +280,7 @@ PARTS = {  # the model, a fresh one, and how many layers were replaced
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", PARTS)
 def test_conversions_of_parts_are_saved(case, tmp_path):
     build, fresh, count = PARTS[case]
@@ -325,6 +329,7 @@ def test_the_record_of_a_whole_has_options_and_recipe_of_its_parts():
     assert recorded(Around(ByHand(), net.Loop())) is None
 
 
+@pytest.mark.slow
 def test_a_converted_backbone_is_restored_in_a_new_process(tmp_path):
     (tmp_path / "mynet.py").write_text(
         "import timm\nfrom torch import nn\n\n\n"
@@ -467,6 +472,7 @@ def test_what_data_parallel_wraps_is_saved_and_restored(tmp_path):
         assert torch.equal(again(image), wrapped(image))
 
 
+@pytest.mark.slow
 def test_a_model_that_folds_pixels_into_channels_is_timms_too(tmp_path):
     folded = convert(timm.create_model("tresnet_m", num_classes=3), example_input=IMAGE, include="body.layer4.0.conv2*")
     assert save(folded, tmp_path / "folded").source == TimmSource(name="tresnet_m", kwargs={"num_classes": 3})

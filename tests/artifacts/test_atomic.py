@@ -43,6 +43,7 @@ def limited(code: str, place: Path, **limits: int) -> subprocess.CompletedProces
     )
 
 
+@pytest.mark.slow
 def test_every_writer_says_in_a_line_that_the_disk_is_full(tmp_path):
     """The limit on the size of files fails where a full disk does, with another number and another word."""
     code = """
@@ -96,6 +97,7 @@ def test_a_full_disk_in_safetensors_words(tmp_path, monkeypatch, errno):
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_behind_stdout(tmp_path):
     ran = subprocess.run(
         f"{sys.executable} -m ddf_convert inspect resnet10t --input-size 3 64 64 --json > /dev/full",
@@ -121,6 +123,7 @@ KILLED = """
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("what", "into"), [("folder", "there"), ("file", "new"), pytest.param("folder", "new", marks=pytest.mark.long)]
 )

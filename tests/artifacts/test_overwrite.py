@@ -69,6 +69,7 @@ SINGLE = {
 LINKED = ("inspect --html", "depth predict")  # one of each way to write; these are quick
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "link"),
     [
@@ -115,6 +116,7 @@ READ = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", READ)
 def test_what_is_read_is_never_written_over(place, capsys, name):
     os.symlink("made/manifest.json", "linked.html")

@@ -71,6 +71,7 @@ def in_training(model, image):
         return [*outputs, torch.get_rng_state()]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("noted", [True, False], ids=["noted by timm", "found out"])
 @pytest.mark.parametrize("kwargs", ARGUMENTS, ids=str)
 def test_arguments_are_recorded_and_the_same_network_comes_back(kwargs, noted, tmp_path):
@@ -199,6 +200,7 @@ HARMLESS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("edit", HARMLESS)
 def test_what_leaves_the_function_as_it_is_leaves_it_timms(edit, tmp_path, warned):
     model = built()

@@ -116,6 +116,7 @@ MIDDLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("place", MIDDLE)
 def test_restore_that_fails_in_the_middle_changes_nothing(tmp_path, monkeypatch, place, dtype):

@@ -108,6 +108,7 @@ def test_a_missing_matplotlib_is_an_error(run, monkeypatch):
     assert (ran.code, ran.err) == (2, "error: --plot needs matplotlib: pip install 'ddf-convert[plot]'\n")
 
 
+@pytest.mark.slow
 def test_op_prints_json_alone(run):
     ran = run("op", *TINY_OP, "--resolution", 5, "--resolution", 7, "--json", "-")
     assert ran.code == 0, ran.err
@@ -127,6 +128,7 @@ def test_op_prints_json_alone(run):
             assert row["DDF op"]["forward_of_copy"] == pytest.approx(speed / document["copy_gb_per_s"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [
@@ -150,6 +152,7 @@ def test_tables_fit_and_files_are_written(run, folder, arguments):
     assert sorted(path.name for path in folder.iterdir()) == ["figures.json", "figures.png", "net_for_bench.py"]
 
 
+@pytest.mark.slow
 def test_layer_counts_what_it_measures(run):
     ran = run("layer", *TINY_LAYER, "--kernel-size", 5, "--heads", 2, "--dtype", "float64", "--json", "-")
     assert ran.code == 0, ran.err
@@ -161,6 +164,7 @@ def test_layer_counts_what_it_measures(run):
     assert all(found["forward_ms"] > 0 for found in results.values())
 
 
+@pytest.mark.slow
 def test_model_before_and_after(run):
     ran = run(*tiny_model("--device", "cpu", "--dtype", "bfloat16", "--layout", "channels_last", "--json", "-"))
     assert ran.code == 0, ran.err
@@ -195,6 +199,7 @@ def test_ctrl_c_leaves_nothing(run, folder, monkeypatch):
     assert [path.name for path in folder.iterdir()] == ["net_for_bench.py"]
 
 
+@pytest.mark.slow
 def test_a_baseline_that_fails_is_a_gap_and_ours_an_error(run, monkeypatch):
     def fails(*arguments: object, **options: object) -> None:
         raise RuntimeError("not implemented here\nand a long story")

@@ -73,6 +73,7 @@ def test_the_forms_of_upsampling_agree():
     torch.testing.assert_close(unfolded(input)[inside], named[up.BILINEAR](input)[inside])
 
 
+@pytest.mark.slow
 def test_results_keep_the_keys_of_older_runs():
     """Pages that quote stored results find the same keys in new ones."""
     old = json.loads((BENCHMARKS / "results" / "cpu_op.json").read_text())

@@ -87,6 +87,7 @@ def test_medians_on_the_cpu():
     assert timing.host_us(lambda: None, CPU, 0.1) is None
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux counts the pages")
 def test_peak_memory_of_a_call():
     with measure.keep_freed_memory():
@@ -94,6 +95,7 @@ def test_peak_memory_of_a_call():
         assert measure.peak_mib(lambda: torch.ones(2**24).sum(), CPU) == pytest.approx(64, rel=0.1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc's")
 def test_freed_memory_is_kept():
     resource = importlib.import_module("resource")

@@ -25,6 +25,7 @@ from ddf_convert.errors import DDFError, UsageError
 # --- results ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("study", [recipes_mnist, recipes_mobilenet, recipes_vgg, depth_motorcycle])
 def test_stored_pages_are_written_from_the_stored_numbers(study, tmp_path):
     document = json.loads((results.RESULTS / f"{study.NAME}.json").read_text())
@@ -52,6 +53,7 @@ def test_an_error_is_one_line_and_an_exit_code(capsys):
 # --- worker processes ---
 
 
+@pytest.mark.slow
 def test_calls_return_results_and_crashes():
     answers = dict(pool.call_each(abs, [-1, -2, "x"], jobs=2, seconds=60))
     assert {task: answers[task] for task in (-1, -2)} == {-1: 1, -2: 2}

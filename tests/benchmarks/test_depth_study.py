@@ -77,6 +77,7 @@ def test_a_missing_opencv_is_an_error_with_the_command_to_install_it(monkeypatch
         study.opencv()
 
 
+@pytest.mark.slow
 def test_the_whole_study(opencv, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(study, "CROP", 16)
     monkeypatch.setattr(study, "PICTURE_FACTOR", 4)

@@ -44,10 +44,12 @@ def results(good, sandbox):
         return [fuzz.run_case(number, 1, good, sandbox) for number in range(CASES * 5 // 4) if number % 5 != 4]
 
 
+@pytest.mark.slow
 def test_corrupted_artifacts_pass(results):
     assert [result for result in results if result.problems] == []
 
 
+@pytest.mark.slow
 def test_command_lines_pass(good, sandbox, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "out").mkdir()
@@ -90,6 +92,7 @@ def test_the_table_counts_every_case_once(results):
     assert sum(int(row[1]) for row in rows[1 + len(depths) :] if row[0] in corrupt.corruption_names()) == CASES
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", artifacts.GOOD)
 @pytest.mark.parametrize("way", ["restore", "original"])
 def test_a_good_artifact_is_loaded_and_run(name, way, good, sandbox, tmp_path):
@@ -167,6 +170,7 @@ def spin():
         pass
 
 
+@pytest.mark.slow
 def test_the_sandbox_notes_violations_and_ends_endless_code(sandbox, tmp_path):
     inside, outside = tmp_path / "inside", tmp_path / "outside"
     inside.mkdir()
@@ -190,6 +194,7 @@ def test_the_sandbox_notes_violations_and_ends_endless_code(sandbox, tmp_path):
             endless()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("line", "code", "wrong"),
     [

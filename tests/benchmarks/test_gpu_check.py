@@ -87,6 +87,7 @@ def test_a_failing_part_is_recorded_and_the_next_one_runs(dry_run, monkeypatch, 
     assert "failed: op" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_wrong_kernels_are_found(monkeypatch):
     right = ops.ddf
 

@@ -145,6 +145,7 @@ def test_one_filter_alone_needs_filters_that_multiply():
         recipes_mnist.spatial_only(torch.nn.Sequential(DDF2d(4, combine="add")))
 
 
+@pytest.mark.slow
 def test_every_row_learns_the_same_at_every_run():
     data = digits()
     torch.manual_seed(0)

@@ -5,6 +5,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass
 
+import pytest
 import torch
 import zoo
 from architectures import catalog, checks, forward, page
@@ -84,6 +85,7 @@ def test_the_catalog_has_all_of_both_libraries():
     assert len(several) == len({a.name for a in several})
 
 
+@pytest.mark.slow
 def test_a_saved_model_is_loaded_by_another_process():
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # as in every worker: the last bits depend on it
@@ -118,6 +120,7 @@ def test_results_of_other_sources_do_not_count(tmp_path):
     assert zoo.CheckResults(file, "before").of("shapes") == []  # forgotten
 
 
+@pytest.mark.slow
 def test_a_run_records_failures_and_crashes_and_resumes(monkeypatch, tmp_path, capsys):
     entries = [own("Tiny"), own("Unbuilt"), own("crash")]
     results = tmp_path / "zoo.jsonl"

@@ -43,6 +43,7 @@ def artifact(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # --- inspect ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "params", "macs"),
     [
@@ -62,6 +63,7 @@ def test_the_papers_figures(run: Any, arguments: tuple[str, ...], params: Any, m
         assert found["after"]["params"] == 16_843_748
 
 
+@pytest.mark.slow
 def test_depthwise_convolutions_are_left_alone_with_the_reason(run: Any) -> None:
     sites = json.loads(run("inspect", "mobilenetv2_100", "--json").out)["sites"]
     depthwise = [site for site in sites if site["kind"] == "depthwise 3x3"]
@@ -72,6 +74,7 @@ def test_depthwise_convolutions_are_left_alone_with_the_reason(run: Any) -> None
         assert site["before"] == site["after"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "arguments"),
     [
@@ -89,6 +92,7 @@ def test_tables_fit_80_columns(run: Any, model: str, arguments: tuple[str, ...])
     assert max(map(len, ran.out.splitlines())) <= 80
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_timing")
 def test_options_reach_the_plan(run: Any) -> None:
     options = ("--se-ratio", 0.25, "--combine", "add", "--heads", 2, "--mixing", "always", "--stem", "--functional")
@@ -119,6 +123,7 @@ def test_options_reach_the_plan(run: Any) -> None:
     assert all(site["before"]["latency_ms"] > 0 for site in found["sites"])
 
 
+@pytest.mark.slow
 def test_include_and_exclude_repeat(run: Any) -> None:
     ran = run(
         *("inspect", "resnet10t", *SMALL, "--json"),
@@ -128,6 +133,7 @@ def test_include_and_exclude_repeat(run: Any) -> None:
     assert replaced == ["layer1.0.conv1", "layer2.0.conv1"]
 
 
+@pytest.mark.slow
 def test_the_default_input_size_is_the_models_own(run: Any) -> None:
     assert json.loads(run("inspect", "resnet10t", "--json").out)["input_size"] == [3, 176, 176]
     assert json.loads(run("inspect", "net_for_cli:Net", "--json").out)["input_size"] == [3, 224, 224]
@@ -139,6 +145,7 @@ def test_json_is_alone_on_stdout_even_if_the_model_prints(run: Any) -> None:
     assert "the model talks" in ran.err
 
 
+@pytest.mark.slow
 def test_html_is_written_beside_the_tables(run: Any, folder: Path) -> None:
     ran = run("inspect", "resnet10t", *SMALL, "--html", "page.html")
     assert ran.code == 0
@@ -150,6 +157,7 @@ def test_html_is_written_beside_the_tables(run: Any, folder: Path) -> None:
 # --- convert ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_convert_then_inspect_from_a_shell(folder: Path, run: Any) -> None:
     ran = start("convert", "resnet10t", "-o", "out", *SMALL, "--json", "--html", "out/page.html")
     assert (ran.returncode, ran.stderr) == (0, "")
@@ -172,6 +180,7 @@ def equal(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool
     return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
+@pytest.mark.slow
 def test_the_seed_decides_the_weights(run: Any, folder: Path) -> None:
     for name, seed in (("a", 1), ("b", 1), ("c", 2)):
         assert run("convert", "resnet10t", *SMALL, "-o", name, "--seed", seed).code == 0
@@ -182,6 +191,7 @@ def test_the_seed_decides_the_weights(run: Any, folder: Path) -> None:
     assert not torch.equal(a["layer1.0.conv1.mix.weight"], c["layer1.0.conv1.mix.weight"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
 def test_checkpoint_weights_are_kept(run: Any, folder: Path, suffix: str) -> None:
     state = timm.create_model("resnet10t").state_dict()
@@ -197,6 +207,7 @@ def test_checkpoint_weights_are_kept(run: Any, folder: Path, suffix: str) -> Non
     assert all(torch.equal(state[name], kept[name]) for name in common)
 
 
+@pytest.mark.slow
 def test_overwrite_replaces_and_its_absence_refuses(run: Any, folder: Path, artifact: Path) -> None:
     shutil.copytree(artifact, "out")
     before = files(folder)
@@ -238,6 +249,7 @@ def test_a_callable_can_give_an_example_input_too(run: Any, folder: Path) -> Non
 KWARGS = ("--num-classes", "5", "--in-chans", "1", "--model-kwargs", "drop_rate=0.25", "output_stride=16")
 
 
+@pytest.mark.slow
 def test_arguments_of_timm_are_recorded_and_come_back(run: Any, folder: Path) -> None:
     ran = run("convert", "resnet10t", "-o", "out", "--input-size", "1", "64", "64", *KWARGS)
     assert (ran.code, ran.err) == (0, "")
@@ -312,6 +324,7 @@ def test_mistakes_in_arguments_of_timm(run: Any, arguments: str, words: tuple[st
     one_line(run("inspect", *arguments.split()), 2, *words)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_another_number_of_classes(run: Any, folder: Path) -> None:
     model = timm.create_model("resnet10t", num_classes=7)
     torch.save({"epoch": 1, "net": model.state_dict()}, folder / "seven.pth")
@@ -322,6 +335,7 @@ def test_a_checkpoint_of_another_number_of_classes(run: Any, folder: Path) -> No
     assert torch.equal(weights(folder / "out")["fc.weight"], model.fc.weight)
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_nothing(run: Any, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = files(folder)
 
@@ -350,6 +364,7 @@ def one_line(ran: Ran, code: int, *words: str) -> None:
     assert ran.code == code
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -396,6 +411,7 @@ def test_mistakes_of_inspect(run: Any, folder: Path, arguments: str, words: tupl
     assert files(folder) == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -475,6 +491,7 @@ def test_no_network_is_a_failure_not_a_mistake(run: Any, folder: Path, monkeypat
     assert not (folder / "out").exists()
 
 
+@pytest.mark.slow
 def test_a_fault_is_one_line_and_debug_shows_where(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*arguments: Any) -> Any:
         raise ZeroDivisionError("by\nzero")
@@ -487,6 +504,7 @@ def test_a_fault_is_one_line_and_debug_shows_where(run: Any, monkeypatch: pytest
     assert "test_cli.py" in shown.err
 
 
+@pytest.mark.slow
 def test_a_reader_that_leaves_is_no_error() -> None:
     reading, writing = os.pipe()
     os.close(reading)
@@ -499,6 +517,7 @@ def test_a_reader_that_leaves_is_no_error() -> None:
 # --- the rest --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "streams", "code", "words"),
     [
@@ -523,6 +542,7 @@ def test_streams_that_are_closed_or_full(folder: Path, arguments: str, streams: 
     assert (folder / "code").read_text() == f"{code}\n"
 
 
+@pytest.mark.slow
 def test_work_is_not_lost_with_its_streams(folder: Path) -> None:
     """No file of ours takes the number of a stream that is closed, and then gets what is printed."""
     command = f"{sys.executable} -m ddf_convert convert net_for_cli:Net -o out --input-size 3 16 16 >&- 2>&- <&-"

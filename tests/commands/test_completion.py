@@ -48,6 +48,7 @@ def test_completion_knows_recipes_and_filters() -> None:
     assert filter_names("dw-") == ["dw-condconv", "dw-weightnet"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "incomplete", "expected"),
     [
@@ -72,6 +73,7 @@ def test_completion_in_a_shell(words: str, incomplete: str, expected: set[str]) 
     assert not with_torch
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "words",
     [

@@ -15,6 +15,7 @@ from ddf_convert import ops
 from ddf_convert.bench import doctor
 
 
+@pytest.mark.slow
 def test_doctor(run: Any) -> None:
     ran = run("doctor")
     assert ran.code == 0, ran.out

@@ -34,6 +34,7 @@ def everything(request):
     return plan(MODELS[request.param](), IMAGE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.25, 0.6, 0.95])
 @pytest.mark.parametrize("targets", [("target_macs",), ("target_params",), ("target_macs", "target_params")])
 def test_targets_are_met_by_no_more_than_is_needed(everything, targets, share):
@@ -53,6 +54,7 @@ def test_targets_are_met_by_no_more_than_is_needed(everything, targets, share):
     assert len(left) + len(decided.replaced) == len(everything.replaced)
 
 
+@pytest.mark.slow
 def test_a_target_out_of_reach_is_said_and_comes_as_near_as_can_be():
     decided = plan(on_meta("resnet18"), IMAGE, target_params="1M", target_macs="10G")
     everything = plan(on_meta("resnet18"), IMAGE)
@@ -77,6 +79,7 @@ def alike():
     )
 
 
+@pytest.mark.slow
 def test_the_fewest_are_replaced_and_of_equals_the_nearest_to_the_output():
     everything = plan(alike(), IMAGE)
     saving = {site.name: site.before.macs - site.after.macs for site in everything.replaced}
@@ -114,6 +117,7 @@ def test_what_is_against_a_target_out_of_reach_is_not_replaced():
     assert note.startswith("target_macs 990 is out of reach: 995 MACs are left")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("options", "kept"), [({"keep_first": 2}, {0, 1}), ({"keep_last": 1}, {4}), ({}, set())])
 def test_the_ends_are_kept(options, kept):
     decided = plan(alike(), IMAGE, **options)
@@ -137,6 +141,7 @@ def test_only_what_gets_faster_is_replaced():
     assert decided["3"].reason == "would not be faster here: 1 ms would become 2 ms (only_faster)"
 
 
+@pytest.mark.slow
 def test_only_faster_measures_on_this_machine():
     model = alike()
     decided = plan(model, IMAGE[..., :16, :16], only_faster=True)
@@ -150,6 +155,7 @@ def test_only_faster_measures_on_this_machine():
     assert all(parameter.device.type == "cpu" for parameter in model.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_timing")
 def test_a_model_on_meta_can_be_measured():
     decided = plan(on_meta("resnet10t"), torch.empty(1, 3, 32, 32, device="meta"), measure=True)

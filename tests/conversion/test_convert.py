@@ -37,6 +37,7 @@ FAMILIES = {
 ALSO = {"resnet26d", "seresnet50", "regnetx_002", "densenet121", "tf_efficientnetv2_b0"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.long] if name in ALSO else []) for name in FAMILIES]
 )
@@ -55,6 +56,7 @@ def test_families_keep_their_shapes_and_cost_what_the_plan_says(name):
     assert converted(image).shape == model(image).shape
 
 
+@pytest.mark.slow
 def test_a_real_model_runs_and_trains():
     torch.manual_seed(0)
     model = timm.create_model("resnet10t", num_classes=5)
@@ -63,6 +65,7 @@ def test_a_real_model_runs_and_trains():
     assert all(parameter.grad is not None for parameter in converted.parameters())
 
 
+@pytest.mark.slow
 def test_the_model_keeps_its_class_its_methods_and_its_other_parameters():
     model = timm.create_model("resnet18", num_classes=5)
     converted = convert(model, example_input=torch.empty(1, 3, 64, 64))
@@ -126,6 +129,7 @@ def test_a_bias_is_kept(layer, alone):
         assert (converted.mix.bias is not None, converted.ddf.bias is not None) == (biased, False)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layer", "expected"),
     [
@@ -305,6 +309,7 @@ def asking(ask, blocks=1):
     return nn.Sequential(nn.Conv2d(3, 32, 1), net.conv(), *(net.Asks(ask) for _ in range(blocks)), net.conv())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ask", BREAKING, ids=lambda ask: ask.__name__)
 def test_a_site_whose_replacement_breaks_the_model_is_left_alone(ask):
     model = asking(ask)
@@ -329,6 +334,7 @@ def test_only_the_blocks_that_break_are_left_alone():
     assert names == ["1", "2.other", "3.conv", "3.other", "4.other", "5"]
 
 
+@pytest.mark.slow
 def test_many_blocks_that_break_take_few_runs(monkeypatch):
     runs = []
     run = verify._Rehearsal.failure

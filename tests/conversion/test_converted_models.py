@@ -48,6 +48,7 @@ def assert_equal(ours, theirs):
     torch.testing.assert_close(ours, theirs, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", net.FAMILIES)
 def test_every_family_has_the_ddf_layers_that_these_tests_are_about(family):
     model, image = net.converted(family), net.images()
@@ -113,6 +114,7 @@ if not torch.cuda.is_available():  # it would want the model on the GPU
     CASES.append(pytest.param("DataParallel", "bottlenecks"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("way", "family"), CASES)
 def test_outputs_and_gradients_stay(way, family):
     """In training mode, and the outputs in evaluation mode, which follow the statistics of that pass."""
@@ -143,6 +145,7 @@ def test_copies_share_no_memory(way):
 LONG_TO_EXPORT = [pytest.param(family, marks=pytest.mark.long) for family in ("mobilenet", "bottlenecks")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", ["basic blocks", "unet", *LONG_TO_EXPORT])
 def test_exports_with_any_number_of_images(family):
     model = net.converted(family)
@@ -154,6 +157,7 @@ def test_exports_with_any_number_of_images(family):
         assert_near(exported.module()(net.images(count)), model(net.images(count)))
 
 
+@pytest.mark.slow
 def test_an_ensemble_of_one_model():
     """Weights of two models through the modules of one, which keeps its own."""
     model, other = net.converted("basic blocks"), net.convert(net.build("basic blocks"), "basic blocks").eval()
@@ -169,6 +173,7 @@ def test_an_ensemble_of_one_model():
 GROWTH = {"mobilenet": 500, "basic blocks": 50, "bottlenecks": 50, "unet": 50}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16, "autocast"], ids=str)
 @pytest.mark.parametrize("family", net.FAMILIES)
 def test_errors_stay_near_the_rounding_of_every_dtype(family, dtype):
@@ -188,6 +193,7 @@ def test_errors_stay_near_the_rounding_of_every_dtype(family, dtype):
     assert error < min(0.9, GROWTH[family] * torch.finfo(dtype).eps)  # strangers are 1.4 apart
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
 @pytest.mark.parametrize("family", net.FAMILIES)
 def test_every_layout_gives_the_same_gradients_and_is_kept(family, layout):
@@ -334,6 +340,7 @@ def test_timms_features_and_head_work_on(family):
     assert torch.equal(model(image), model.forward_head(features, pre_logits=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", TIMM)
 def test_features_only_gives_the_intermediates(family):
     """A converted feature extractor with the weights of the converted model gives that model's features."""
@@ -352,6 +359,7 @@ def test_features_only_gives_the_intermediates(family):
 # --- on disk ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_new_process_loads_and_restores(tmp_path):
     """A timm model by its name, a network of one's own into a fresh one."""
     for family in ("mobilenet", "unet"):
@@ -489,6 +497,7 @@ ACTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ACTIONS)
 def test_the_original_is_unharmed(action):
     model, _ = motley()
@@ -507,6 +516,7 @@ SURROUNDINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("surrounding", SURROUNDINGS)
 def test_the_surroundings_stay_and_change_nothing(surrounding):
     model, _ = motley()
@@ -520,6 +530,7 @@ def test_the_surroundings_stay_and_change_nothing(surrounding):
     assert_equal(net.gradients(copied, copied, net.images()), net.gradients(expected, expected, net.images()))
 
 
+@pytest.mark.slow
 def test_another_default_dtype_changes_nothing():
     model, _ = motley()
     expected = convert(model)
@@ -532,6 +543,7 @@ def test_another_default_dtype_changes_nothing():
     assert WATCHED["contents"](copied) == WATCHED["contents"](expected)
 
 
+@pytest.mark.slow
 def test_the_copy_keeps_what_every_module_and_tensor_had():
     model, _ = motley()
     copied = convert(model)
@@ -561,6 +573,7 @@ def test_the_copy_keeps_what_every_module_and_tensor_had():
     assert len(kinds) > 3
 
 
+@pytest.mark.slow
 def test_parts_on_another_device_stay_there():
     model = net.UNet()
     model.middle.to("meta")
@@ -572,6 +585,7 @@ def test_parts_on_another_device_stay_there():
     assert sum(kinds == {"meta"} for kinds in devices.values()) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("action", ["plan", "measure", "convert", "no such module, in place"])
 def test_hooks_of_the_model_are_not_called(action):
     """They may be anyone's: append to a list, write to a file, expect numbers."""
@@ -580,6 +594,7 @@ def test_hooks_of_the_model_are_not_called(action):
     assert calls == []
 
 
+@pytest.mark.slow
 def test_hooks_are_called_on_the_copy():
     model, calls = motley()
     copied = convert(model)

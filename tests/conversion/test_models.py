@@ -61,6 +61,7 @@ def shapes(outputs):
     return _pytree.tree_map(lambda leaf: leaf.shape if isinstance(leaf, torch.Tensor) else leaf, outputs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MODELS)
 def test_sites_are_found_and_replaced(case):
     model, example, name, found_by, mixed = MODELS[case]
@@ -169,6 +170,7 @@ def attributes(model):
     return {key: (id(value), len(value) if isinstance(value, list | dict) else 0) for key, value in vars(model).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", RUN_ONCE)
 def test_a_model_that_ran_once_is_planned_like_one_that_did_not(case):
     make, name = RUN_ONCE[case]
@@ -226,6 +228,7 @@ def every_registration(model):
     yield from (nn.modules.module.register_module_forward_hook, nn.modules.module.register_module_forward_pre_hook)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", LISTENERS)
 @pytest.mark.parametrize("make", [net.LazyHooks, net.Stateful])
 def test_a_users_hook_is_never_called(case, make):
@@ -264,6 +267,7 @@ def test_hooks_for_all_modules_are_called_in_other_threads_meanwhile():
     assert seen == [nn.Identity, nn.ReLU]
 
 
+@pytest.mark.slow
 def test_a_segformer_that_ran_once_is_planned_like_a_fresh_one():
     transformers = pytest.importorskip("transformers")
     sizes = {"depths": [1, 1], "sr_ratios": [2, 1], "hidden_sizes": [16, 32], "patch_sizes": [7, 3], "strides": [4, 2]}

@@ -136,6 +136,7 @@ def test_every_kind_of_convolution_has_its_decision_and_its_reason(case):
         assert site.replacement.layer == layer
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [case for case in TABLE if TABLE[case][2] is not None])
 def test_the_converted_model_costs_what_the_plan_said_and_gives_the_same_shape(case):
     model, _, _, _, options = TABLE[case]
@@ -156,6 +157,7 @@ def test_calls_of_a_shared_convolution_add_up():
     assert site.before.macs == (400 + 400 + 100) * 32 * 32 * 9
 
 
+@pytest.mark.slow
 def test_every_convolution_is_listed_once_in_the_order_of_the_forward_pass():
     assert list(plan(net.TwoNames(), IMAGE).names()) == ["first", "a"]
     assert list(plan(net.Uncalled(), IMAGE).names()) == ["used", "unused"]
@@ -206,6 +208,7 @@ FIGURES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FIGURES)
 def test_models_cost_what_the_paper_says(name):
     options, params, gmacs, replaced = FIGURES[name]
@@ -219,6 +222,7 @@ def test_models_cost_what_the_paper_says(name):
     assert len(decided.replaced) == replaced
 
 
+@pytest.mark.slow
 def test_mobilenet_leaves_depthwise_convolutions_alone():
     with torch.device("meta"):
         model = timm.create_model("mobilenetv2_100")
@@ -304,6 +308,7 @@ EXACT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", EXACT)
 @pytest.mark.parametrize("option", ["include", "exclude"])
 def test_a_name_given_exactly_is_no_glob(case, option):
@@ -409,6 +414,7 @@ def test_an_input_of_another_dtype_is_refused():
         plan(net.Residual(), IMAGE.double())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "shape", "message"),
     [
@@ -444,6 +450,7 @@ def test_plans_round_trip_through_json_and_can_be_edited():
     assert kinds == [DDFConv2d, nn.Conv2d, DDFConv2d]
 
 
+@pytest.mark.slow
 def test_plans_saved_before_sites_had_an_operation_load():
     cases = [
         (net.around(DDF2d(32), nn.ConvTranspose2d(32, 32, 3), net.conv(groups=2)), {}),

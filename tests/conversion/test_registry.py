@@ -149,6 +149,7 @@ TABLE_4 = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", TABLE_4)
 def test_resnet50_costs_what_the_papers_table_says(name):
     with torch.device("meta"):
@@ -181,6 +182,7 @@ class Net(nn.Module):
 PLACES = {"bottleneck", "wide", "same", "grouped"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FILTERS)
 def test_every_layer_type_replaces_what_ddf_replaces(name, tmp_path):
     torch.manual_seed(0)
@@ -242,6 +244,7 @@ def registry(monkeypatch):
     monkeypatch.setattr(filters_module, "_layer_types", dict(filters_module._layer_types))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_timing")
 def test_a_registered_layer_type_is_converted_saved_and_compared(registry, tmp_path):
     assert ddf.register_filter(BLUR) is BLUR
@@ -352,6 +355,7 @@ def test_the_command_line_refuses_in_one_line(case, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_convert_and_load_from_the_command_line(tmp_path, capsys):
     options = ["--filter", "condconv", "--filter-option", "num_experts=2"]
     assert cli.run(["convert", "test_resnet", "-o", str(tmp_path / "out"), *options]) == 0

@@ -86,6 +86,7 @@ REPLACED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", REPLACED)
 def test_what_is_replaced_keeps_its_shape_and_costs_what_the_plan_says(name):
     model, kind, layer = REPLACED[name]
@@ -237,6 +238,7 @@ def test_a_large_transposed_convolution_saves():
 EXACT = {name: model for name, (model, kind, layer) in REPLACED.items() if layer == "DDFUp2d"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", EXACT)
 def test_interpolations_and_depthwise_ones_are_preserved_exactly(name):
     model, image = EXACT[name], torch.randn(2, 3, 12, 16)
@@ -278,6 +280,7 @@ SEPARABLE = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SEPARABLE)
 @torch.no_grad()
 def test_a_transposed_convolution_of_rank_one_is_preserved_exactly(name):
@@ -354,6 +357,7 @@ def _note(called, name, layer, args, output):
     called.append(name)
 
 
+@pytest.mark.slow
 def test_calls_of_modules_inside_are_not_counted_for_the_one_around_them():
     model = net.Pyramid().eval()
     decided = plan(model, IMAGE, **UP, exclude=["up", "inner*"])
@@ -380,6 +384,7 @@ def test_calls_of_modules_inside_are_not_counted_for_the_one_around_them():
         assert called == [name for name in expected if not any(name.startswith(prefix) for prefix in gone)]
 
 
+@pytest.mark.slow
 def test_a_model_is_converted_bit_by_bit():
     model = net.Pyramid().eval()
     first = convert(model, example_input=IMAGE, **UP, include="interpolate()")
@@ -393,6 +398,7 @@ def test_a_model_is_converted_bit_by_bit():
     assert set(new_layers(second)) == {"ddf_interpolate", "inner.ddf_interpolate", "up", "ddf_interpolate_2"}
 
 
+@pytest.mark.slow
 def test_a_converted_caller_is_copied_pickled_traced_and_called_in_threads():
     model = net.Pyramid().eval()
     converted, _ = preserved(model)
@@ -434,6 +440,7 @@ def test_a_converted_caller_compiles_whole():
     )
 
 
+@pytest.mark.slow
 def test_torchvisions_fpn_is_converted_and_preserved():
     with torch.device("meta"):
         weightless = torchvision.models.detection.fasterrcnn_resnet50_fpn(weights=None, weights_backbone=None)
@@ -487,6 +494,7 @@ ARTIFACTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARTIFACTS)
 def test_artifacts_hold_upsampling(name, tmp_path):
     make = ARTIFACTS[name]
@@ -554,6 +562,7 @@ def test_calibration_leaves_upsampling_as_it_was_preserved():
     assert [layer.fitted_error is None for layer in done.layers] == [False, True, False]
 
 
+@pytest.mark.slow
 def test_comparisons_and_budgets_count_upsampling():
     model = net.UNet()
     converted, _ = preserved(model)
@@ -565,6 +574,7 @@ def test_comparisons_and_budgets_count_upsampling():
     assert not budget.replaced
 
 
+@pytest.mark.slow
 def test_the_command_line_prints_upsampling_in_eighty_columns(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     arguments = ["inspect", "support.networks:UNet", "--input-size", "3", "16", "16", "--upsample"]

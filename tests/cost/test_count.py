@@ -53,6 +53,7 @@ def test_parameters_and_macs_by_hand(name, device, dtype):
     assert (cost.params, cost.macs) == (params, macs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["resnet18", "resnet50", "vit_tiny_patch16_224"])
 def test_known_models_cost_what_is_published(name):
     expected = {"resnet18": (11689512, 1814073344), "resnet50": (25557032, 4089184256)}
@@ -131,6 +132,7 @@ def test_costs_add_and_subtract():
     assert one + two - one == two
 
 
+@pytest.mark.slow
 def test_measuring_frees_all_tensors():
     """What autograd saves of an operator's own output would hold itself, where no garbage collector sees it."""
     model = nn.Sequential(nn.Conv2d(3, 8, 1), nn.Sigmoid())

@@ -81,6 +81,7 @@ def test_results_repeat_on_any_number_of_threads(layout: torch.memory_format) ->
         assert all(torch.equal(first, second) for first, second in zip(results[0], other, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("two_threads")
 def test_eight_threads_at_once() -> None:
     cases = [example(seed=seed) for seed in range(8)]
@@ -120,6 +121,7 @@ def test_forked_data_loader_workers() -> None:
         torch.testing.assert_close(output, expected(example(seed=index)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", ["contiguous_format", "channels_last"])
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_stores_no_windows(layout: str) -> None:
@@ -206,6 +208,7 @@ for _ in range(2):
 """
 
 
+@pytest.mark.slow
 def test_works_without_a_folder_to_write_to() -> None:
     code = """
         from numba.core.caching import CacheImpl
@@ -350,6 +353,7 @@ def test_a_folder_is_looked_for_again(monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert tmp_path in folder.parents
 
 
+@pytest.mark.slow
 def test_disable_jit_takes_the_reference_and_says_so_once() -> None:
     code = """
         layer = layers.DDF2d(2)

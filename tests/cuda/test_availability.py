@@ -68,6 +68,7 @@ def test_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "not built for CUDA" in reason()
 
 
+@pytest.mark.slow
 def test_the_simulator_is_a_reason() -> None:
     result = python(
         """
@@ -195,6 +196,7 @@ def test_a_graph_capture_is_not_the_time_to_find_out(monkeypatch: pytest.MonkeyP
     assert cuda.usable(types.SimpleNamespace(device=GPU))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_importing_needs_no_compiler_and_no_gpu() -> None:
     result = python("""
         import sys

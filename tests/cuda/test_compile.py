@@ -66,6 +66,7 @@ def marked(variant: KernelSpec) -> Any:
     return pytest.param(variant, marks=() if usual(variant) else pytest.mark.long, id=kernels.label(variant))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", [marked(variant) for variant in CASES])
 def test_compiles_for_every_architecture(variant: KernelSpec) -> None:
     made = compiled(variant)
@@ -110,6 +111,7 @@ def test_any_two_traits_meet_in_a_usual_case() -> None:
     assert {kernels.label(each) for each in CASES if usual(each)} >= LARGER_USUAL
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(kernels.tool("nvdisasm") is None, reason="no nvdisasm here")
 def test_the_loop_of_the_forward_kernel() -> None:
     """18 instructions an element are the arithmetic; the rest stays below ten (docs/kernels.md)."""

@@ -152,6 +152,7 @@ def name(value: Any) -> str:
     return f"{len(value)}shapes" if isinstance(value, list) else str(value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "layout", "options", "shapes"), CASES, ids=name)
 def test_operator_and_its_gradients(
     dtype: str, layout: str, options: dict[str, Any], shapes: list[Any], gpu: Gpu
@@ -165,6 +166,7 @@ def test_operator_and_its_gradients(
     assert {variant.kernel for variant in gpu.variants} == {"window", *(["grad_filters"] * (not only_forward))}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "layout"),
     [(torch.float32, "contiguous"), pytest.param(torch.bfloat16, "channels_last", marks=pytest.mark.long)],
@@ -178,6 +180,7 @@ def test_tensors_that_are_not_aligned_are_read_in_single_elements(dtype: torch.d
     assert not any(".v2" in opcode or ".v4" in opcode for opcode in loads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "layout"), [(torch.float32, "contiguous"), (torch.bfloat16, "channels_last")])
 def test_spatial_filter_is_normalized_on_its_way_in(dtype: torch.dtype, layout: str, gpu: Gpu) -> None:
     for shape in ((2, 8, 6, 8), (1, 16, 3, 4)):
@@ -187,6 +190,7 @@ def test_spatial_filter_is_normalized_on_its_way_in(dtype: torch.dtype, layout: 
     assert len(gpu.variants) == 2  # no kernel but that of the operator
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize(
     ("dtype", "options", "shape"),
@@ -211,6 +215,7 @@ def test_generic_kernels(
         check_forward(call, norm_scale=0.5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 def test_filter_norm_and_its_gradient(dtype: torch.dtype, gpu: Gpu) -> None:
     draw = torch.Generator().manual_seed(0)
@@ -226,6 +231,7 @@ def test_filter_norm_and_its_gradient(dtype: torch.dtype, gpu: Gpu) -> None:
     assert dispatch.filter_norm_backward(constant, constant, 9, 1.0).isfinite().all()
 
 
+@pytest.mark.slow
 def test_machine_notices_every_barrier_that_is_missing(gpu: Gpu, monkeypatch: pytest.MonkeyPatch) -> None:
     call = example((1, 132, 16, 16), torch.float32, "contiguous")
     only_filters = False, True, True
@@ -261,6 +267,7 @@ def products(dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     return torch.cat([first, a, -a]).to(dtype), torch.cat([second, b, b]).to(dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "capability"), [(torch.float16, (7, 5)), (torch.bfloat16, (7, 5)), (torch.bfloat16, (8, 0))], ids=str
 )
@@ -279,6 +286,7 @@ def test_halves_are_rounded_as_torch_rounds(
     torch.testing.assert_close(made, expected, rtol=0, atol=0, equal_nan=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_kernels_for_processors_without_bfloat16(layout: str, monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Gpu((7, 5))
@@ -349,6 +357,7 @@ def check_places(far: Far, number: int, places: Tensor, expected: Tensor, dtype:
     check(values[order], expected.flatten()[wanted])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("layout", "dtype"), [("contiguous", torch.float32), ("channels_last", torch.bfloat16)])
 def test_beyond_two_billion_elements(layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     far = Far()
@@ -412,6 +421,7 @@ def family(opcode: str) -> str:
     return {"mov": "move", "setp": "predicate", "selp": "predicate"}.get(base, "integer and the rest")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize(("layout", "loads"), [("contiguous", 1.5), ("channels_last", 0.75)])
 def test_loads_and_stores_of_inner_tiles(

@@ -128,6 +128,7 @@ def test_slow_compilations_are_announced(
     assert f"compiling the CUDA kernel filter norm float32 (once; kept in {folder})" in caplog.text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
 def test_two_processes_at_once_and_a_third_later(tmp_path: Path) -> None:
     code = """
@@ -150,6 +151,7 @@ def test_two_processes_at_once_and_a_third_later(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("*.part"))
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(importlib.util.find_spec("numba_cuda") is None, reason="numba-cuda is not installed")
 def test_compiles_where_numpy_has_no_row_stack() -> None:
     """numba-cuda 0.30.4 asks for it, and NumPy 2.5 has it no more."""

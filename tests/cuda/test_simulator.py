@@ -60,6 +60,7 @@ def faults(found: dict[str, Any]) -> list[str]:
     return [f"{found['case']}: {fault}" for fault in (*found["complaints"], *too_far)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("group", "layout", "part"), RUNS + LONG)
 def test_kernels_match_the_reference(group: str, layout: str, part: str, simulate: Simulate) -> None:
     found = simulate(group, layout, part)
@@ -69,6 +70,7 @@ def test_kernels_match_the_reference(group: str, layout: str, part: str, simulat
     assert not wrong, "\n".join(wrong)
 
 
+@pytest.mark.slow
 def test_what_no_block_writes_is_noticed(simulate: Simulate) -> None:
     """The check itself: without the last block of each launch every result is wrong."""
     found = simulate(INCOMPLETE, "contiguous", "all")

@@ -86,6 +86,7 @@ def error(capsys):
     return said
 
 
+@pytest.mark.slow
 def test_predict_writes_depth_and_a_picture(files, network, capsys):
     assert command(files, network, "--truth", str(files / "truth.png"), "--factor", "4") == 0
     printed = capsys.readouterr().out

@@ -87,6 +87,7 @@ def loaded(file):
 # --- the files ---
 
 
+@pytest.mark.slow
 def test_onnx_has_standard_operators_and_runs_at_any_size(tmp_path):
     model, file = Everything().train(), tmp_path / "model.onnx"
     before = {name: value.clone() for name, value in model.state_dict().items()}
@@ -112,6 +113,7 @@ def test_onnx_has_standard_operators_and_runs_at_any_size(tmp_path):
         assert_near(ran(file, inputs), list(model(inputs).values()))
 
 
+@pytest.mark.slow
 def test_torch_export_needs_only_torch_unless_operators_are_kept(tmp_path):
     """In a process that has no ddf_convert, at sizes that the export did not check."""
     model, inputs = Everything(up=False).eval(), image(31, 3)
@@ -185,6 +187,7 @@ def arguments(size=3, heads=1, factor=1, stride=1, dilation=1, padding=None, com
     return options, [torch.randn(shape) for shape in shapes]
 
 
+@pytest.mark.slow
 def test_translations_compute_what_the_operators_do(tmp_path):
     made = {name: arguments(**case) for name, case in OPERATORS.items()}
     tensors = [tensors for _, tensors in made.values()]
@@ -261,6 +264,7 @@ SIZES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", SIZES)
 def test_allowed_sizes_are_reported(name, tmp_path):
     model, example, expected = SIZES[name]
@@ -283,6 +287,7 @@ class PerImage(nn.Module):
         return F.conv2d(x.flatten(0, 1)[None], filters, groups=filters.shape[0], padding=1).view(x.shape)
 
 
+@pytest.mark.slow
 def test_a_group_for_every_image_fixes_the_batch_in_onnx(tmp_path):
     done = export.to_onnx(PerImage(), ONE, tmp_path / "model.onnx")
     assert {size.name: size.fixed is None for size in done.sizes} == {"batch": False, "height": True, "width": True}
@@ -308,6 +313,7 @@ def wrong_operator(filters, taps, scale):
     return reference.filter_norm(filters, taps, scale) * 1.01
 
 
+@pytest.mark.slow
 def test_a_difference_is_an_error_and_leaves_the_old_file(tmp_path, monkeypatch):
     for name in ("model.onnx", "model.pt2"):
         (tmp_path / name).write_text("old")
@@ -323,6 +329,7 @@ def test_a_difference_is_an_error_and_leaves_the_old_file(tmp_path, monkeypatch)
     assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {"model.onnx": "old", "model.pt2": "old"}
 
 
+@pytest.mark.slow
 def test_differences_from_rounding_are_accepted(tmp_path, monkeypatch):
     monkeypatch.setattr(checking, "_TOLERANCE", 0.0)
     done = export.to_onnx(networks.Normalized(), image(channels=4), tmp_path / "model.onnx")
@@ -407,6 +414,7 @@ def run(tmp_path, monkeypatch, capsys):
     sys.modules.pop("net_for_export", None)
 
 
+@pytest.mark.slow
 def test_command_writes_both_formats(run, tmp_path):
     code, out, _ = run("net_for_export:made", "-o", "model.onnx", "--json")
     found = json.loads(out)
@@ -494,6 +502,7 @@ RETURNS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RETURNS)
 def test_outputs_that_are_not_tensors_are_left_out_with_a_warning(name, tmp_path, caplog):
     function, names, left_out = RETURNS[name]

@@ -120,6 +120,7 @@ def test_channels_last_is_kept() -> None:
     assert output.is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks() -> None:
     layer = DDF2d(8, stride=2)
     input = torch.randn(2, 8, 9, 9, requires_grad=True)
@@ -189,6 +190,7 @@ def test_shortcuts_count_the_same_flops(monkeypatch: pytest.MonkeyPatch) -> None
     assert flops() == as_built
 
 
+@pytest.mark.slow
 def test_compiles_and_exports_with_shortcuts(monkeypatch: pytest.MonkeyPatch) -> None:
     pretend_cuda(monkeypatch)
     layer, input = DDF2d(8, stride=2), torch.randn(2, 8, 9, 9)

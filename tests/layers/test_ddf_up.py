@@ -74,6 +74,7 @@ def test_gradcheck(combine: str) -> None:
     assert gradcheck(layer, made, fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [pytest.param({}, marks=pytest.mark.long), {"guide_channels": 3, "affine": True}], ids=str
 )

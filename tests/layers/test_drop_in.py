@@ -60,6 +60,7 @@ GEOMETRIES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("chosen", "conv"), GEOMETRIES)
 def test_geometry_is_the_convolutions(chosen: str, conv: nn.Conv2d) -> None:
     layer = replaced(conv, filter=chosen, filter_options={"num_experts": 2} if "cond" in chosen else {})
@@ -126,6 +127,7 @@ def test_sizes_that_differ_are_refused(option: str, size: object) -> None:
         DDF2d(8, **{option: size})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("as_graph", [False, True])
 def test_attributes_of_instances_are_carried_over(as_graph: bool, tmp_path) -> None:
     model = net.Routed().eval()
@@ -281,6 +283,7 @@ def test_weights_with_the_narrow_squeeze_load(make) -> None:
 # --- maps without a batch ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", LAYERS.values(), ids=LAYERS)
 def test_layers_take_maps_without_a_batch(make) -> None:
     layer, image = make(), torch.randn(8, 6, 5)
@@ -298,6 +301,7 @@ def test_guides_without_a_batch() -> None:
     assert torch.equal(layer(image, guide), layer(image[None], guide[None])[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("chosen", ["ddf", "spatial", "channel", "condconv", "dw-weightnet"])
 def test_models_that_call_convolutions_without_a_batch(chosen: str) -> None:
     model = nn.Sequential(net.conv(), nn.ReLU(), net.conv(32, 48, stride=2)).eval()

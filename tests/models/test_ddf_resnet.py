@@ -38,6 +38,7 @@ def test_names_and_shapes_are_those_of_the_authors_checkpoint():
     assert len(wanted) > 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "params", "gmacs"),
     [
@@ -53,6 +54,7 @@ def test_figures_of_the_paper(name, params, gmacs):
     assert round(cost.macs / 1e9, 2) == gmacs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_3x3_convolution_of_the_stages_is_replaced(name):
     model = on_meta(name)
@@ -67,12 +69,14 @@ def test_every_3x3_convolution_of_the_stages_is_replaced(name):
     assert any(isinstance(module, DDFConv2d) for module in model.modules()) == name.endswith("18")
 
 
+@pytest.mark.slow
 def test_planning_the_base_model_leads_to_the_same_model():
     for name, options in (("resnet18", {"se_ratio": 0.5}), ("resnet50", {})):
         converted = ddf_convert.convert(on_meta(name), example_input=torch.empty(1, 3, 64, 64), **options)
         assert repr(converted) == repr(on_meta(f"ddf_mul_{name}"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["ddf_mul_resnet18", "ddf_add_resnet50"])
 def test_timms_ways_of_using_a_model(name):
     model = timm.create_model(name, num_classes=7, in_chans=1, drop_path_rate=0.1).eval()
@@ -101,6 +105,7 @@ def test_pretrained_weights_do_not_exist():
         timm.create_model("ddf_mul_resnet50", pretrained=True)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_ones_own_is_loaded_by_timm(tmp_path):
     model = timm.create_model("ddf_mul_resnet18", num_classes=2)
     torch.save({"state_dict": model.state_dict()}, tmp_path / "own.pth")
@@ -108,6 +113,7 @@ def test_a_checkpoint_of_ones_own_is_loaded_by_timm(tmp_path):
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in model.state_dict().items())
 
 
+@pytest.mark.slow
 def test_they_are_saved_and_loaded(tmp_path):
     model = timm.create_model("ddf_add_resnet18", num_classes=2).eval()
     ddf_convert.save(model, tmp_path / "out")
@@ -125,6 +131,7 @@ def test_seeds_decide_the_weights():
     assert not torch.equal(models[0], models[2])
 
 
+@pytest.mark.slow
 def test_importing_is_cheap_and_loads_nothing_heavy():
     script = (
         "import sys, time, torch, timm\n"

@@ -140,6 +140,7 @@ def test_bfloat16_autocast(network):
     torch.testing.assert_close(found, model(depth, rgb), rtol=0.05, atol=0.05)
 
 
+@pytest.mark.slow
 def test_torch_compile():
     depth, rgb = example(2, 3, 4, 1)
     model = trained_a_little(DDFUpNet(2, blocks=0, **SMALL))

@@ -34,6 +34,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_a_script_runs_as_python_would_run_it(tmp_path):
     scripts = tmp_path / "scripts"
     scripts.mkdir()

@@ -70,6 +70,7 @@ def assert_like_reference(made: list[Tensor], geometry: Geometry) -> None:
         assert error <= TOLERANCES[ours.dtype], (float(error), geometry, [tuple(tensor.shape) for tensor in made])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=str)
 @pytest.mark.parametrize("size", [1, 3, 5, pytest.param(7, marks=pytest.mark.long)])
@@ -86,6 +87,7 @@ def test_cpu_kernels_match_the_reference(size: int, dtype: torch.dtype, layout: 
                 assert_like_reference(made, Geometry(stride, padding, dilation, combine))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("combine", ["mul", "add"])
 def test_cpu_kernels_match_the_reference_at_real_sizes(combine: str, layout: str) -> None:
@@ -131,6 +133,7 @@ def test_upscaling_is_each_filter_by_itself_then_pixel_shuffle(layout: str) -> N
     torch.testing.assert_close(reference.unshuffle(reference.shuffle(channel, 3), 3), channel)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("combine", "layout"), [("mul", "contiguous"), ("add", "channels_last")])
 def test_upscaling_has_gradients_to_any_order(combine: str, layout: str) -> None:
     made = tensors(heads=2, shape=(1, 2, 3, 2), layout=layout, grad=True, upscale=2)
@@ -161,6 +164,7 @@ def test_gradcheck(size: int, combine: str, layout: str) -> None:
         assert gradcheck(call, made, fast_mode=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("combine", ["mul", "add"])
 def test_gradients_of_gradients(combine: str, layout: str) -> None:
@@ -177,6 +181,7 @@ def opcheck(operator: Any, arguments: tuple[Any, ...]) -> None:
 
 
 # Every dtype and every layout, in two pairs each: what torch checks does not depend on their combination.
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "layout"),
     [
@@ -206,6 +211,7 @@ def test_opcheck(dtype: torch.dtype, layout: str) -> None:
     opcheck(operators.filter_norm_backward, (grad, made[2], 9, 0.7))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("combine", "layout", "scale"),
     [("mul", "contiguous", None), ("add", "channels_last", None), ("mul", "channels_last", 0.7)],
@@ -402,6 +408,7 @@ def test_the_reference_does_not_round_normalized_filters(dtype: torch.dtype) -> 
     assert torch.equal(output, expected.to(dtype))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("combine", "layout"), [("mul", "contiguous"), ("add", "channels_last")])
 @pytest.mark.parametrize("size", [3, 5])
 def test_normalized_gradients(size: int, combine: str, layout: str) -> None:
@@ -414,6 +421,7 @@ def test_normalized_gradients(size: int, combine: str, layout: str) -> None:
     assert gradgradcheck(call, made, fast_mode=size == 5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("taps", [9, 25])
 def test_filter_norm_gradients(taps: int, layout: str) -> None:

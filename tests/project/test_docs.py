@@ -74,6 +74,7 @@ def programs() -> list[tuple[str, str]]:
     return list(found.items())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("code", "output"), programs())
 def test_programs_print_what_their_page_says(code, output, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -105,6 +106,7 @@ def commands() -> dict[str, list[str]]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("arguments", "outputs"), commands().items())
 def test_commands_print_what_their_pages_say(arguments, outputs, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)

@@ -39,6 +39,7 @@ def main(example):
     return runpy.run_path(str(EXAMPLES / f"{example}.py"))["main"]
 
 
+@pytest.mark.slow
 def test_an_own_network_is_patched_and_restored(quick_timing, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     restored = main("own_network")([])
@@ -48,6 +49,7 @@ def test_an_own_network_is_patched_and_restored(quick_timing, tmp_path, monkeypa
     assert said.rstrip().endswith("its outputs are equal: True")
 
 
+@pytest.mark.slow
 def test_a_unet_is_converted_with_its_interpolations_and_trained(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     example = runpy.run_path(str(EXAMPLES / "unet_segmentation.py"))
@@ -108,6 +110,7 @@ saver.save_checkpoint(0, metric=50.0)
 """
 
 
+@pytest.mark.slow
 def test_scripts_of_timm_train_a_converted_folder(data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(EXAMPLES))
@@ -130,6 +133,7 @@ def test_scripts_of_timm_train_a_converted_folder(data, tmp_path, monkeypatch, c
     assert new.any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("example", ["own_loop", "lightning_loop", "hf_trainer"])
 def test_loops_train_a_converted_model_and_save_it(example, data, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -147,6 +151,7 @@ def test_loops_train_a_converted_model_and_save_it(example, data, tmp_path, monk
         assert torch.equal(again(image), model(image))
 
 
+@pytest.mark.slow
 def test_parts_of_timm_train_a_ddf_resnet(data, capsys):
     torch.manual_seed(0)
     train = main("timm_loop")

@@ -95,6 +95,7 @@ def test_imports_run_one_way(file):
     assert backwards == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("package", BELONGS_TO)
 def test_what_only_some_need_is_imported_there(package):
     importers = {own_place(file) for file in FILES for module in imported(file) if module.split(".")[0] == package}

@@ -85,6 +85,7 @@ def installed(wheel: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_the_sdist_is_the_repository(sdist):
     there = {file.relative_to(sdist).as_posix() for file in sdist.glob("**/*") if file.is_file()}
     assert {file for folder in FOLDERS for file in files(ROOT / folder)} - there == set()
@@ -139,6 +140,7 @@ print(ddf_convert.__file__)
 """
 
 
+@pytest.mark.slow
 def test_commands_run_from_the_wheel_alone(installed, tmp_path):
     program = USE.replace("SCRIPT", repr(str(installed / "bin" / "ddf-convert")))
     # Without `site` no .pth is read, so that the repository, which is installed as editable, cannot be imported.
@@ -153,6 +155,7 @@ def test_commands_run_from_the_wheel_alone(installed, tmp_path):
     assert "<style>" in (tmp_path / "page.html").read_text(encoding="utf-8")  # page.css was found
 
 
+@pytest.mark.slow
 def test_its_types_are_seen_by_a_users_mypy(installed, tmp_path):
     (tmp_path / "program.py").write_text("import ddf_convert\nreveal_type(ddf_convert.count_parameters)\n")
     (tmp_path / "mypy.ini").write_text(

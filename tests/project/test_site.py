@@ -17,6 +17,8 @@ from support.paths import ROOT
 import ddf_convert
 from ddf_convert import cli
 
+pytestmark = pytest.mark.slow  # the site is built once
+
 LOADED = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "object": "data"}
 NOT_LOADED = {"canonical", "next", "prev", "alternate"}  # what <link> can be without the browser fetching it
 IN_STYLES = re.compile(r"url\(\s*['\"]?(?!data:)([^'\")]+)|@import\s+['\"]([^'\"]+)")

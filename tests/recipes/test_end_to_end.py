@@ -40,6 +40,7 @@ def _one_thread():
     torch.set_num_threads(threads)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ddf.recipes.names())
 def test_a_built_in_recipe_from_end_to_end(name, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
@@ -73,6 +74,7 @@ def test_a_built_in_recipe_from_end_to_end(name, photos, tmp_path, monkeypatch, 
     assert model(torch.zeros(1, 3, 32, 32)).isfinite().all()
 
 
+@pytest.mark.slow
 def test_a_model_and_a_run_that_were_recorded_with_the_old_key_go_on(photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     assert cli.run(["convert", MODEL, "-o", "converted", "--recipe", "quick", *SIZE]) == 0

@@ -167,6 +167,7 @@ INVALID = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", INVALID)
 def test_a_model_is_unchanged_if_it_cannot_be_initialized(case):
     original, model = converted_classifier()
@@ -220,6 +221,7 @@ def test_alternating_least_squares_recovers_factors_and_improves_on_the_weights(
     assert error(factorization.factorize_moments(moments(weight), weight, True), weight) < 0.95 * preserved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mixing", ["dense", "never"])
 def test_calibration_brings_every_layer_nearer_to_the_original(mixing):
     torch.manual_seed(2)
@@ -286,6 +288,7 @@ def test_batch_norms_put_out_what_the_original_puts_out(own_statistics):
 # --- saved with the model ---
 
 
+@pytest.mark.slow
 def test_the_recipe_and_the_original_are_saved_with_the_model(tmp_path):
     original, image = timm.create_model("resnet10t", num_classes=4).eval(), torch.randn(1, 3, 32, 32)
     recipe = ddf.recipes.load("quick")
@@ -348,6 +351,7 @@ def test_recipes_are_listed_and_shown(run):
     assert run("recipes", "show", "destill")[2].endswith("did you mean distill?\n")
 
 
+@pytest.mark.slow
 def test_convert_initializes_as_the_recipe_says(run, caplog):
     code, out, err = run("convert", "resnet10t", "-o", "out", "--recipe", "quick", *SIZE, "--json")
     assert code == 0, err
@@ -378,6 +382,7 @@ def test_options_of_the_command_line_override_the_recipe(run, tmp_path):
     assert "excluded" not in reasons["layer1.0.conv1"]
 
 
+@pytest.mark.slow
 def test_convert_calibrates_on_a_folder_of_images(run, tmp_path):
     (tmp_path / "photos").mkdir()
     for number in range(3):
@@ -403,6 +408,7 @@ WRONG = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WRONG)
 def test_a_mistake_with_a_recipe_is_one_line_and_nothing_is_written(case, run, tmp_path):
     options, words = WRONG[case]

@@ -43,6 +43,7 @@ def resnet() -> Comparison:
     return compare(model, ddf.convert(model, example_input=IMAGE, se_ratio=0.5), IMAGE, latency=False)
 
 
+@pytest.mark.slow
 def test_the_numbers_are_those_of_the_plan(resnet: Comparison) -> None:
     plan = ddf.plan(create_model("resnet18"), IMAGE, se_ratio=0.5)
     shown = Comparison.of(plan)
@@ -60,6 +61,7 @@ def test_the_numbers_are_those_of_the_plan(resnet: Comparison) -> None:
     assert resnet.configs == (plan.config,)
 
 
+@pytest.mark.slow
 def test_the_whole_model_is_measured_and_not_summed(resnet: Comparison) -> None:
     model = create_model("resnet18")
     assert resnet.after == measure(ddf.convert(model, example_input=IMAGE, se_ratio=0.5), IMAGE)
@@ -166,6 +168,7 @@ def test_what_cannot_be_timed_is_noted(sides: tuple[str, str]) -> None:
     assert any("on the meta device there is nothing to run" in note for note in found.notes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("before", "after", "example", "words"),
     [
@@ -181,6 +184,7 @@ def test_nonsense(before: object, after: object, example: object, words: str) ->
         compare(before, after, example)  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 def test_rich_and_jinja_are_imported_when_something_is_rendered_and_not_before() -> None:
     code = "import sys, ddf_convert.report; sys.exit(bool({'rich', 'jinja2'} & set(sys.modules)))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

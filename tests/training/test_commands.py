@@ -55,6 +55,7 @@ def ran(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str, 
     return code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_a_model_is_trained_resumed_and_evaluated(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ("--data", "data", "--recipe", "finetune", "--num-classes", "3", *CPU, *SIZE_32)
     options = (*options, "--epochs", "1", "--batch-size", "8")
@@ -85,6 +86,7 @@ def test_a_model_is_trained_resumed_and_evaluated(place: Path, capsys: pytest.Ca
     assert artifact.read_manifest("run/last").conversion.replaced
 
 
+@pytest.mark.slow
 def test_images_without_labels_are_enough_to_learn_from_the_original(
     place: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -176,6 +178,7 @@ def test_what_does_not_fit_is_said_before_anything_is_trained(
     assert not Path("strange/checkpoints").exists()  # such labels are seen when they are met, before training even so
 
 
+@pytest.mark.slow
 def test_a_broken_image_is_named_or_left_out(place: Path, capsys: pytest.CaptureFixture[str]) -> None:
     shutil.copytree("data", "broken")
     Path("broken/train/c1/03.png").write_bytes(b"no image")

@@ -40,6 +40,7 @@ def _here(place: Path) -> None:
     runs.enter(place)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_one_and_stop_and_go_on_together(place: Path) -> None:
     arguments = runs.command("two", "--json", model="normed", data="tinyruns:photos", recipe="two.yaml")
     # SIGTERM reaches the second process alone, in the middle of the second stage.
@@ -79,6 +80,7 @@ def test_two_processes_train_as_one_and_stop_and_go_on_together(place: Path) -> 
     assert not torch.equal(weights("whole/last")["norm.running_mean"], before["norm.running_mean"])
 
 
+@pytest.mark.slow
 def test_an_error_in_one_process_ends_both_and_is_told_once(place: Path) -> None:
     arguments = runs.command("failing", model="normed", data="tinyruns:photos", recipe="two.yaml")
     began = time.monotonic()

@@ -288,6 +288,7 @@ CASES: list[tuple[str, list[Row], int, bool, bool]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("rows", "panels", "blue", "red"), [case[1:] for case in CASES], ids=[case[0] for case in CASES]
 )

@@ -117,6 +117,7 @@ DATA: list[tuple[str, Callable[[], object], str]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("change", "words"), [case[1:] for case in DATA], ids=[case[0] for case in DATA])
 def test_other_images_or_classes_are_refused(here: Path, change: Callable[[], object], words: str) -> None:
     change()
@@ -247,6 +248,7 @@ DAMAGES: list[tuple[str, Callable[[], object], str | None]] = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("damage", "aside"), [case[1:] for case in DAMAGES], ids=[case[0] for case in DAMAGES])
 def test_what_is_not_needed_to_go_on_does_not_stop_a_run(
     place: Path, here: Path, damage: Callable[[], object], aside: str | None, caplog: pytest.LogCaptureFixture
@@ -309,6 +311,7 @@ def test_a_best_model_that_is_gone_for_good_is_chosen_anew(
     assert equal(weights("run/best"), weights("run/last"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "names", [("best",), ("checkpoints",), ("last", "log.csv", "tensorboard", "settings.json", fingerprint.FILE)]
 )

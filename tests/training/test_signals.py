@@ -61,6 +61,7 @@ def _here(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     runs.without_pictures(monkeypatch)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_and_killed_ends_with_the_same_weights(whole: Path, killed: Path) -> None:
     shutil.copytree(killed, "resumed")
     outcome = finetune("resumed", model="normed", data="tinyruns:photos", checkpoint_every=2, resume=True)
@@ -70,6 +71,7 @@ def test_a_run_that_is_stopped_and_killed_ends_with_the_same_weights(whole: Path
     assert log(Path("resumed")) == log(whole)
 
 
+@pytest.mark.slow
 def test_a_truncated_checkpoint_is_left_out_for_the_one_before(
     whole: Path, killed: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -82,6 +84,7 @@ def test_a_truncated_checkpoint_is_left_out_for_the_one_before(
     assert equal(weights("damaged/last"), weights(whole / "last"))
 
 
+@pytest.mark.slow
 def test_a_stop_during_the_evaluation_and_another_in_the_last_step(
     whole: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -102,6 +105,7 @@ def test_a_stop_during_the_evaluation_and_another_in_the_last_step(
     assert equal(weights("twice/last"), weights(whole / "last"))
 
 
+@pytest.mark.slow
 def test_a_row_of_the_log_reaches_over_an_interruption(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(trainer, "_ROWS_PER_EPOCH", 2)
     arguments: dict[str, Any] = {"data": "tinyruns:photos", "changes": {"steps": 6}}
@@ -115,6 +119,7 @@ def test_a_row_of_the_log_reaches_over_an_interruption(place: Path, monkeypatch:
     assert log(Path("short")) == log(Path("long"))
 
 
+@pytest.mark.slow
 def test_another_run_does_not_go_on_here(whole: Path) -> None:
     arguments: dict[str, Any] = {"model": "normed", "data": "tinyruns:photos", "resume": True}
     shutil.copy("test.yaml", "other.yaml")

@@ -69,6 +69,7 @@ def written(name: str, old: str, new: str, text: str = CALM) -> str:
     return name
 
 
+@pytest.mark.slow
 def test_accumulated_batches_are_a_big_batch(place: Path) -> None:
     big = calm("big")
     assert distance(big, weights("plain")) > 1e-2
@@ -96,6 +97,7 @@ def test_the_images_of_a_step_scale_the_learning_rate_and_the_whole_schedule(pla
     assert ends == {"new": pytest.approx(0.01), "old": pytest.approx(0.005)}
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_as_they_are_until_their_stage(place: Path) -> None:
     outcome = finetune("staged", checkpoint_every=1, changes={"epochs": 1})
     assert outcome.finished

@@ -113,6 +113,7 @@ def test_the_model_is_left_as_it_was(model, images):
     assert not any(module._forward_hooks for module in model.modules())
 
 
+@pytest.mark.slow
 def test_wrapped_and_compiled_models_are_unwrapped(model, images, seen):
     compiled = torch.compile(nn.Sequential(model), backend="eager").eval()
     with torch.no_grad():
@@ -319,6 +320,7 @@ def ran(capsys, *arguments):
     return code, *capsys.readouterr()
 
 
+@pytest.mark.slow
 def test_command_draws_a_picture_and_prints_a_table(place, capsys):
     names = place[1]
     code, out, err = ran(capsys, "converted", "photo.png", "-o", "a.png", "--layer", names[1], "--tap", "1,1", *SIZE)
