@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from typing import Any
 
 import torch
@@ -17,21 +17,25 @@ class _Stop(BaseException):
     """Ends a forward pass; not an Exception, which the model might catch."""
 
 
-@contextmanager
-def forward_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
+Hooks = Iterable[tuple[nn.Module, Callable[..., Any]]]
+
+
+def forward_hooks(hooks: Hooks) -> AbstractContextManager[None]:
     """A context in which each module has its hook, ``hook(module, args, output)``."""
-    with ExitStack() as handles:
-        for module, hook in hooks:
-            handles.enter_context(module.register_forward_hook(hook))
-        yield
+    return _registered(module.register_forward_hook(hook) for module, hook in hooks)
+
+
+def forward_pre_hooks(hooks: Hooks) -> AbstractContextManager[None]:
+    """A context in which each module has its pre-hook, ``hook(module, args)``."""
+    return _registered(module.register_forward_pre_hook(hook) for module, hook in hooks)
 
 
 @contextmanager
-def forward_pre_hooks(hooks: Iterable[tuple[nn.Module, Callable[..., Any]]]) -> Iterator[None]:
-    """A context in which each module has its pre-hook, ``hook(module, args)``."""
-    with ExitStack() as handles:
-        for module, hook in hooks:
-            handles.enter_context(module.register_forward_pre_hook(hook))
+def _registered(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Removes at the end what the iterable registers at the start."""
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
         yield
 
 

@@ -13,7 +13,6 @@ import os
 import re
 import sys
 import threading
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,7 @@ import numpy as np
 
 from ddf_convert.cuda.kernel_spec import KernelSpec
 from ddf_convert.reference import EPSILON, LEAST_SQUARE
+from ddf_convert.utils.device import package_version
 from ddf_convert.utils.logging import warn_if_slow, warn_once
 
 _BFLOAT16 = (8, 0)  # the first architecture that rounds to bfloat16 itself
@@ -148,11 +148,7 @@ def _toolchain_hash() -> str:
     for path in sorted(Path(__file__).parents[1].rglob("*.py")):
         digest.update(path.read_bytes())
     for package in ("numba", "numba-cuda", "llvmlite", "nvidia-nvvm", "nvidia-cuda-nvcc-cu12"):
-        try:
-            version = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            version = "none"
-        digest.update(f"{package} {version};".encode())
+        digest.update(f"{package} {package_version(package)};".encode())
     digest.update(os.environ.get("CUDA_HOME", "").encode())
     digest.update(f"{EPSILON} {LEAST_SQUARE}".encode())  # of FilterNorm, defined outside of this package
     return digest.hexdigest()
